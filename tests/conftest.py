@@ -1,0 +1,42 @@
+"""Fixtures that several test files share. No test needs a network."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+import policy
+from policy import BASE
+from train import parse_settings
+
+SHARED = Path(__file__).parents[2] / "shared"  # real data beside the project, where there is any
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """(base model, tokenizer) that ship with the repository. Tests that train take a copy."""
+    return policy.load_policy(BASE)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    """The real Qwen2.5 tokenizer."""
+    folder = SHARED / "qwen2-tokenizer"
+    if not folder.exists():
+        pytest.skip("the real Qwen2.5 tokenizer is not beside this checkout (../shared/qwen2-tokenizer)")
+    return policy.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture
+def settings():
+    """Settings small enough for a test: change with dataclasses.replace."""
+    flags = "--demonstrations 16 --questions 4 --group 4 --eval-questions 8 --rerank-questions 8 --rerank-n 4 --max-steps 2"
+    return parse_settings((flags + " --sft-steps 4 --warm-up 2 --validate-every 0 --device cpu").split())
