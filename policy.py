@@ -1,0 +1,437 @@
+"""The policy: a causal language model that we load, sample from, score with, and improve.
+
+    1. load_policy                      a hub name, a short name (Qwen2.5-0.5B) or a folder -> model, tokenizer
+    2. sample                           batched sampling with a key/value cache, written out
+    3. token_logprobs, response_logits  log pi(a_t | s_t) of given tokens
+    4. returns, baselines, advantages   pure functions of rewards [B, T]
+    5. losses                           SFT, REINFORCE, PPO, the exact expectation; KL to a reference
+    6. update                           one optimizer step in micro-batches, whose size changes no gradient
+
+Index t is the same everywhere: column t speaks of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
+Equations are numbered after arXiv 2510.01857 (v2) and the papers named beside them.
+
+Run `python policy.py` to sample the shipped base and see that its log-probabilities are those of a fresh forward pass.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from data import Batch, UserError, make_batch, nearest
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Loading
+# ---------------------------------------------------------------------------------------------------------------
+
+BASE = str(Path(__file__).parent / "base")  # the small base that ships with this repository (pretrain.py made it)
+
+_QWEN25 = [f"Qwen2.5-{size}{kind}" for size in ("0.5B", "1.5B", "3B", "7B", "14B") for kind in ("", "-Instruct")]
+_QWEN3 = [f"Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")]
+_LLAMA = [f"Llama-{size}{kind}" for size in ("3.2-1B", "3.2-3B", "3.1-8B") for kind in ("", "-Instruct")]
+SHORT_NAMES = {name: f"Qwen/{name}" for name in _QWEN25 + _QWEN3} | {name: f"meta-llama/{name}" for name in _LLAMA}
+
+
+def resolve_model(name: str) -> str:
+    """'base' is what ships here, a folder stays, a short name gets its owner, an owner/name goes to the hub as it is.
+
+    >>> resolve_model("Qwen2.5-0.5B")
+    'Qwen/Qwen2.5-0.5B'
+    """
+    if name == "base":
+        return BASE
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise UserError(f"folder {name} holds no model: config.json is missing")
+        return name
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise UserError(f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, or one of "
+                    + ", ".join(SHORT_NAMES))
+
+
+def load_policy(name: str, device="cpu", dtype=torch.float32):
+    """(model, tokenizer). Weights come from safetensors files only, and no code of the model's author is run.
+
+    The tokenizer is what tokenizer.json says. AutoTokenizer would rebuild it by the model's architecture, and give any
+    Qwen2 model the pre-tokenizer of Qwen2, ours included.
+    """
+    path = resolve_model(name)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        hint = "" if Path(path).is_dir() else ". Without a network, give a folder: --model DIR"
+        raise UserError(f"cannot load model '{name}': {first_line}{hint}") from None
+    check_tokenizer(tokenizer, model, name)
+    return model.to(device), tokenizer
+
+
+def check_tokenizer(tokenizer, model, name: str) -> None:
+    """Refuse what would go wrong silently later: no end token, or tokens that the model has no embedding for."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only "
+                        f"{model.get_input_embeddings().num_embeddings} embeddings")
+
+
+def context_length(model) -> int:
+    """The longest sequence the model was made for."""
+    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """'auto' is CUDA where there is one, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Sampling
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """What the policy wrote: `batch` with G consecutive rows per question, log pi of each response token, and
+    whether each row ended by itself (an end token) rather than by the length limit."""
+
+    batch: Batch
+    logprobs: torch.Tensor  # [B, T], 0 outside the response
+    finished: torch.Tensor  # [B] bool
+
+
+def choose(logprobs: torch.Tensor, temperature: float, top_p: float, generator=None) -> torch.Tensor:
+    """One token per row: [B, V] log-probabilities -> [B]. temperature 0 is greedy.
+
+    top_p < 1 keeps the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2019).
+
+    >>> choose(torch.tensor([[0.1, 0.6, 0.3]]).log(), 0.0, 1.0), choose(torch.tensor([[0.1, 0.6, 0.3]]).log(), 1.0, 0.5)
+    (tensor([1]), tensor([1]))
+    """
+    if temperature == 0:
+        return logprobs.argmax(-1)
+    probabilities = logprobs.exp()
+    if top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of all more likely tokens
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def sample(
+    model, prompts: list[list[int]], end_token: int, max_new_tokens: int, group: int = 1, temperature: float = 1.0,
+    top_p: float = 1.0, generator: torch.Generator | None = None, rows: int = 512,
+) -> Rollout:  # fmt: skip
+    """Sample `group` responses for each prompt, at most `rows` at a time. Row i*group + g is sample g of prompt i.
+
+    Log-probabilities are those of the policy that temperature makes, log softmax(logits / temperature) (temperature 0:
+    of the unchanged logits). top-p only narrows the choice; it is not part of the policy's density.
+    """
+    model.eval()
+    per_chunk = max(1, rows // group)
+    responses, logprobs = [], []
+    for start in range(0, len(prompts), per_chunk):
+        chunk = prompts[start : start + per_chunk]
+        chunk_responses, chunk_logprobs = _sample_chunk(
+            model, chunk, end_token, max_new_tokens, group, temperature, top_p, generator
+        )
+        responses += chunk_responses
+        logprobs += chunk_logprobs
+    repeated = [prompt for prompt in prompts for _ in range(group)]
+    batch = make_batch(repeated, responses, model.device)
+    values = torch.zeros(batch.tokens.shape)
+    for row, (prompt, logprob) in enumerate(zip(repeated, logprobs)):
+        values[row, len(prompt) : len(prompt) + len(logprob)] = logprob
+    finished = torch.tensor([response[-1] == end_token for response in responses])
+    return Rollout(batch, values.to(model.device), finished.to(model.device))
+
+
+def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature, top_p, generator):
+    device, count = model.device, len(prompts) * group
+    # Prompts are padded on the left, so that all rows write their next token in the same column. Each prompt is read
+    # once; its keys and values are then repeated for the G samples of its group.
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [P, L]
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, L]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+    cache.batch_repeat_interleave(group)
+    mask = mask.repeat_interleave(group, 0)  # [B, L], B = P * G
+    position = positions[:, -1].repeat_interleave(group)  # [B]
+    logits = output.logits[:, -1].repeat_interleave(group, 0)  # [B, V]
+
+    responses = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(count, max_new_tokens, device=device)
+    lengths = torch.zeros(count, dtype=torch.long, device=device)
+    alive = torch.arange(count, device=device)  # the rows still writing; all tensors below hold just these
+    for t in range(max_new_tokens):
+        logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B', V]
+        token = choose(logprob, temperature, top_p, generator)  # [B']
+        responses[alive, t] = token
+        logprobs[alive, t] = logprob.gather(-1, token[:, None]).squeeze(-1)
+        lengths[alive] = t + 1
+        going = (token != end_token).nonzero().squeeze(-1)
+        if len(going) == 0 or t + 1 == max_new_tokens:
+            break
+        if len(going) < len(token):  # finished rows leave the batch and the cache
+            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
+            cache.batch_select_indices(going)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+        position = position + 1
+        logits = model(
+            input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    lengths = lengths.tolist()
+    responses, logprobs = responses.tolist(), logprobs.cpu()
+    return [r[:n] for r, n in zip(responses, lengths)], [logprobs[i, :n] for i, n in enumerate(lengths)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Log-probabilities of given tokens
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def response_logits(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """The logits that chose each response token: [N, V] float32, N = number of response tokens of the batch, in row
+    order. Prompt and padding positions never meet the output matrix, which is where the memory goes when V is 151,936.
+    """
+    hidden = model.get_decoder()(input_ids=batch.tokens, attention_mask=batch.attention_mask).last_hidden_state  # [B, T, H]
+    chosen_from = batch.response_mask[:, 1:].bool()  # the state before token t is read off column t-1
+    return model.get_output_embeddings()(hidden[:, :-1][chosen_from]).float() / temperature
+
+
+def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Flat values of the masked positions, in row order, back to where they belong: [N] and [B, T] -> [B, T]."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask.bool(), values)
+
+
+def response_tokens(batch: Batch) -> torch.Tensor:
+    """The response tokens of all rows, one after another: [N], in the order of `response_logits`."""
+    return batch.tokens[batch.response_mask.bool()]
+
+
+def token_logprobs(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """log pi(a_t | s_t) for each response token: [B, T], 0 elsewhere."""
+    logprobs = response_logits(model, batch, temperature).log_softmax(-1)  # [N, V]
+    return spread(logprobs.gather(-1, response_tokens(batch)[:, None]).squeeze(-1), batch.response_mask)
+
+
+@torch.no_grad()
+def in_chunks(function: Callable, batch: Batch, rows: int = 64, *aligned: torch.Tensor) -> torch.Tensor:
+    """function(batch, *aligned) -> [B, T] without a gradient, a few rows at a time, so that memory does not grow with
+    B. `aligned` are [B, T] tensors that belong to the batch; each call gets its rows of them."""
+    parts, width = [], batch.tokens.shape[1]
+    for start in range(0, len(batch), rows):
+        part = batch[start : start + rows]
+        values = function(part, *(a[start : start + rows, : part.tokens.shape[1]] for a in aligned))
+        parts.append(torch.nn.functional.pad(values, (0, width - values.shape[1])))
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Returns, baselines, advantages
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
+    """G_t = r_t + gamma G_{t+1} = sum_k gamma^k r_{t+k}, backwards over the response: [B, T] -> [B, T].
+
+    A loop from the end, not a division by gamma^t, which overflows float32 near t = 824 at gamma = 0.9.
+
+    >>> returns_to_go(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, 1.0]]), 0.5)
+    tensor([[0., 2., 2.]])
+    """
+    returns, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        running = (rewards[:, t] + gamma * running) * mask[:, t]
+        returns[:, t] = running
+    return returns
+
+
+def group_baseline(returns: torch.Tensor, mask: torch.Tensor, group: int) -> torch.Tensor:
+    """b_t: the mean return at t of the *other* samples of the same question that are still writing at t.
+
+    [B, T] -> [B, T]; rows i*group .. i*group + group-1 share a prompt, so column t is the same step for all of them.
+    In the units of the return at t, not of the reward: a baseline of another length of future would be a bias.
+    Leaving the row itself out keeps the gradient unbiased (Kool et al. 2019). A row alone at t has nothing to be
+    compared with: its baseline is its own return, its advantage 0.
+
+    >>> group_baseline(torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]), 2)
+    tensor([[3., 4.],
+            [1., 0.]])
+    """
+    grouped, alive = (returns * mask).view(-1, group, returns.shape[1]), mask.view(-1, group, returns.shape[1])
+    others = grouped.sum(1, keepdim=True) - grouped
+    how_many = alive.sum(1, keepdim=True) - alive
+    baseline = torch.where(how_many > 0, others / how_many.clamp(min=1), grouped)
+    return baseline.view_as(returns) * mask
+
+
+def normalise(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Divide by the root mean square over the batch's response tokens, so that the learning rate alone sets the step.
+
+    The mean is left alone: the baseline has dealt with it, and a second centring would punish long traces.
+    """
+    scale = ((advantages**2 * mask).sum() / mask.sum().clamp(min=1)).sqrt()
+    return advantages / scale.clamp(min=1e-6) * mask
+
+
+def grpo_advantages(outcomes: torch.Tensor, group: int) -> torch.Tensor:
+    """A = (R - mean R) / std R over the G samples of a question (Shao et al. 2024, eq. 3): [B] -> [B].
+
+    A group whose outcomes are all alike teaches nothing: its advantages are 0.
+
+    >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
+    tensor([ 1., -1.,  0.,  0.])
+    """
+    grouped = outcomes.view(-1, group)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    return (centred / grouped.std(1, unbiased=False, keepdim=True).clamp(min=1e-6)).flatten()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Losses, one value per token [B, T] or [N]. `update` sums them and divides by the tokens of the whole batch.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def reinforce_loss(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """-A_t log pi(a_t|s_t): its gradient is the policy gradient (Williams 1992).
+
+    >>> reinforce_loss(torch.tensor([-1.0]), torch.tensor([2.0]))
+    tensor([2.])
+    """
+    return -advantages.detach() * logprobs
+
+
+def ppo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float) -> torch.Tensor:
+    """-min(ratio A, clip(ratio, 1-clip, 1+clip) A), ratio = pi / pi_old (Schulman et al. 2017, eq. 7).
+
+    On the first epoch ratio = 1: the loss is -A, whose mean is 0 for centred advantages, yet the gradient is
+    REINFORCE's. A loss of zero is no sign of a dead run; `clipped` in metrics.jsonl says how often the clip bites.
+
+    >>> ppo_loss(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), torch.tensor([1.0]), 0.2)
+    tensor([-1.2000])
+    """
+    ratio = (logprobs - old_logprobs.detach()).exp()
+    advantages = advantages.detach()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def expected_reward(policy_logprobs: torch.Tensor, all_scores: torch.Tensor, entropy_coef: float) -> torch.Tensor:
+    """E_{a~pi}[f(s,a) - alpha log pi(a|s)] over the whole vocabulary: [N, V], [N, V] -> [N].
+
+    A likelihood reward scores every action at once, so the expectation that REINFORCE estimates from one sampled token
+    can be summed exactly. With a gradient through pi it is an objective (horizon: the next token); without, it is the
+    best baseline for the immediate reward, since no other knows the state as well.
+
+    >>> expected_reward(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 3.0]]), 0.0)
+    tensor([2.])
+    """
+    return (policy_logprobs.exp() * (all_scores - entropy_coef * policy_logprobs)).sum(-1)
+
+
+def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
+    """KL(pi || pi_ref) per token, estimated from the sampled one: exp(d) - d - 1 with d = log pi_ref - log pi.
+
+    Never negative, and unbiased for samples of pi (Schulman 2020, 'Approximating KL divergence', k3).
+
+    >>> kl_k3(torch.tensor([0.0]), torch.tensor([0.0]))
+    tensor([0.])
+    """
+    d = reference_logprobs - logprobs
+    return d.exp() - d - 1
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """-sum_a pi(a|s) log pi(a|s): [N, V] -> [N].
+
+    >>> entropy(torch.zeros(1, 4)) / torch.tensor(4.0).log()
+    tensor([1.])
+    """
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def sft_loss(model, batch: Batch) -> torch.Tensor:
+    """-log pi(expert's token | expert's prefix), per response token: [N]. The end token is one of them."""
+    return torch.nn.functional.cross_entropy(response_logits(model, batch), response_tokens(batch), reduction="none")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. Updates
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model, lr: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay: a policy that starts from a pretrained model should stay near it."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def optimizer_step(optimizer, max_norm: float = 1.0) -> float:
+    """Clip the gradient's norm, step, clear. Returns the norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+def accumulate(loss_of_rows: Callable[[slice], torch.Tensor], count: int, micro_batch: int, total: float) -> float:
+    """Backward of sum(losses) / total over `count` rows, `micro_batch` rows at a time. Returns the loss.
+
+    loss_of_rows(rows) gives per-token losses, 0 outside the response. `total` is that of the *whole* batch (its number
+    of response tokens), so the micro-batch size sets the memory and nothing else.
+    """
+    loss = 0.0
+    for start in range(0, count, micro_batch):
+        part = loss_of_rows(slice(start, min(start + micro_batch, count))).sum() / total
+        part.backward()
+        loss += float(part.detach())
+    return loss
+
+
+def frozen_copy(model):
+    """A copy that never trains: pi_ref, or the behaviour policy."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars and advice, which would bury our own lines."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def main() -> None:
+    import data
+
+    quiet()
+
+    model, tokenizer = load_policy(BASE)
+    example = data.load_examples("words", "test", 1)[0]
+    generator = torch.Generator().manual_seed(0)
+    prompt = data.prompt_ids(tokenizer, example.question)
+    rollout = sample(model, [prompt], tokenizer.eos_token_id, max_new_tokens=64, group=4, generator=generator)
+    print(example.question, "\n")
+    for row in range(4):
+        text = data.decode(tokenizer, rollout.batch.response(row))
+        print(f"{text.replace(chr(10), ' ')}   log pi = {rollout.logprobs[row].sum():.2f}", "right" * data.is_correct(example, text))
+    again = in_chunks(lambda b: token_logprobs(model, b), rollout.batch)
+    print(f"\nlargest difference from a fresh forward pass: {(again - rollout.logprobs).abs().max():.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""policy.py: sampling equals a forward pass; each loss equals what a hand or a plain loop computes."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import data
+import policy
+from data import UserError
+
+MASK = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]])
+
+
+@pytest.fixture(scope="module")
+def prompts(shipped):
+    return [data.prompt_ids(shipped[1], e.question) for e in data.load_examples("words", "test", 12)]
+
+
+# sampling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_equal_a_fresh_forward_pass(shipped, prompts, temperature):
+    model, tokenizer = shipped
+    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 64, group=3, temperature=temperature)
+    fresh = policy.in_chunks(lambda b: policy.token_logprobs(model, b, temperature), rollout.batch, 5)
+    assert_close(rollout.logprobs, fresh, atol=1e-4, rtol=0)
+    assert rollout.finished.all() and (rollout.batch.lengths > rollout.batch.prompt_lengths).all()
+
+
+def test_each_row_continues_its_own_prompt(shipped, prompts):
+    model, tokenizer = shipped
+    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 8, group=2, rows=6)  # several chunks
+    for row in range(2 * len(prompts)):
+        prompt = prompts[row // 2]
+        assert rollout.batch.tokens[row, : len(prompt)].tolist() == prompt
+        assert int(rollout.batch.prompt_lengths[row]) == len(prompt)
+
+
+def test_greedy_equals_generate(shipped, prompts):
+    model, tokenizer = shipped
+    ours = policy.sample(model, prompts, tokenizer.eos_token_id, 64, temperature=0.0)
+    for row, prompt in enumerate(prompts):
+        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=tokenizer.eos_token_id,
+                                attention_mask=torch.ones(1, len(prompt), dtype=torch.long), pad_token_id=1)  # fmt: skip
+        assert ours.batch.response(row) == theirs[0, len(prompt) :].tolist()
+
+
+def test_the_same_seed_gives_the_same_samples(shipped, prompts):
+    model, tokenizer = shipped
+    a, b = (policy.sample(model, prompts, tokenizer.eos_token_id, 16, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a.batch.tokens, b.batch.tokens)
+
+
+def test_length_limit_leaves_a_row_unfinished(shipped, prompts):
+    model, tokenizer = shipped
+    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 5)
+    assert not rollout.finished.any() and (rollout.batch.response_mask.sum(1) == 5).all()
+
+
+def test_top_p_keeps_the_smallest_sufficient_set():
+    logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    drawn = policy.choose(logprobs, 1.0, 0.75).bincount(minlength=4) / 2000
+    assert drawn[2:].sum() == 0 and abs(drawn[0] - 0.5 / 0.8) < 0.05  # 0.5 < 0.75 <= 0.5 + 0.3
+
+
+def test_sampling_follows_the_probabilities():
+    drawn = policy.choose(torch.tensor([[0.7, 0.2, 0.1]]).log().expand(5000, 3), 1.0, 1.0).bincount(minlength=3) / 5000
+    assert_close(drawn, torch.tensor([0.7, 0.2, 0.1]), atol=0.03, rtol=0)
+
+
+# log-probabilities ---------------------------------------------------------------------------------------------
+
+
+def test_token_logprobs_equal_the_manual_sum(shipped):
+    model, tokenizer = shipped
+    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 3))
+    logprobs = policy.token_logprobs(model, batch)
+    for row in range(3):
+        ids, start = batch.tokens[row, : batch.lengths[row]], int(batch.prompt_lengths[row])
+        logits = model(ids[None]).logits[0]
+        by_hand = sum(logits[t - 1].log_softmax(-1)[ids[t]] for t in range(start, len(ids)))
+        assert_close(logprobs[row].sum(), by_hand, atol=1e-4, rtol=1e-5)
+        assert ids[-1] == tokenizer.eos_token_id and batch.response_mask[row, len(ids) - 1] == 1  # the end token counts
+
+
+def test_padding_changes_nothing(shipped):
+    model, tokenizer = shipped
+    examples = data.load_examples("words", "train", 1) + data.load_examples("words", "train", 1, steps=4)
+    together = policy.token_logprobs(model, data.demonstration_batch(tokenizer, examples))
+    alone = policy.token_logprobs(model, data.demonstration_batch(tokenizer, examples[:1]))
+    assert_close(together[:1, : alone.shape[1]], alone, atol=1e-5, rtol=0)
+    assert together[0, alone.shape[1] :].abs().sum() == 0
+
+
+def test_the_end_token_is_trained_and_the_prompt_is_not(shipped):
+    model, tokenizer = shipped
+    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 1))
+    losses = policy.sft_loss(model, batch)
+    assert len(losses) == int(batch.lengths - batch.prompt_lengths)
+    model = policy.frozen_copy(model).requires_grad_(True)
+    policy.sft_loss(model, batch)[-1].backward()  # the end token's loss alone
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+# returns, baselines, advantages --------------------------------------------------------------------------------
+
+
+def test_returns_to_go_by_hand():
+    rewards = torch.tensor([[9.0, 1.0, 2.0, 3.0], [9.0, 4.0, 5.0, 9.0]])  # the nines lie outside the responses
+    expected = torch.tensor([[0.0, 1 + 0.5 * (2 + 0.5 * 3), 2 + 0.5 * 3, 3.0], [0.0, 4 + 0.5 * 5, 5.0, 0.0]])
+    assert_close(policy.returns_to_go(rewards, MASK, 0.5), expected)
+
+
+def test_returns_do_not_overflow_where_division_by_gamma_powers_does():
+    returns = policy.returns_to_go(torch.ones(1, 2000), torch.ones(1, 2000), 0.9)
+    assert_close(returns[0, 0], torch.tensor(10.0), atol=1e-4, rtol=0)
+    assert math.isinf((torch.ones(1) / torch.tensor(0.9) ** 1999).item())
+
+
+def test_group_baseline_by_hand():
+    mask = torch.tensor([[0.0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 1, 1]])
+    returns = torch.tensor([[0.0, 2, 5], [0, 4, 0], [0, 7, 1], [0, 9, 3]])
+    expected = torch.tensor([[0.0, 4, 5], [0, 2, 0], [0, 9, 3], [0, 7, 1]])  # the others'; alone at t: one's own
+    assert_close(policy.group_baseline(returns, mask, 2), expected)
+
+
+def test_normalise_keeps_the_sign_of_every_advantage():
+    advantages = torch.tensor([[0.0, 3.0, -1.0, 2.0], [0.0, 1.0, 1.0, 0.0]])
+    scaled = policy.normalise(advantages, MASK)
+    assert_close((scaled**2).sum() / MASK.sum(), torch.tensor(1.0))
+    assert torch.equal(scaled.sign(), advantages.sign())
+
+
+def test_grpo_advantages_by_hand():
+    outcomes = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    std = math.sqrt(0.25 * 0.75)
+    assert_close(policy.grpo_advantages(outcomes, 4), torch.tensor([0.75 / std] + [-0.25 / std] * 3 + [0.0] * 4))
+
+
+# losses --------------------------------------------------------------------------------------------------------
+
+
+def test_reinforce_gradient_is_minus_the_advantage():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    policy.reinforce_loss(logprobs, torch.tensor([3.0, -0.5])).sum().backward()
+    assert_close(logprobs.grad, torch.tensor([-3.0, 0.5]))
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, has_gradient",
+    [
+        (1.0, 2.0, -2.0, True), (1.5, 1.0, -1.2, False), (0.5, 1.0, -0.5, True),
+        (1.5, -1.0, 1.5, True), (0.5, -1.0, 0.8, False),
+    ],
+)  # fmt: skip
+def test_ppo_clips_where_the_ratio_has_gone_far_enough(ratio, advantage, loss, has_gradient):
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    value = policy.ppo_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2)
+    assert_close(value.detach(), torch.tensor([loss]))
+    value.sum().backward()
+    assert (logprobs.grad.abs().item() > 0) == has_gradient
+
+
+def test_expected_reward_by_hand_and_as_the_mean_of_samples():
+    logprobs, scores = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[2.0, -1.0]])
+    by_hand = 0.25 * (2 - 0.5 * math.log(0.25)) + 0.75 * (-1 - 0.5 * math.log(0.75))
+    assert_close(policy.expected_reward(logprobs, scores, 0.5), torch.tensor([by_hand]))
+    actions = policy.choose(logprobs.expand(20_000, 2), 1.0, 1.0)
+    sampled = (scores[0] - 0.5 * logprobs[0])[actions].mean()
+    assert abs(sampled - by_hand) < 0.03
+
+
+def test_expected_reward_is_greatest_at_the_tempered_scores():
+    """max_pi E[f - alpha log pi] is at pi ~ exp(f / alpha): alpha < 1 sharpens, alpha = 1 imitates."""
+    scores, alpha = torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.5
+    best = (scores / alpha).log_softmax(-1)
+    value = policy.expected_reward(best, scores, alpha)
+    for _ in range(50):
+        other = torch.randn(1, 3).log_softmax(-1)
+        assert policy.expected_reward(other, scores, alpha) <= value + 1e-6
+
+
+def test_k3_by_hand_and_unbiased():
+    assert_close(policy.kl_k3(torch.tensor([-1.0]), torch.tensor([-1.5])), torch.tensor([math.exp(-0.5) + 0.5 - 1]))
+    p, q = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])
+    expectation = (p * policy.kl_k3(p.log(), q.log())).sum()
+    assert_close(expectation, (p * (p / q).log()).sum())
+
+
+def test_entropy_by_hand():
+    assert_close(policy.entropy(torch.tensor([[0.25, 0.75]]).log()), torch.tensor([-0.25 * math.log(0.25) - 0.75 * math.log(0.75)]))
+
+
+# updates -------------------------------------------------------------------------------------------------------
+
+
+def test_micro_batch_size_changes_no_gradient(shipped):
+    model, tokenizer = policy.frozen_copy(shipped[0]).requires_grad_(True), shipped[1]
+    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 7))
+    gradients, losses = [], []
+    for micro_batch in (7, 3, 1):
+        model.zero_grad()
+        losses.append(policy.accumulate(lambda rows: policy.sft_loss(model, batch[rows]), 7, micro_batch, float(batch.response_mask.sum())))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert_close(torch.tensor(losses[1:]), torch.tensor([losses[0]] * 2), atol=1e-5, rtol=1e-5)
+    assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+    assert_close(gradients[2], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+# loading -------------------------------------------------------------------------------------------------------
+
+
+def test_names():
+    assert policy.resolve_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert policy.resolve_model("Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert policy.resolve_model("Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+    assert policy.resolve_model("someone/model") == "someone/model"
+    with pytest.raises(UserError, match="did you mean 'Qwen2.5-0.5B'"):
+        policy.resolve_model("Qwen2.5-0.5")
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, shipped):
+    with pytest.raises(UserError, match="config.json is missing"):
+        policy.load_policy(str(tmp_path))
+    with pytest.raises(UserError, match="give a folder: --model DIR"):
+        policy.load_policy("Qwen2.5-0.5B")  # offline
+    shipped[0].save_pretrained(tmp_path / "a")
+    shipped[1].save_pretrained(tmp_path / "a")
+    weights = tmp_path / "a" / "model.safetensors"
+    torch.save(shipped[0].state_dict(), tmp_path / "a" / "pytorch_model.bin")  # pickle is not an alternative
+    weights.unlink()
+    with pytest.raises(UserError, match="cannot load model"):
+        policy.load_policy(str(tmp_path / "a"))
+
+
+def test_a_tokenizer_without_end_token_is_refused(shipped, tmp_path):
+    shipped[0].save_pretrained(tmp_path)
+    tokenizer = policy.PreTrainedTokenizerFast.from_pretrained(policy.BASE)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end token"):
+        policy.load_policy(str(tmp_path))
