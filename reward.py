@@ -1,0 +1,511 @@
+"""The reward: a discriminator that tells expert traces from the policy's own, read as a reward per token.
+
+    1. equations             discriminator logit, its losses, granularity, trace weights: pure functions
+    2. two reward models     likelihood (f = log p_phi(a|s), a language model) and head (the paper's linear head)
+    3. negatives             the policy's rollouts, old rollouts (replay), perturbed expert traces
+    4. update                one discriminator step, experts and negatives weighing the same in total
+    5. token_rewards         what the policy is trained on
+    6. show                  a trace in the terminal, coloured token by token
+
+The names: f is `scores`, the reward model's own opinion of each token. The discriminator says with probability
+D = sigmoid(logit) that a token is the expert's. For AIRL (Fu, Luo, Levine 2018, arXiv 1710.11248, section 4)
+
+    D(s,a) = exp f(s,a) / (exp f(s,a) + pi(a|s))     so     logit = f - log pi
+
+which is what subtracting log pi buys: at the optimum f is the expert's log-density, whatever the policy was, and the
+reward log D - log(1-D) is the logit itself. The released code of arXiv 2510.01857 trains logit = f (GAIL's
+discriminator); then f is the log-ratio expert/policy and is worth nothing once the policy has moved on.
+
+Run `python reward.py` for a small demonstration, or
+    python reward.py --run runs/demo --question "..." --trace "..."
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+import data
+import policy
+from data import Batch, UserError
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Equations
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def discriminator_logits(scores: torch.Tensor, policy_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
+    """logit D: 'airl' f - log pi (Fu et al. 2018), 'gail' f (Ho & Ermon 2016). Shapes alike, any.
+
+    >>> f, log_pi = torch.tensor([0.2]).log(), torch.tensor([0.6]).log()
+    >>> discriminator_logits(f, log_pi, "airl").sigmoid()  # 0.2 / (0.2 + 0.6)
+    tensor([0.2500])
+    """
+    return scores - policy_logprobs if kind == "airl" else scores
+
+
+def bce_loss(logits: torch.Tensor, is_expert: float, smoothing: float) -> torch.Tensor:
+    """Binary cross-entropy per token, expert 1, policy 0, both moved towards 1/2 by label smoothing.
+
+    Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where the classes do not
+    overlap.
+
+    >>> bce_loss(torch.tensor([0.0]), 1.0, 0.1)  # log 2, whatever the label
+    tensor([0.6931])
+    """
+    target = torch.full_like(logits, is_expert * (1 - smoothing) + smoothing / 2)
+    return binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+def trace_weights(mask: torch.Tensor) -> torch.Tensor:
+    """Weights [B, T] that take the mean over each trace's counted tokens, then over the traces: they sum to 1.
+
+    >>> trace_weights(torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]))
+    tensor([[0.0000, 0.2500, 0.2500],
+            [0.0000, 0.5000, 0.0000]])
+    """
+    return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(1, len(mask))
+
+
+def segment_ends(batch: Batch, granularity: str, interval: int, ends_step: torch.Tensor) -> torch.Tensor:
+    """[B, T], 1 on the tokens where a score is read.
+
+    dense: every response token. sparse: the last one only. interval: the last token of each step (a token that holds a
+    newline: ends_step [V] says which do), or every `interval` tokens if interval > 0; the last token always.
+    """
+    mask = batch.response_mask
+    if granularity == "dense":
+        return mask
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    ends = positions == batch.lengths[:, None] - 1
+    if granularity == "interval" and interval > 0:
+        ends = ends | ((positions - batch.prompt_lengths[:, None] + 1) % interval == 0)
+    elif granularity == "interval":
+        ends = ends | ends_step[batch.tokens]
+    return mask * ends
+
+
+def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Sum `values` over each segment and place it on the segment's last token: [B, T] -> [B, T], 0 elsewhere.
+
+    >>> segment_sums(torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3), torch.tensor([[0.0, 1.0, 1.0]]))
+    tensor([[0., 3., 3.]])
+    """
+    total = (values * mask).cumsum(1)
+    # the running total at the previous segment end, carried forward
+    at_end = torch.where(ends.bool(), torch.arange(values.shape[1], device=values.device), -1)
+    last_end = pad(at_end.cummax(1).values[:, :-1], (1, 0), value=-1)  # [B, T], -1 before the first end
+    before = torch.where(last_end >= 0, total.gather(1, last_end.clamp(min=0)), torch.zeros_like(total))
+    return (total - before) * ends
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Two reward models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class LikelihoodReward(torch.nn.Module):
+    """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart.
+
+    It starts as a copy of the policy's starting point, so at first f - log pi = 0 and D = 1/2 everywhere, with all
+    that the base knows already in f. It scores every token of the vocabulary at once (`all_scores`).
+    """
+
+    scores_all_actions = True
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def scores(self, batch: Batch) -> torch.Tensor:
+        """f(s_t, a_t): [B, T], 0 outside the response."""
+        return policy.token_logprobs(self.model, batch)
+
+    def all_scores(self, batch: Batch) -> torch.Tensor:
+        """f(s_t, a) for every a: [N, V], in the order of policy.response_tokens."""
+        return policy.response_logits(self.model, batch).log_softmax(-1)
+
+    def relaxed_scores(self, batch: Batch, soft_tokens: torch.Tensor) -> torch.Tensor:
+        """f for tokens that are mixtures, soft_tokens [B, T, V]: what the gradient penalty differentiates. [B, T]"""
+        embeddings = soft_tokens @ self.model.get_input_embeddings().weight
+        logits = self.model(inputs_embeds=embeddings, attention_mask=batch.attention_mask).logits
+        return pad((logits[:, :-1].log_softmax(-1) * soft_tokens[:, 1:]).sum(-1), (1, 0)) * batch.response_mask
+
+
+class HeadReward(torch.nn.Module):
+    """f(s,a) = w . h + b, with h the hidden state that has read a: the paper's linear head on a language model.
+
+    With few demonstrations it learns which prompts go with which traces rather than which steps are right (README,
+    'what goes wrong'). It starts at f = 0.
+    """
+
+    scores_all_actions = False
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model  # ForTokenClassification with one label: transformers' name for just this head
+
+    def scores(self, batch: Batch) -> torch.Tensor:
+        """f(s_t, a_t): [B, T], 0 outside the response. Column t reads token t itself."""
+        logits = self.model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
+        return logits.squeeze(-1).float() * batch.response_mask
+
+    def all_scores(self, batch: Batch) -> torch.Tensor:
+        raise UserError("the head reward scores only the token it has read: use --policy-loss reinforce or ppo with "
+                        "--reward head, or --reward likelihood")
+
+    def relaxed_scores(self, batch: Batch, soft_tokens: torch.Tensor) -> torch.Tensor:
+        """f for mixed tokens, soft_tokens [B, T, V]: [B, T]."""
+        embeddings = soft_tokens @ self.model.get_input_embeddings().weight
+        logits = self.model(inputs_embeds=embeddings, attention_mask=batch.attention_mask).logits
+        return logits.squeeze(-1) * batch.response_mask
+
+
+def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:
+    """A reward model from a folder or hub name: `kind` 'likelihood' or 'head'. A head that is not in the checkpoint
+    (the base has none) starts at zero."""
+    where = policy.resolve_model(path)
+    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    try:
+        if kind == "likelihood":
+            return LikelihoodReward(AutoModelForCausalLM.from_pretrained(where, **options)).to(device).eval()
+        model, info = AutoModelForTokenClassification.from_pretrained(where, num_labels=1, output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load reward model '{path}': {str(error).strip().splitlines()[0]}") from None
+    if any("score" in key for key in info["missing_keys"]):
+        torch.nn.init.zeros_(model.score.weight)
+        torch.nn.init.zeros_(model.score.bias)
+    return HeadReward(model).to(device).eval()  # eval: the head of transformers has dropout, the paper's has none
+
+
+@dataclass
+class Discriminator:
+    """A reward model with what turns its scores into D, and D into rewards.
+
+    logit: 'airl' or 'gail'. granularity: 'dense', 'interval', 'sparse'. interval: tokens per segment, 0 = per step.
+    ends_step [V] bool: the tokens that end a step. clip: rewards are held within [-clip, clip], 0 = no clip.
+    """
+
+    reward_model: LikelihoodReward | HeadReward
+    logit: str
+    granularity: str
+    interval: int
+    ends_step: torch.Tensor
+    clip: float = 0.0
+
+    def segments(self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor):
+        """(f, log pi, ends) per segment, each [B, T], on the segment's last token.
+
+        A segment's log pi is the sum over its tokens, and so is a likelihood's f: both are log-probabilities of the
+        segment. A head reads its f at the segment's end.
+        """
+        ends = segment_ends(batch, self.granularity, self.interval, self.ends_step)
+        if self.granularity == "dense":
+            return scores, policy_logprobs, ends
+        mask = batch.response_mask
+        sums = segment_sums(scores, mask, ends) if self.reward_model.scores_all_actions else scores * ends
+        return sums, segment_sums(policy_logprobs, mask, ends), ends
+
+    def logits(self, batch: Batch, policy_logprobs: torch.Tensor):
+        """(logit D, ends), each [B, T]: the logit where a score is read, 0 elsewhere."""
+        scores, log_pi, ends = self.segments(batch, self.reward_model.scores(batch), policy_logprobs)
+        return discriminator_logits(scores, log_pi, self.logit) * ends, ends
+
+    @torch.no_grad()
+    def token_rewards(self, batch: Batch, policy_logprobs: torch.Tensor, entropy_coef: float = 1.0) -> torch.Tensor:
+        """r_t, what the policy is trained on: [B, T].
+
+        airl: f - alpha log pi. alpha = entropy_coef = 1 is AIRL's log D - log(1-D); less of it sharpens, because
+        maximising E[f - alpha log pi] has its optimum at pi ~ exp(f / alpha). gail: f, which holds -log pi already.
+        """
+        scores, log_pi, ends = self.segments(batch, self.reward_model.scores(batch), policy_logprobs)
+        rewards = discriminator_logits(scores, entropy_coef * log_pi, self.logit) * ends
+        return rewards.clamp(-self.clip, self.clip) if self.clip else rewards
+
+
+def step_end_tokens(tokenizer, size: int) -> torch.Tensor:
+    """[V] bool: which tokens hold a newline, that is, end a step of a trace."""
+    ends = torch.zeros(size, dtype=torch.bool)
+    for token in range(min(size, len(tokenizer))):
+        ends[token] = "\n" in tokenizer.decode([token])
+    return ends
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Negatives
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """What one discriminator update sees: experts, and negatives for the same questions.
+
+    pair [M]: the expert row that answers the same question as each negative. negative_from [M]: the first column that
+    counts as a negative; all of a rollout, but of a perturbed trace only what follows the change.
+    """
+
+    expert: Batch
+    negative: Batch
+    pair: torch.Tensor
+    negative_from: torch.Tensor
+
+
+class Replay:
+    """Old rollouts, a few per question: the discriminator keeps seeing errors that the policy has given up, so that the
+    policy has no reason to come back to them. (method.md of AIRL: section 5 mixes in the last 20 iterations.)"""
+
+    def __init__(self, per_question: int):
+        self.past: dict[str, deque] = defaultdict(lambda: deque(maxlen=per_question))
+
+    def add(self, question: str, responses: list[list[int]]) -> None:
+        self.past[question].extend(responses)
+
+    def draw(self, question: str, count: int, rng: random.Random) -> list[list[int]]:
+        """At most `count` old responses to this question."""
+        past = list(self.past[question])
+        return rng.sample(past, min(count, len(past)))
+
+
+def perturbed_negatives(tokenizer, example: data.Example, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
+    """`count` broken copies of an expert's trace: (response tokens, index of the first changed token).
+
+    The index comes from comparing token ids, so it is right for any tokenizer. A copy that equals the expert's is
+    dropped: a no-op is no negative.
+    """
+    expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
+    negatives = []
+    for _ in range(count):
+        found = data.perturb(example, rng)
+        if found is not None:
+            broken = data.response_ids(tokenizer, data.response_text(found[0].trace, found[0].answer))
+            if broken != expert:
+                negatives.append((broken, data.first_difference(broken, expert)))
+    return negatives
+
+
+def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[int]]], perturbed: int,
+            rng: random.Random, device="cpu") -> Comparison:  # fmt: skip
+    """Experts beside negatives: rollouts[i] holds sampled responses (token lists) to examples[i].question."""
+    prompts, responses, pair, start = [], [], [], []
+    for i, example in enumerate(examples):
+        prompt = data.prompt_ids(tokenizer, example.question)
+        negatives = [(response, 0) for response in rollouts[i]]
+        negatives += perturbed_negatives(tokenizer, example, perturbed, rng)
+        for response, first_changed in negatives:
+            prompts.append(prompt)
+            responses.append(response)
+            pair.append(i)
+            start.append(len(prompt) + first_changed)
+    expert = data.demonstration_batch(tokenizer, examples, device)
+    negative = data.make_batch(prompts, responses, device)
+    return Comparison(expert, negative, torch.tensor(pair, device=device), torch.tensor(start, device=device))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. The discriminator's update
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def gradient_penalty(reward_model, expert: Batch, negative: Batch) -> torch.Tensor:
+    """(|| d mean f / d x || - 1)^2 at points x between an expert's trace and a negative's (Gulrajani et al. 2017).
+
+    Tokens have nothing between them, so x mixes the two one-hot sequences: the same prompt first, then a mixture at
+    each response position both have. Rows are pairs of the same question. Returns a scalar.
+    """
+    vocabulary = reward_model.model.get_input_embeddings().weight
+    lengths = torch.minimum(expert.lengths, negative.lengths)
+    width = int(lengths.max())
+    both = Batch(expert.tokens[:, :width], expert.prompt_lengths, lengths)
+    one_hots = [torch.nn.functional.one_hot(b.tokens[:, :width], len(vocabulary)).to(vocabulary.dtype) for b in (expert, negative)]
+    mix = torch.rand(len(both), 1, 1, device=both.tokens.device)
+    x = (mix * one_hots[0] + (1 - mix) * one_hots[1]).requires_grad_(True)  # [B, T, V]
+    mask = both.response_mask
+    with sdpa_kernel(SDPBackend.MATH):  # the fast attention kernels have no second derivative
+        mean_score = (reward_model.relaxed_scores(both, x) * mask).sum(1) / mask.sum(1)  # [B]
+    (gradient,) = torch.autograd.grad(mean_score.sum(), x, create_graph=True)
+    norm = (gradient * mask[..., None]).flatten(1).norm(dim=1)
+    return ((norm - 1) ** 2).mean()
+
+
+def comparison_loss(logits_e, weights_e, logits_n, weights_n, pair, kind: str, smoothing: float) -> torch.Tensor:
+    """The discriminator's loss on some experts [E, T] and their negatives [M, T].
+
+    The weights are `trace_weights` of the whole comparison, so losses of parts add up to the loss of the whole.
+    pair [M] points into these E rows.
+        bce   sum_t w_t BCE(logit_t), half for experts, half for negatives
+        bt    Bradley-Terry: -log sigmoid(mean logit of the expert - mean logit of the negative), over pairs
+        wgan  mean logit of the negatives - mean logit of the experts (the penalty is added by `update`)
+    """
+    if kind == "bce":
+        expert = (weights_e * bce_loss(logits_e, 1.0, smoothing)).sum()
+        return 0.5 * expert + 0.5 * (weights_n * bce_loss(logits_n, 0.0, smoothing)).sum()
+    if kind == "wgan":
+        return (weights_n * logits_n).sum() - (weights_e * logits_e).sum()
+    share = weights_n.sum(1)  # [M], 1 / number of negatives
+    mean_e = (weights_e * logits_e).sum(1) / weights_e.sum(1)  # [E]
+    mean_n = (weights_n * logits_n).sum(1) / share.clamp(min=1e-9)  # [M]
+    return -(share * logsigmoid(mean_e[pair] - mean_n)).sum()
+
+
+def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
+    """`trace_weights` of experts [E, T] and negatives [M, T], padded to one width; a negative counts from its first
+    changed token on."""
+    expert, negative = (
+        segment_ends(batch, discriminator.granularity, discriminator.interval, discriminator.ends_step)
+        for batch in (comparison.expert, comparison.negative)
+    )
+    columns = torch.arange(negative.shape[1], device=negative.device)
+    negative = negative * (columns >= comparison.negative_from[:, None])
+    width = max(expert.shape[1], negative.shape[1])
+    return tuple(trace_weights(pad(ends, (0, width - ends.shape[1]))) for ends in (expert, negative))
+
+
+def update(discriminator: Discriminator, optimizer, policy_model, comparison: Comparison, loss: str = "bce",
+           smoothing: float = 0.1, nll_coef: float = 0.0, penalty: float = 10.0, micro_batch: int = 64) -> dict:  # fmt: skip
+    """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
+
+    policy_model: the current pi, whose log-probability AIRL's logit subtracts (of experts and negatives alike; without
+    a gradient). nll_coef adds the likelihood of the demonstrations to a likelihood reward's loss.
+    """
+    expert, negative = comparison.expert, comparison.negative
+    model = discriminator.reward_model
+    weights_e, weights_n = comparison_weights(discriminator, comparison)
+    sums = defaultdict(float)
+    per_chunk = max(1, micro_batch * len(expert) // (len(expert) + len(negative)))
+    for first in range(0, len(expert), per_chunk):
+        rows = slice(first, first + per_chunk)
+        chosen = ((comparison.pair >= first) & (comparison.pair < first + per_chunk)).nonzero().squeeze(-1)
+        count, pair = len(expert.lengths[rows]), comparison.pair[chosen] - first
+        both = data.cat_batches(expert[rows], negative[chosen])  # experts above, negatives below
+        with torch.no_grad():
+            log_pi = policy.token_logprobs(policy_model, both)
+        logits, _ = discriminator.logits(both, log_pi)  # [E + M, T]
+        logits_e, logits_n = logits[:count], logits[count:]
+        w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
+        value = comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
+        if loss == "wgan" and penalty:
+            share = len(chosen) / len(negative)
+            value = value + penalty * share * gradient_penalty(model, both[pair], both[count + torch.arange(len(chosen))])
+        if nll_coef:
+            value = value - nll_coef * (trace_weights(both[:count].response_mask) * model.scores(both[:count])).sum() * count / len(expert)
+        value.backward()
+        sums["loss"] += float(value.detach())
+        with torch.no_grad():  # D > 1/2 on experts, < 1/2 on negatives
+            sums["d_expert"] += float((w_e * logits_e.sigmoid()).sum())
+            sums["d_negative"] += float((w_n * logits_n.sigmoid()).sum())
+            sums["accuracy"] += 0.5 * float((w_e * (logits_e > 0)).sum() + (w_n * (logits_n < 0)).sum())
+    sums["grad_norm"] = policy.optimizer_step(optimizer)
+    return dict(sums)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. Seeing it
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def colour(text: str, value: float, scale: float) -> str:
+    """`text` on an ANSI background from red (value = -scale) over none (0) to green (+scale)."""
+    strength = max(-1.0, min(1.0, value / scale)) if scale > 0 else 0.0
+    faded = int(255 * (1 - abs(strength)))
+    red, green = (255, faded) if strength < 0 else (faded, 255)
+    visible = text.replace("\n", "⏎\n")
+    return f"\x1b[48;2;{red};{green};{faded}m\x1b[38;2;0;0;0m{visible}\x1b[0m"
+
+
+def explain(reward_model, tokenizer, question: str, response: str) -> list[tuple[str, float]]:
+    """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
+    prompt = data.prompt_ids(tokenizer, question)
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt + ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
+        known = "the words of `python data.py`'s problems, digits, + - * / = and newlines"
+        raise UserError(f"the question or trace holds something this model's vocabulary lacks; it knows {known}")
+    if not ids:
+        raise UserError("the trace is empty")
+    context = policy.context_length(reward_model.model)
+    if len(prompt) + len(ids) > context:
+        raise UserError(f"question and trace are {len(prompt) + len(ids)} tokens, the model's context is {context}")
+    batch = data.make_batch([prompt], [ids], reward_model.model.device)
+    with torch.no_grad():
+        scores = reward_model.scores(batch)[0, len(prompt) :].tolist()
+    return [(tokenizer.decode([token]), score) for token, score in zip(ids, scores)]
+
+
+def show(scored: list[tuple[str, float]]) -> str:
+    """The trace in colours, and its most suspicious token: the one with the lowest f."""
+    scale = max(1.0, max(abs(score) for _, score in scored))
+    painted = "".join(colour(token, score, scale) for token, score in scored)
+    lowest = min(range(len(scored)), key=lambda i: scored[i][1])
+    before = "".join(token for token, _ in scored[:lowest])[-30:]
+    return (f"{painted}\n\nmost suspicious: token {lowest + 1} of {len(scored)}, {scored[lowest][0]!r} after {before!r}, "
+            f"f = {scored[lowest][1]:.2f} (mean of the trace {sum(s for _, s in scored) / len(scored):.2f})")
+
+
+def load_run(folder: str, device="cpu"):
+    """(reward model, tokenizer, settings) of a finished run of train.py."""
+    path = Path(folder)
+    if not (path / "settings.json").exists():
+        raise UserError(f"{path} holds no run (settings.json is missing): give the folder that train.py wrote")
+    if not (path / "reward" / "config.json").exists():
+        raise UserError(f"{path} holds no reward: it comes with --method irl or all")
+    settings = json.loads((path / "settings.json").read_text())
+    tokenizer = policy.load_policy(str(path / "policy"), device)[1]
+    return load_reward(settings["reward"], str(path / "reward"), device), tokenizer, settings
+
+
+def demonstrate() -> None:
+    """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's mistake."""
+    import irl
+    import train
+
+    settings = train.parse_settings(["--demonstrations", "64", "--device", "cpu"])
+    base, tokenizer = policy.load_policy("base")
+    discriminator = Discriminator(load_reward("likelihood", "base"), "airl", "dense", 0, step_end_tokens(tokenizer, len(tokenizer)))
+    loop = irl.IRL(settings, tokenizer, base, discriminator, data.load_examples("words", "train", 64))
+    for update_number in range(1, 31):
+        metrics = loop.warm_up()
+        if update_number % 10 == 0:
+            print(f"discriminator update {update_number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+    problem = data.Problem("Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", 24, (
+        data.Event("packs", "", 3, 12), data.Event("loss", "", 9)))  # fmt: skip
+    right, wrong = data.solve(problem), data.solve(problem, random.Random(0), misconception=1.0)
+    for name, example in (("expert", right), ("pupil", wrong)):
+        print(f"\n{name}: {example.question}")
+        print(show(explain(discriminator.reward_model, tokenizer, example.question, data.response_text(example.trace, example.answer))))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Colour a trace by its token rewards.")
+    parser.add_argument("--run", help="a folder written by train.py; without it, a small demonstration")
+    parser.add_argument("--question")
+    parser.add_argument("--trace", help="the reasoning (\\n for a new line), or a whole response with its <think> tags")
+    parser.add_argument("--answer", help="the final answer, scored too if given")
+    args = parser.parse_args()
+    try:
+        policy.quiet()
+        if args.run is None:
+            demonstrate()
+            return 0
+        if not args.question or not args.trace:
+            raise UserError("--run needs --question and --trace")
+        reward_model, tokenizer, _ = load_run(args.run)
+        trace = args.trace.replace("\\n", "\n")
+        if "<think>" not in trace:
+            whole = data.response_text(trace, args.answer or "")
+            trace = whole if args.answer else whole[: whole.index("</think>")] + "</think>"
+        print(show(explain(reward_model, tokenizer, args.question, trace)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""reward.py: the discriminator's equations, granularity, negatives, and that a known reward is recovered."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import data
+import policy
+import reward
+from data import UserError
+
+
+def make_discriminator(shipped, kind="likelihood", logit="airl", granularity="dense", interval=0, clip=0.0):
+    model, tokenizer = shipped
+    return reward.Discriminator(reward.load_reward(kind, "base"), logit, granularity, interval,
+                                reward.step_end_tokens(tokenizer, len(tokenizer)), clip)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def comparison(shipped):
+    """Four experts, each with two samples of the base and two perturbed copies."""
+    model, tokenizer = shipped
+    examples = data.load_examples("words", "train", 4)
+    prompts = [data.prompt_ids(tokenizer, e.question) for e in examples]
+    batch = policy.sample(model, prompts, tokenizer.eos_token_id, 64, group=2, generator=torch.Generator().manual_seed(0)).batch
+    rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(4)]
+    return reward.compare(tokenizer, examples, rollouts, 2, random.Random(0))
+
+
+# equations -----------------------------------------------------------------------------------------------------
+
+
+def test_airl_discriminator_by_hand():
+    """D = exp f / (exp f + pi), and the reward log D - log(1 - D) is the logit."""
+    f, pi = torch.tensor([0.3, -1.2]), torch.tensor([0.6, 0.1])
+    d = f.exp() / (f.exp() + pi)
+    logit = reward.discriminator_logits(f, pi.log(), "airl")
+    assert_close(logit.sigmoid(), d)
+    assert_close(logit, d.log() - (1 - d).log())
+    assert torch.equal(reward.discriminator_logits(f, pi.log(), "gail"), f)
+
+
+def test_bce_by_hand():
+    logit, d = torch.tensor([0.7]), 1 / (1 + math.exp(-0.7))
+    assert_close(reward.bce_loss(logit, 1.0, 0.0), torch.tensor([-math.log(d)]))
+    assert_close(reward.bce_loss(logit, 0.0, 0.0), torch.tensor([-math.log(1 - d)]))
+    assert_close(reward.bce_loss(logit, 1.0, 0.1), torch.tensor([-0.95 * math.log(d) - 0.05 * math.log(1 - d)]))
+
+
+def test_trace_weights_mean_over_tokens_then_traces():
+    weights = reward.trace_weights(torch.tensor([[0.0, 1, 1, 1], [0, 0, 1, 0]]))
+    assert_close(weights, torch.tensor([[0, 1 / 6, 1 / 6, 1 / 6], [0, 0, 1 / 2, 0]]))
+
+
+def test_comparison_losses_by_hand():
+    """Two experts, three negatives (two for the first), one counted token each."""
+    e, n = torch.tensor([[1.0], [-0.5]]), torch.tensor([[0.2], [-1.0], [0.4]])
+    w_e, w_n, pair = torch.full((2, 1), 1 / 2), torch.full((3, 1), 1 / 3), torch.tensor([0, 0, 1])
+    sig = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    bce = 0.5 * (-math.log(sig(1)) - math.log(sig(-0.5))) / 2 + 0.5 * sum(-math.log(1 - sig(x)) for x in (0.2, -1.0, 0.4)) / 3
+    bt = sum(-math.log(sig(x)) for x in (1 - 0.2, 1 + 1.0, -0.5 - 0.4)) / 3
+    wgan = (0.2 - 1.0 + 0.4) / 3 - (1.0 - 0.5) / 2
+    for kind, expected in (("bce", bce), ("bt", bt), ("wgan", wgan)):
+        assert_close(reward.comparison_loss(e, w_e, n, w_n, pair, kind, 0.0), torch.tensor(expected))
+
+
+# granularity ---------------------------------------------------------------------------------------------------
+
+
+def test_segment_ends():
+    batch = data.make_batch([[5], [5, 5]], [[1, 9, 1, 1], [9, 2]])  # token 9 ends a step
+    ends_step = torch.zeros(10, dtype=torch.bool)
+    ends_step[9] = True
+    ends = lambda granularity, interval=0: reward.segment_ends(batch, granularity, interval, ends_step).tolist()  # noqa: E731
+    assert ends("dense") == batch.response_mask.tolist()
+    assert ends("sparse") == [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]]
+    assert ends("interval") == [[0, 0, 1, 0, 1], [0, 0, 1, 1, 0]]
+    assert ends("interval", 3) == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 0]]
+
+
+def test_segment_sums_equal_the_plain_loop():
+    values, mask = torch.randn(5, 12), torch.ones(5, 12)
+    mask[:, :2], mask[2, 9:] = 0, 0
+    ends = (torch.rand(5, 12) < 0.4).float() * mask
+    expected = torch.zeros(5, 12)
+    for b in range(5):
+        running = 0.0
+        for t in range(12):
+            running += float(values[b, t] * mask[b, t])
+            if ends[b, t]:
+                expected[b, t], running = running, 0.0
+    assert_close(reward.segment_sums(values, mask, ends), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["dense", "interval", "sparse"])
+def test_a_likelihood_reward_starts_undecided(shipped, comparison, granularity):
+    """f starts as the policy's own log-probability: logit 0 and D = 1/2 for every token, step and trace."""
+    discriminator = make_discriminator(shipped, granularity=granularity)
+    with torch.no_grad():
+        logits, ends = discriminator.logits(comparison.negative, policy.token_logprobs(shipped[0], comparison.negative))
+    assert ends.sum() > 0 and logits.abs().max() < 1e-4
+
+
+# reward models -------------------------------------------------------------------------------------------------
+
+
+def test_head_starts_at_zero_and_reads_its_own_token(shipped):
+    model = reward.load_reward("head", "base")
+    batch = data.make_batch([[5, 6]], [[7, 8, 9]])
+    assert model.scores(batch).abs().sum() == 0
+    torch.nn.init.normal_(model.model.score.weight)
+    changed = data.make_batch([[5, 6]], [[7, 8, 10]])
+    different = (model.scores(batch) != model.scores(changed))[0].tolist()
+    assert different == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "head"])
+def test_padding_and_neighbours_change_no_score(shipped, comparison, kind):
+    model = reward.load_reward(kind, "base")
+    if kind == "head":
+        torch.nn.init.normal_(model.model.score.weight)
+    together = model.scores(comparison.negative)
+    for row in (0, 3):
+        alone = model.scores(comparison.negative[row : row + 1])
+        assert_close(together[row : row + 1, : alone.shape[1]], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_all_scores_hold_the_scores(shipped, comparison):
+    model = reward.load_reward("likelihood", "base")
+    batch = comparison.negative
+    chosen = model.all_scores(batch).gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1)
+    assert_close(policy.spread(chosen, batch.response_mask), model.scores(batch))
+    with pytest.raises(UserError, match="head reward scores only"):
+        reward.load_reward("head", "base").all_scores(batch)
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "head"])
+def test_relaxed_scores_agree_on_hard_tokens(shipped, comparison, kind):
+    model = reward.load_reward(kind, "base")
+    if kind == "head":
+        torch.nn.init.normal_(model.model.score.weight)
+    batch = comparison.expert
+    one_hot = torch.nn.functional.one_hot(batch.tokens, model.model.get_input_embeddings().num_embeddings).float()
+    assert_close(model.relaxed_scores(batch, one_hot), model.scores(batch), atol=1e-4, rtol=1e-4)
+
+
+def test_rewards_are_clipped_and_sharpened(shipped, comparison):
+    batch = comparison.negative
+    log_pi = policy.in_chunks(lambda b: policy.token_logprobs(shipped[0], b), batch)
+    discriminator = make_discriminator(shipped)
+    assert_close(discriminator.token_rewards(batch, log_pi, 0.3), 0.7 * log_pi, atol=1e-4, rtol=1e-3)  # f = log pi here
+    discriminator.clip = 0.1
+    assert discriminator.token_rewards(batch, log_pi, 0.3).abs().max() <= 0.1 + 1e-6
+
+
+def test_reward_models_survive_saving(shipped, comparison, tmp_path):
+    for kind in ("likelihood", "head"):
+        model = reward.load_reward(kind, "base")
+        torch.nn.init.normal_(next(iter(model.parameters())), std=0.1)
+        if kind == "head":
+            torch.nn.init.normal_(model.model.score.weight)
+        model.model.save_pretrained(tmp_path / kind)
+        again = reward.load_reward(kind, str(tmp_path / kind))
+        assert_close(again.scores(comparison.expert), model.scores(comparison.expert))
+
+
+# negatives -----------------------------------------------------------------------------------------------------
+
+
+def test_perturbed_negatives_count_from_the_first_changed_token(shipped):
+    _, tokenizer = shipped
+    example = data.Example("Ava has 24 pens. Ava loses 9. Ava finds 3. How many pens?", "24-9=15\n15+3=18", "18")
+    expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
+    found = reward.perturbed_negatives(tokenizer, example, 50, random.Random(0))
+    assert len(found) == 50
+    for ids, first in found:
+        assert ids != expert and ids[:first] == expert[:first] and ids[first] != expert[first]
+
+
+def test_negatives_are_for_the_expert_s_own_question(shipped, comparison):
+    _, tokenizer = shipped
+    for row, i in enumerate(comparison.pair.tolist()):
+        length = int(comparison.negative.prompt_lengths[row])
+        assert comparison.negative.tokens[row, :length].tolist() == comparison.expert.tokens[i, :length].tolist()
+
+
+def test_the_prefix_shared_with_the_expert_has_no_gradient(shipped):
+    """A perturbed trace is no negative before its first change: shuffling logits there moves no loss."""
+    _, tokenizer = shipped
+    examples = data.load_examples("words", "train", 3)
+    found = reward.compare(tokenizer, examples, [[], [], []], 2, random.Random(0))
+    counted = reward.segment_ends(found.negative, "dense", 0, torch.zeros(1)) * (
+        torch.arange(found.negative.tokens.shape[1]) >= found.negative_from[:, None])  # fmt: skip
+    for row in range(len(found.negative)):
+        first = int(found.negative_from[row])
+        assert counted[row, :first].sum() == 0 and counted[row, first] == 1
+        expert = found.expert.tokens[found.pair[row]]
+        assert torch.equal(found.negative.tokens[row, :first], expert[:first]) and found.negative.tokens[row, first] != expert[first]
+
+
+def test_replay_keeps_the_latest():
+    replay = reward.Replay(2)
+    replay.add("q", [[1], [2], [3]])
+    assert sorted(replay.draw("q", 5, random.Random(0))) == [[2], [3]] and replay.draw("other", 5, random.Random(0)) == []
+
+
+# updates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["bce", "bt"])
+@pytest.mark.parametrize("granularity", ["dense", "interval", "sparse"])
+def test_micro_batch_size_changes_no_gradient(shipped, comparison, loss, granularity):
+    results = []
+    for micro_batch in (1000, 6, 1):
+        discriminator = make_discriminator(shipped, granularity=granularity)
+        optimizer = torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.1)
+        metrics = reward.update(discriminator, optimizer, shipped[0], comparison, loss, 0.1, 0.2, micro_batch=micro_batch)
+        results.append((metrics, torch.cat([p.detach().flatten() for p in discriminator.reward_model.parameters()])))
+    for metrics, parameters in results[1:]:
+        assert_close(parameters, results[0][1], atol=1e-5, rtol=1e-4)
+        assert metrics["loss"] == pytest.approx(results[0][0]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind, logit, loss", [("likelihood", "airl", "bce"), ("likelihood", "airl", "bt"), ("head", "gail", "bce"),
+                                               ("likelihood", "gail", "wgan"), ("head", "gail", "wgan")])  # fmt: skip
+def test_the_discriminator_learns(shipped, comparison, kind, logit, loss):
+    discriminator = make_discriminator(shipped, kind, logit)
+    optimizer = policy.make_optimizer(discriminator.reward_model, 1e-3)
+    history = [reward.update(discriminator, optimizer, shipped[0], comparison, loss) for _ in range(25)]
+    assert history[-1]["loss"] < history[0]["loss"]
+    if loss == "bce":
+        assert history[-1]["d_expert"] > history[-1]["d_negative"] + 0.05
+
+
+def test_gradient_penalty_by_hand(shipped, comparison):
+    """A reward that is linear in the one-hot tokens, w . x_t, has gradient w / T: the penalty is (|w| / sqrt(T) - 1)^2."""
+    size = shipped[0].get_input_embeddings().num_embeddings
+
+    class Linear:
+        model = shipped[0]
+        weight = torch.linspace(-1, 1, size)
+
+        def relaxed_scores(self, batch, soft_tokens):
+            return (soft_tokens @ self.weight) * batch.response_mask
+
+    expert = comparison.expert[[0]]
+    length = float(expert.response_mask.sum())
+    expected = (Linear.weight.norm() / math.sqrt(length) - 1) ** 2
+    assert_close(reward.gradient_penalty(Linear(), expert, expert), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_known_reward_is_recovered():
+    """AIRL at its optimum: f is the expert's log-density, whatever the policy is. One state, three actions."""
+    expert, pi = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.3, 0.6])
+    f = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.Adam([f], lr=0.05)
+    for _ in range(2000):
+        logits = reward.discriminator_logits(f, pi.log(), "airl")
+        loss = (expert * reward.bce_loss(logits, 1.0, 0.0) + pi * reward.bce_loss(logits, 0.0, 0.0)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_close(f.detach(), expert.log(), atol=1e-2, rtol=0)
+
+
+# the command line ----------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_token_and_refuses_unknown_words(shipped):
+    model, tokenizer = shipped
+    scored = reward.explain(reward.LikelihoodReward(model), tokenizer, "Ava has 24 pens. Ava loses 9. How many pens?", "<think>\n24-9=99")
+    assert "".join(token for token, _ in scored) == "<think>\n24-9=99"
+    assert "most suspicious: token" in reward.show(scored)
+    with pytest.raises(UserError, match="vocabulary"):
+        reward.explain(reward.LikelihoodReward(model), tokenizer, "Zeno has 24 pens.", "<think>")
