@@ -1,0 +1,91 @@
+"""What IRL is measured against, with the same sampler, losses and optimizer.
+
+SFT imitates the demonstrations: it sees what IRL sees and never samples. GRPO (Shao et al. 2024, arXiv 2402.03300)
+samples and asks a verifier about each answer: it sees what IRL may not see, and is the upper bound. It is the only
+place where the answer check enters training, and the reason why these two live outside irl.py.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+import data
+import policy
+from irl import draw
+
+
+@dataclass
+class SFT:
+    """Supervised fine-tuning on the demonstrations, response tokens only, with warm-up and linear decay of the rate."""
+
+    settings: object
+    tokenizer: object
+    policy_model: torch.nn.Module
+    experts: list[data.Example]
+
+    def __post_init__(self):
+        self.optimizer = policy.make_optimizer(self.policy_model, self.settings.sft_lr)
+        self.rng = random.Random(f"sft {self.settings.seed}")
+        self.done = 0
+
+    def step(self) -> dict:
+        """One update on a batch of demonstrations: minimise -log pi(expert's token)."""
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.sft_lr * min(1.0, 10 * (self.done + 1) / s.sft_steps) * (1 - self.done / s.sft_steps)
+        batch = data.demonstration_batch(self.tokenizer, draw(self.experts, s.sft_batch, self.rng), self.policy_model.device)
+        self.policy_model.train()
+        loss = policy.accumulate(lambda rows: policy.sft_loss(self.policy_model, batch[rows]), len(batch),
+                                 s.micro_batch, float(batch.response_mask.sum()))  # fmt: skip
+        norm = policy.optimizer_step(self.optimizer)
+        self.done += 1
+        return {"policy": {"loss": loss, "grad_norm": norm}}
+
+
+@dataclass
+class GRPO:
+    """Group-relative policy optimisation on the true answer: reward 1 if it is right, 0 if not."""
+
+    settings: object
+    tokenizer: object
+    policy_model: torch.nn.Module
+    examples: list[data.Example]  # the same questions as IRL's demonstrations; their answers are what IRL lacks
+
+    def __post_init__(self):
+        self.optimizer = policy.make_optimizer(self.policy_model, self.settings.grpo_lr)
+        self.rng = random.Random(f"grpo {self.settings.seed}")
+        self.generator = torch.Generator(self.policy_model.device).manual_seed(self.settings.seed)
+
+    def step(self) -> dict:
+        """Rollout, verify, normalise within the group, policy gradient."""
+        s = self.settings
+        examples = draw(self.examples, s.questions, self.rng)
+        prompts = [data.prompt_ids(self.tokenizer, e.question) for e in examples]
+        rollout = policy.sample(self.policy_model, prompts, self.tokenizer.eos_token_id, s.max_new_tokens, s.group,
+                                s.temperature, s.top_p, self.generator)  # fmt: skip
+        batch, mask = rollout.batch, rollout.batch.response_mask
+        texts = [data.decode(self.tokenizer, batch.response(row)) for row in range(len(batch))]
+        outcomes = torch.tensor([float(data.is_correct(examples[i // s.group], text)) for i, text in enumerate(texts)])
+        advantages = policy.grpo_advantages(outcomes, s.group).to(mask.device)[:, None] * mask  # [B, T]
+        self.policy_model.train()
+        for _ in range(s.epochs):
+            loss = policy.accumulate(lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
+                                     len(batch), s.micro_batch, float(mask.sum()))  # fmt: skip
+            norm = policy.optimizer_step(self.optimizer)
+        return {
+            "rollout": {
+                "length": float(mask.sum(1).mean()),
+                "finished": float(rollout.finished.float().mean()),
+                "entropy": float(-rollout.logprobs.sum() / mask.sum()),
+            },
+            "reward": {"mean": float(outcomes.mean())},
+            "policy": {"loss": loss, "grad_norm": norm},
+        }
+
+    def loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """PPO's clipped loss with the group's advantage on every token of a trace: [B, T]."""
+        width = batch.tokens.shape[1]
+        logprobs = policy.token_logprobs(self.policy_model, batch, self.settings.temperature)
+        loss = policy.ppo_loss(logprobs, old_logprobs[:, :width], advantages[:, :width], self.settings.ppo_clip)
+        return loss * batch.response_mask

@@ -1,0 +1,147 @@
+"""Inverse reinforcement learning for reasoning: the loop (arXiv 2510.01857, Algorithm 1).
+
+    repeat
+        1. rollout         the policy answers some questions, G times each
+        2. discriminator   learns to tell the experts' traces from these (and older, and broken) ones
+        3. reward          its score of every token, r_t = f - alpha log pi
+        4. policy          a policy-gradient step on that reward
+
+Nobody checks an answer here. The loop runs inside `data.no_verifier()`, where the answer check raises; what the policy
+learns, it learns from the demonstrations. (The two baselines, SFT and GRPO, are in baselines.py. GRPO may look.)
+
+Run `python irl.py` for three iterations on the shipped base, stage by stage.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+import data
+import policy
+import reward
+from data import Example
+from policy import Rollout
+
+
+@dataclass
+class IRL:
+    """All that changes during training, and what it needs. `settings` is train.Settings, read only."""
+
+    settings: object
+    tokenizer: object
+    policy_model: torch.nn.Module
+    discriminator: reward.Discriminator
+    experts: list[Example]  # the demonstrations: question, trace, answer
+    extra: list[str] = field(default_factory=list)  # questions without a demonstration: only the policy sees them
+    reference: torch.nn.Module | None = None  # pi_ref, the frozen start of the policy; None without a KL term
+
+    def __post_init__(self):
+        s = self.settings
+        self.policy_optimizer = policy.make_optimizer(self.policy_model, s.policy_lr)
+        self.reward_optimizer = policy.make_optimizer(self.discriminator.reward_model, s.reward_lr)
+        self.rng = random.Random(f"irl {s.seed}")
+        self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)
+        self.replay = reward.Replay(s.replay)
+
+    def step(self) -> dict:
+        """One iteration of Algorithm 1. Returns every stage's metrics."""
+        s, metrics = self.settings, {}
+        with data.no_verifier():
+            examples = draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
+            questions = [e.question for e in examples] + draw(self.extra, s.questions // 2, self.rng)
+            rollout, metrics["rollout"] = self.rollout(questions, s.group)  # G traces per question
+            if not s.freeze_reward:
+                metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)  # D: expert or policy?
+            rewards, metrics["reward"] = self.rewards(rollout)  # [B, T]
+            metrics["policy"] = self.update_policy(rollout, rewards)
+        return metrics
+
+    def warm_up(self) -> dict:
+        """One update of the discriminator alone, on fresh samples of a policy that stands still.
+
+        A policy that starts on a reward at chance learns noise: it collapses within 50 steps (README).
+        """
+        with data.no_verifier():
+            examples = draw(self.experts, self.settings.questions, self.rng)
+            rollout, _ = self.rollout([e.question for e in examples], self.settings.rollouts_per_expert)
+            return self.update_discriminator(examples, rollout, self.settings.rollouts_per_expert)
+
+    def rollout(self, questions: list[str], group: int) -> tuple[Rollout, dict]:
+        """Stage 1. `group` responses to each question, sampled from the policy as it is now."""
+        s = self.settings
+        prompts = [data.prompt_ids(self.tokenizer, question) for question in questions]
+        rollout = policy.sample(self.policy_model, prompts, self.tokenizer.eos_token_id, s.max_new_tokens, group,
+                                s.temperature, s.top_p, self.generator)  # fmt: skip
+        mask = rollout.batch.response_mask
+        return rollout, {
+            "length": float(mask.sum(1).mean()),
+            "finished": float(rollout.finished.float().mean()),
+            "entropy": float(-rollout.logprobs.sum() / mask.sum()),  # of the sampled tokens: -E log pi
+        }
+
+    def update_discriminator(self, examples: list[Example], rollout: Rollout, group: int) -> dict:
+        """Stage 2. Rows i*group .. of the rollout answer examples[i]. A few of them, some that the policy wrote before
+        to the same question, and broken copies of the expert's trace are the negatives."""
+        s, negatives = self.settings, []
+        for i, example in enumerate(examples):
+            fresh = [rollout.batch.response(i * group + g) for g in range(s.rollouts_per_expert)]
+            old = self.replay.draw(example.question, s.rollouts_per_expert // 2 if s.replay else 0, self.rng)
+            self.replay.add(example.question, fresh)
+            negatives.append(fresh[: len(fresh) - len(old)] + old)
+        for _ in range(s.discriminator_updates):
+            comparison = reward.compare(self.tokenizer, examples, negatives, s.perturbed, self.rng, self.policy_model.device)
+            metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
+                                    s.discriminator_loss, s.label_smoothing, s.reward_nll, micro_batch=s.micro_batch)  # fmt: skip
+        return metrics
+
+    def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, dict]:
+        """Stage 3. r_t for every response token: [B, T]. The same token ids that were sampled are scored."""
+        s, mask = self.settings, rollout.batch.response_mask
+        rewards = policy.in_chunks(lambda batch, log_pi: self.discriminator.token_rewards(batch, log_pi, s.entropy_coef),
+                                   rollout.batch, s.micro_batch, rollout.logprobs)  # fmt: skip
+        return rewards, {"mean": float(rewards.sum() / mask.sum()), "lowest": float(rewards.min(1).values.mean())}
+
+    def update_policy(self, rollout: Rollout, rewards: torch.Tensor) -> dict:
+        """Stage 4. Policy gradient on r_t: `epochs` passes over the rollout, one optimizer step each."""
+        s, batch = self.settings, rollout.batch
+        mask = batch.response_mask  # [B, T]
+        returns = policy.returns_to_go(rewards, mask, s.gamma)  # [B, T]
+        advantages = returns - policy.group_baseline(returns, mask, s.group)  # [B, T]
+        if s.policy_loss == "exact":  # what the expectation over a_t does not cover: the rewards after it
+            future = torch.nn.functional.pad(advantages[:, 1:], (0, 1))  # [B, T], A_{t+1}
+            advantages = s.gamma * future * mask
+        else:
+            advantages = policy.normalise(advantages, mask)
+        self.policy_model.train()
+        for _ in range(s.epochs):
+            loss = policy.accumulate(lambda rows: self.policy_loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
+                                     len(batch), s.micro_batch, float(mask.sum()))  # fmt: skip
+            norm = policy.optimizer_step(self.policy_optimizer)
+        return {"loss": loss, "grad_norm": norm}
+
+    def policy_loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """The loss of each response token of some rows: [N], to be summed. See policy.py for the equations."""
+        s, chosen = self.settings, batch.response_mask.bool()
+        old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
+        all_logprobs = policy.response_logits(self.policy_model, batch, s.temperature).log_softmax(-1)  # [N, V]
+        logprobs = all_logprobs.gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1)  # [N]
+        if s.policy_loss == "ppo":
+            loss = policy.ppo_loss(logprobs, old_logprobs, advantages, s.ppo_clip)
+        else:
+            loss = policy.reinforce_loss(logprobs, advantages)
+        if s.policy_loss == "exact":
+            with torch.no_grad():
+                all_scores = self.discriminator.reward_model.all_scores(batch)  # [N, V]
+            loss = loss - policy.expected_reward(all_logprobs, all_scores, s.entropy_coef)
+        if s.kl_coef:
+            with torch.no_grad():
+                reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]
+            loss = loss + s.kl_coef * policy.kl_k3(logprobs, reference)
+        return loss
+
+
+def draw(items: list, count: int, rng: random.Random) -> list:
+    """`count` items, without repeats where there are enough."""
+    return rng.sample(items, count) if len(items) >= count else rng.choices(items, k=count) if items else []
+
