@@ -32,8 +32,7 @@ class SFT:
     def step(self) -> dict:
         """One update on a batch of demonstrations: minimise -log pi(expert's token)."""
         s = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.sft_lr * min(1.0, 10 * (self.done + 1) / s.sft_steps) * (1 - self.done / s.sft_steps)
+        policy.set_rate(self.optimizer, s.sft_lr, self.done, s.sft_steps)
         batch = data.demonstration_batch(self.tokenizer, draw(self.experts, s.sft_batch, self.rng), self.policy_model.device)
         self.policy_model.train()
         loss = policy.accumulate(lambda rows: policy.sft_loss(self.policy_model, batch[rows]), len(batch),
@@ -50,12 +49,13 @@ class GRPO:
     settings: object
     tokenizer: object
     policy_model: torch.nn.Module
-    examples: list[data.Example]  # the same questions as IRL's demonstrations; their answers are what IRL lacks
+    examples: list[data.Example]  # all questions that IRL's policy sees, and their answers, which IRL does not have
 
     def __post_init__(self):
         self.optimizer = policy.make_optimizer(self.policy_model, self.settings.grpo_lr)
         self.rng = random.Random(f"grpo {self.settings.seed}")
         self.generator = torch.Generator(self.policy_model.device).manual_seed(self.settings.seed)
+        self.done = 0
 
     def step(self) -> dict:
         """Rollout, verify, normalise within the group, policy gradient."""
@@ -69,10 +69,12 @@ class GRPO:
         outcomes = torch.tensor([float(data.is_correct(examples[i // s.group], text)) for i, text in enumerate(texts)])
         advantages = policy.grpo_advantages(outcomes, s.group).to(mask.device)[:, None] * mask  # [B, T]
         self.policy_model.train()
+        policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.max_steps)
         for _ in range(s.epochs):
             loss = policy.accumulate(lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
                                      len(batch), s.micro_batch, float(mask.sum()))  # fmt: skip
             norm = policy.optimizer_step(self.optimizer)
+        self.done += 1
         return {
             "rollout": {
                 "length": float(mask.sum(1).mean()),

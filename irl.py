@@ -43,10 +43,13 @@ class IRL:
         self.rng = random.Random(f"irl {s.seed}")
         self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)
         self.replay = reward.Replay(s.replay)
+        self.done = 0
 
     def step(self) -> dict:
         """One iteration of Algorithm 1. Returns every stage's metrics."""
         s, metrics = self.settings, {}
+        policy.set_rate(self.policy_optimizer, s.policy_lr, self.done, s.max_steps)
+        policy.set_constant_rate(self.reward_optimizer, s.reward_lr)
         with data.no_verifier():
             examples = draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
             questions = [e.question for e in examples] + draw(self.extra, s.questions // 2, self.rng)
@@ -55,6 +58,7 @@ class IRL:
                 metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)  # D: expert or policy?
             rewards, metrics["reward"] = self.rewards(rollout)  # [B, T]
             metrics["policy"] = self.update_policy(rollout, rewards)
+        self.done += 1
         return metrics
 
     def warm_up(self) -> dict:
@@ -63,6 +67,7 @@ class IRL:
         A policy that starts on a reward at chance learns noise: it collapses within 50 steps (README).
         """
         with data.no_verifier():
+            policy.set_constant_rate(self.reward_optimizer, self.settings.warm_up_lr)
             examples = draw(self.experts, self.settings.questions, self.rng)
             rollout, _ = self.rollout([e.question for e in examples], self.settings.rollouts_per_expert)
             return self.update_discriminator(examples, rollout, self.settings.rollouts_per_expert)
@@ -133,7 +138,8 @@ class IRL:
         if s.policy_loss == "exact":
             with torch.no_grad():
                 all_scores = self.discriminator.reward_model.all_scores(batch)  # [N, V]
-            loss = loss - policy.expected_reward(all_logprobs, all_scores, s.entropy_coef)
+            width = min(all_scores.shape[1], all_logprobs.shape[1])  # sizes of a family pad V by different amounts
+            loss = loss - policy.expected_reward(all_logprobs[:, :width], all_scores[:, :width], s.entropy_coef)
         if s.kl_coef:
             with torch.no_grad():
                 reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]

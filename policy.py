@@ -14,6 +14,7 @@ Run `python policy.py` to sample the shipped base and see that its log-probabili
 """
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -62,16 +63,38 @@ def load_policy(name: str, device="cpu", dtype=torch.float32):
     The tokenizer is what tokenizer.json says. AutoTokenizer would rebuild it by the model's architecture, and give any
     Qwen2 model the pre-tokenizer of Qwen2, ours included.
     """
-    path = resolve_model(name)
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    path, tokenizer = resolve_model(name), load_tokenizer(name)
+    with loading(name):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        hint = "" if Path(path).is_dir() else ". Without a network, give a folder: --model DIR"
-        raise UserError(f"cannot load model '{name}': {first_line}{hint}") from None
     check_tokenizer(tokenizer, model, name)
     return model.to(device), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, by the same names."""
+    with loading(name):
+        return PreTrainedTokenizerFast.from_pretrained(resolve_model(name))
+
+
+@contextmanager
+def loading(name: str):
+    """Whatever goes wrong while loading `name` becomes one line that says how to mend it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError; tokenizers raises bare ones
+        first_line = str(error).strip().split("\n")[0]
+        hint = "" if Path(resolve_model(name)).is_dir() else ". Without a network, give a folder: --model DIR"
+        raise UserError(f"cannot load model '{name}': {first_line}{hint}") from None
+
+
+def check_same_tokenizer(tokenizer, other: str) -> None:
+    """The reward scores the very token ids that the policy sampled: text that is tokenised anew shifts by a token."""
+    vocabulary = load_tokenizer(other).get_vocab()
+    if vocabulary != tokenizer.get_vocab():
+        raise UserError(f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
+                        f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family")
 
 
 def check_tokenizer(tokenizer, model, name: str) -> None:
@@ -93,6 +116,10 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         mps = getattr(torch.backends, "mps", None)
         name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}): --device auto takes what there is") from None
     return torch.device(name)
 
 
@@ -379,6 +406,22 @@ def sft_loss(model, batch: Batch) -> torch.Tensor:
 def make_optimizer(model, lr: float) -> torch.optim.Optimizer:
     """AdamW without weight decay: a policy that starts from a pretrained model should stay near it."""
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def set_rate(optimizer, peak: float, done: int, steps: int, warm_up: float = 0.1) -> None:
+    """Linear warm-up over the first tenth of `steps`, then linear decay to 0; `done` updates are behind us.
+
+    Without the decay a small policy ends wherever the last noisy step has left it: several points lower.
+    """
+    rise = (done + 1) / max(1, warm_up * steps)
+    fall = 1 - done / steps
+    set_constant_rate(optimizer, peak * max(0.0, min(1.0, rise, fall)))
+
+
+def set_constant_rate(optimizer, rate: float) -> None:
+    """One rate for all parameters, from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def optimizer_step(optimizer, max_norm: float = 1.0) -> float:

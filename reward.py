@@ -174,12 +174,10 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
     (the base has none) starts at zero."""
     where = policy.resolve_model(path)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    try:
+    with policy.loading(path):
         if kind == "likelihood":
             return LikelihoodReward(AutoModelForCausalLM.from_pretrained(where, **options)).to(device).eval()
         model, info = AutoModelForTokenClassification.from_pretrained(where, num_labels=1, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load reward model '{path}': {str(error).strip().splitlines()[0]}") from None
     if any("score" in key for key in info["missing_keys"]):
         torch.nn.init.zeros_(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
@@ -448,16 +446,47 @@ def show(scored: list[tuple[str, float]]) -> str:
             f"f = {scored[lowest][1]:.2f} (mean of the trace {sum(s for _, s in scored) / len(scored):.2f})")
 
 
-def load_run(folder: str, device="cpu"):
-    """(reward model, tokenizer, settings) of a finished run of train.py."""
-    path = Path(folder)
-    if not (path / "settings.json").exists():
-        raise UserError(f"{path} holds no run (settings.json is missing): give the folder that train.py wrote")
-    if not (path / "reward" / "config.json").exists():
-        raise UserError(f"{path} holds no reward: it comes with --method irl or all")
-    settings = json.loads((path / "settings.json").read_text())
-    tokenizer = policy.load_policy(str(path / "policy"), device)[1]
-    return load_reward(settings["reward"], str(path / "reward"), device), tokenizer, settings
+# What is read back from <run>/settings.json: a type, or the values that are understood.
+SETTINGS = {
+    "model": str, "data": str, "reward": ("likelihood", "head"), "logit": ("airl", "gail"),
+    "granularity": ("dense", "interval", "sparse"), "interval": int, "words_steps": int, "words_largest": int,
+    "max_new_tokens": int,
+}  # fmt: skip
+
+
+def read_settings(run: Path) -> dict:
+    """The settings that train.py left in the run's folder, checked."""
+    if not run.is_dir():
+        raise UserError(f"no run folder {run}: make one with train.py")
+    path = run / "settings.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings: a JSON object was expected")
+    for key, kind in SETTINGS.items():
+        value = settings.get(key)
+        if value not in kind if isinstance(kind, tuple) else not isinstance(value, kind):
+            names = {str: "a string", int: "an integer"}
+            expected = names.get(kind) or "one of " + ", ".join(kind)
+            found = "missing" if value is None else repr(value)
+            raise UserError(f"{path}: '{key}' is {found}, expected {expected}")
+    return settings
+
+
+def load_run(run: Path, device="cpu") -> tuple[Discriminator, object, dict]:
+    """(discriminator, tokenizer, settings) of a finished run of train.py."""
+    settings = read_settings(run)
+    if not (run / "reward").is_dir():
+        raise UserError(f"run folder {run} holds no reward/: was it trained to its end, with --method irl or all?")
+    tokenizer = policy.load_tokenizer(str(run / "reward"))
+    model = load_reward(settings["reward"], str(run / "reward"), device)
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
+    ends_step = step_end_tokens(tokenizer, vocabulary).to(device)
+    return Discriminator(model, settings["logit"], settings["granularity"], settings["interval"], ends_step), tokenizer, settings
 
 
 def demonstrate() -> None:
@@ -495,12 +524,12 @@ def main() -> int:
             return 0
         if not args.question or not args.trace:
             raise UserError("--run needs --question and --trace")
-        reward_model, tokenizer, _ = load_run(args.run)
+        discriminator, tokenizer, _ = load_run(Path(args.run))
         trace = args.trace.replace("\\n", "\n")
         if "<think>" not in trace:
             whole = data.response_text(trace, args.answer or "")
             trace = whole if args.answer else whole[: whole.index("</think>")] + "</think>"
-        print(show(explain(reward_model, tokenizer, args.question, trace)))
+        print(show(explain(discriminator.reward_model, tokenizer, args.question, trace)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,109 @@
+"""Make the small base model that ships in base/: what a pretrained language model is to GSM8K, for `words`.
+
+A Qwen2 of 3 layers and width 64 reads traces by the *pupil* of data.py, who has misconceptions and slips. So the base
+can reason, but is confidently wrong, as real models are: greedy decoding is worse than sampling, and its own
+log-probability cannot tell right from wrong. It is trained from random weights; nothing is downloaded.
+
+    python pretrain.py --out base        (about 8 minutes on 2 cores; the result is committed)
+
+This file is apart from train.py because it stands for the work of somebody else: whoever pretrained Qwen.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import data
+
+# A piece is a tag, a word with its spaces, one digit, one operator or one newline. Pieces joined give the text back
+# exactly, so that what is scored is what was sampled.
+PIECE = r"</?think>\n?|</?answer>| ?[A-Za-z]+ ?|\d|[.?] ?|[-+*/=]|\n"
+END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer whose vocabulary is every piece that the problems, pupils and perturbations can hold."""
+    split = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
+    rng = random.Random("vocabulary")
+    pieces = set("0123456789+-*/=\n")
+    for number in range(5000):
+        example = data.solve(data.make_problem(rng, steps=1 + number % 4))
+        text = example.question + "\n" + data.response_text(example.trace, example.answer)
+        pieces.update(piece for piece, _ in split.pre_tokenize_str(text))
+    vocabulary = {piece: i for i, piece in enumerate([END, PAD, UNKNOWN] + sorted(pieces))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(vocabulary: int, end_token: int, width: int, layers: int, context: int = 256) -> Qwen2ForCausalLM:
+    """Qwen2.5's architecture, small: the same code path as the 0.5B model, tied embeddings too."""
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, tie_word_embeddings=True,
+        eos_token_id=end_token, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+def pupil_corpus(count: int, seed: int, misconception: float, slip: float) -> list[data.Example]:
+    """`count` traces by the pupil, on problems of 2 to 4 steps from the train split."""
+    rng = random.Random(f"pupil {seed}")
+    corpus = []
+    while len(corpus) < count:
+        problem = data.make_problem(rng, steps=rng.choice((2, 3, 3, 4)))
+        if data.split_of(problem.question) == "train":
+            corpus.append(data.solve(problem, rng, misconception, slip))
+    return corpus
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="base")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--misconception", type=float, default=0.6)
+    parser.add_argument("--slip", type=float, default=0.04)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer), tokenizer.eos_token_id, args.width, args.layers)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    corpus = data.demonstration_batch(tokenizer, pupil_corpus(args.steps * args.batch, args.seed, args.misconception, args.slip))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
+    bar = tqdm(range(args.steps))
+    for step in bar:
+        batch = corpus[step * args.batch : (step + 1) * args.batch]  # every trace is read once
+        logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits[:, :-1]  # [B, T-1, V]
+        targets = batch.tokens[:, 1:].masked_fill(batch.response_mask[:, 1:] == 0, -100)  # only the response
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"saved to {args.out}/", sum(f.stat().st_size for f in Path(args.out).iterdir()) // 1000, "kB")
+
+
+if __name__ == "__main__":
+    main()

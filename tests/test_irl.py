@@ -1,0 +1,161 @@
+"""irl.py and baselines.py: the loop, stage by stage and as a whole."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import baselines
+import data
+import irl
+import policy
+import reward
+
+
+def make_loop(shipped, settings, **changes):
+    s = replace(settings, **changes)
+    model, tokenizer = policy.frozen_copy(shipped[0]).requires_grad_(True), shipped[1]
+    discriminator = reward.Discriminator(reward.load_reward(s.reward, "base"), s.logit, s.granularity, s.interval,
+                                         reward.step_end_tokens(tokenizer, len(tokenizer)), s.reward_clip)  # fmt: skip
+    experts = data.load_examples("words", "train", s.demonstrations)
+    extra = [e.question for e in data.load_examples("words", "train", s.extra_questions, seed=9)] if s.extra_questions else []
+    reference = shipped[0] if s.kl_coef else None
+    return irl.IRL(s, tokenizer, model, discriminator, experts, extra, reference)
+
+
+def accuracy(loop, questions=64):
+    examples = data.load_examples("words", "validation", questions)
+    prompts = [data.prompt_ids(loop.tokenizer, e.question) for e in examples]
+    batch = policy.sample(loop.policy_model, prompts, loop.tokenizer.eos_token_id, 64, group=4,
+                          generator=torch.Generator().manual_seed(0)).batch  # fmt: skip
+    return sum(data.is_correct(examples[i // 4], data.decode(loop.tokenizer, batch.response(i))) for i in range(len(batch))) / len(batch)
+
+
+def test_a_policy_improves_from_demonstrations_alone(shipped, settings):
+    """The whole loop, small: well above its base, in seconds, without a look at any answer."""
+    loop = make_loop(shipped, settings, demonstrations=64, questions=16, group=4, max_steps=25, warm_up_lr=3e-4, policy_lr=5e-4)
+    before = accuracy(loop)
+    for _ in range(20):
+        loop.warm_up()
+    for _ in range(25):
+        loop.step()
+    assert accuracy(loop) > before + 0.15
+
+
+def test_training_raises_if_the_answer_check_is_called(shipped, settings, monkeypatch):
+    loop = make_loop(shipped, settings)
+    honest = loop.rewards
+
+    def cheating(rollout):
+        data.is_correct(loop.experts[0], "<answer>1</answer>")
+        return honest(rollout)
+
+    loop.step()
+    monkeypatch.setattr(loop, "rewards", cheating)
+    with pytest.raises(RuntimeError, match="without a verifier"):
+        loop.step()
+    assert data.is_correct(loop.experts[0], f"<answer>{loop.experts[0].answer}</answer>")  # unlocked again outside
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(policy_loss="reinforce", gamma=0.9), dict(policy_loss="ppo", gamma=0.9, epochs=2, kl_coef=0.1),
+    dict(policy_loss="exact", gamma=0.5), dict(policy_loss="ppo", granularity="sparse", gamma=1.0),
+    dict(policy_loss="ppo", granularity="interval", gamma=1.0), dict(policy_loss="ppo", reward="head", logit="gail"),
+    dict(discriminator_loss="bt", extra_questions=8), dict(discriminator_loss="wgan", replay=0, perturbed=0),
+])  # fmt: skip
+def test_every_variant_takes_steps_and_reports_numbers(shipped, settings, changes):
+    loop = make_loop(shipped, settings, **changes)
+    before = {name: p.clone() for name, p in loop.policy_model.named_parameters()}
+    loop.warm_up()
+    for _ in range(2):
+        metrics = loop.step()
+    assert {"rollout", "discriminator", "reward", "policy"} <= set(metrics)
+    for stage in metrics.values():
+        assert all(torch.isfinite(torch.tensor(value)) for value in stage.values())
+    assert any(not torch.equal(p, before[name]) for name, p in loop.policy_model.named_parameters())
+
+
+def test_a_frozen_reward_does_not_move(shipped, settings):
+    loop = make_loop(shipped, settings, freeze_reward=True)
+    before = [p.clone() for p in loop.discriminator.reward_model.parameters()]
+    loop.step()
+    assert all(torch.equal(p, b) for p, b in zip(loop.discriminator.reward_model.parameters(), before))
+
+
+def test_extra_questions_are_answered_and_never_compared(shipped, settings, monkeypatch):
+    loop = make_loop(shipped, settings, extra_questions=8)
+    asked, compared = [], []
+    roll, update = loop.rollout, loop.update_discriminator
+    monkeypatch.setattr(loop, "rollout", lambda questions, group: asked.extend(questions) or roll(questions, group))
+    monkeypatch.setattr(loop, "update_discriminator", lambda examples, *a: compared.extend(examples) or update(examples, *a))
+    loop.step()
+    experts = {e.question for e in loop.experts}
+    assert [q in experts for q in asked] == [True, True, False, False]  # half of the step's questions
+    assert [e.question for e in compared] == asked[:2]
+
+
+@pytest.mark.parametrize("loss, gamma", [("exact", 0.0), ("exact", 0.9), ("reinforce", 0.9), ("ppo", 0.9)])
+def test_micro_batch_size_changes_no_policy_gradient(shipped, settings, loss, gamma):
+    results = []
+    for micro_batch in (100, 5, 1):
+        loop = make_loop(shipped, settings, policy_loss=loss, gamma=gamma, micro_batch=micro_batch)
+        loop.policy_optimizer = torch.optim.SGD(loop.policy_model.parameters(), lr=1.0)
+        rollout, _ = loop.rollout([e.question for e in loop.experts[:3]], 4)
+        rewards = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(1)) * rollout.batch.response_mask
+        loop.update_policy(rollout, rewards)
+        results.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
+    assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+    assert_close(results[2], results[0], atol=1e-5, rtol=1e-4)
+
+
+def test_exact_loss_equals_the_plain_loop(shipped, settings):
+    """-(sum_a pi(a|s_t) (f(s_t,a) - alpha log pi(a|s_t))) - gamma A_{t+1} log pi(a_t|s_t), token by token."""
+    loop = make_loop(shipped, settings, policy_loss="exact")
+    batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
+    advantages = torch.randn(batch.tokens.shape) * batch.response_mask
+    fast = policy.spread(loop.policy_loss(batch, torch.zeros(batch.tokens.shape), advantages), batch.response_mask)
+    for row in range(2):
+        ids = batch.tokens[row : row + 1, : batch.lengths[row]]
+        log_pi = loop.policy_model(ids).logits[0].log_softmax(-1)
+        f = loop.discriminator.reward_model.model(ids).logits[0].log_softmax(-1)
+        for t in range(int(batch.prompt_lengths[row]), ids.shape[1]):
+            expectation = sum(log_pi[t - 1, a].exp() * (f[t - 1, a] - 0.3 * log_pi[t - 1, a]) for a in range(f.shape[1]))
+            expected = -expectation - advantages[row, t] * log_pi[t - 1, ids[0, t]]
+            assert_close(fast[row, t], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_end_token_is_paid(shipped, settings):
+    """The reward of the end token reaches the gradient: change it alone, and the update changes."""
+    updates = []
+    for bonus in (0.0, 5.0):
+        loop = make_loop(shipped, settings, policy_loss="reinforce", gamma=0.0)
+        rollout, _ = loop.rollout([loop.experts[0].question], 4)
+        rewards = 0.1 * rollout.logprobs.clone()
+        rewards[0, rollout.batch.lengths[0] - 1] += bonus
+        loop.update_policy(rollout, rewards)
+        updates.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
+    assert not torch.equal(updates[0], updates[1])
+
+
+def test_sft_fits_its_demonstrations(shipped, settings):
+    s = replace(settings, sft_steps=15, sft_lr=1e-3)
+    trainer = baselines.SFT(s, shipped[1], policy.frozen_copy(shipped[0]).requires_grad_(True), data.load_examples("words", "train", 16))
+    history = [trainer.step()["policy"]["loss"] for _ in range(15)]
+    assert history[-1] < 0.5 * history[0]
+
+
+def test_grpo_needs_the_verifier(shipped, settings):
+    trainer = baselines.GRPO(settings, shipped[1], policy.frozen_copy(shipped[0]).requires_grad_(True), data.load_examples("words", "train", 8))
+    assert 0 <= trainer.step()["reward"]["mean"] <= 1
+    with data.no_verifier(), pytest.raises(RuntimeError):
+        trainer.step()
+
+
+def test_rates_rise_and_fall():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    rates = []
+    for done in range(20):
+        policy.set_rate(optimizer, 1.0, done, 20)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == 0.5 and max(rates) == rates[1] == 0.95 and rates[-1] == pytest.approx(0.05)

@@ -1,0 +1,611 @@
+"""rerank.py, equation by equation: numbers worked out by hand, or the same thing counted the slow way."""
+
+import itertools
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import policy
+import rerank
+import reward
+from data import Batch, Example, UserError
+
+T = torch.tensor
+INF = math.inf
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. trace_scores
+# ------------------------------------------------------------------------------------------------------------
+
+REWARDS = T([[9.0, 1.0, -2.0, 4.0], [9.0, 3.0, 9.0, 9.0]])  # the 9s are read nowhere
+ENDS = T([[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("rule, expected", [
+    ("mean", [1.0, 3.0]),
+    ("last", [4.0, 3.0]),
+    ("lowest", [-2.0, 3.0]),
+    ("discounted", [1.0 + 0.5 * -2.0 + 0.25 * 4.0, 3.0]),
+])  # fmt: skip
+def test_trace_scores_by_hand(rule, expected):
+    assert rerank.trace_scores(REWARDS, ENDS, rule, gamma=0.5).tolist() == expected
+
+
+def test_discounted_counts_scores_not_columns():
+    """Between scores that are read in columns 0 and 3 lies one factor gamma: k counts scores."""
+    rewards, ends = T([[1.0, 7.0, 7.0, 1.0]]), T([[1.0, 0.0, 0.0, 1.0]])
+    assert rerank.trace_scores(rewards, ends, "discounted", 0.5).item() == 1.5
+
+
+def test_discounted_does_not_overflow():
+    """gamma^-t leaves float32 near t = 842 at 0.9; the sum itself is near 10."""
+    score = rerank.trace_scores(torch.ones(1, 3000), torch.ones(1, 3000), "discounted", 0.9)
+    assert score.item() == pytest.approx(10.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", rerank.RULES)
+def test_a_trace_without_scores_is_minus_infinity(rule):
+    rewards = T([[math.nan, 5.0], [1.0, math.nan]])
+    assert rerank.trace_scores(rewards, T([[0.0, 0.0], [1.0, 0.0]]), rule).tolist() == [-INF, 1.0]
+
+
+def test_unknown_rule_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'lowest'"):
+        rerank.trace_scores(REWARDS, ENDS, "lowst")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Choosing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def best_by_enumeration(correct, scores, n):
+    """The mean over all n-subsets, a tie going to each of its items in turn."""
+    values = []
+    for subset in itertools.combinations(range(len(scores)), n):
+        top = max(scores[i] for i in subset)
+        tied = [correct[i] for i in subset if scores[i] == top]
+        values.append(sum(tied) / len(tied))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("scores", [
+    [0.3, 0.9, 0.1, 0.5, 0.7, 0.2],
+    [0.3, 0.9, 0.9, 0.1, 0.3, 0.3],  # ties
+    [0.3, -INF, 0.9, -INF, 0.3, -INF],
+    [1.0] * 6,
+])  # fmt: skip
+def test_best_of_n_is_the_mean_over_all_subsets(scores):
+    correct = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    for n in range(1, 7):
+        found = rerank.best_of_n(T([correct]), T([scores]), n).item()
+        assert found == pytest.approx(best_by_enumeration(correct, scores, n), abs=1e-6), n
+
+
+def test_best_of_n_ends():
+    """One candidate is a random one; all N have one winner; there is no n = 0 and no n > N."""
+    correct, scores = T([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]), T([[0.2, 0.9, 0.1], [0.2, 0.9, 0.1]])
+    assert rerank.best_of_n(correct, scores, 1).tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert rerank.best_of_n(correct, scores, 3).tolist() == [0.0, 1.0]
+    for n in (0, 4):
+        with pytest.raises(ValueError):
+            rerank.best_of_n(correct, scores, n)
+
+
+def test_canonical_numbers():
+    keys = rerank.canonical_answers(["1,200", "1200", "$1200.00", "1200.", "1200 pens", "1201", None])
+    assert len(set(keys[:5])) == 1 and keys[5] not in keys[:5] and keys[6] is None
+
+
+def test_canonical_words():
+    """Nobody answers with a bare number, so the 12 in a name is no number: B12 is not 12 grams."""
+    keys = rerank.canonical_answers(["Vitamin B12", "the vitamin B12.", "12 grams of salt", " "])
+    assert keys[0] == keys[1] != keys[2] and keys[3] is None
+
+
+@pytest.mark.parametrize("a, b", [
+    ("1,200", "1200"), ("3/4", "0.75"), ("-5", "5"), ("The heart.", "heart"), ("7 pens", "7"), ("10%", "10"),
+    ("lung", "heart"), ("7", "seven"),
+])  # fmt: skip
+def test_canonical_agrees_with_same_answer(a, b):
+    one, other = rerank.canonical_answers([a, b])
+    assert (one == other) == (data.same_answer(a, b) or data.same_answer(b, a))
+
+
+def majority(correct, answers, weights=None):
+    keys = rerank.key_numbers([answers])
+    even = torch.ones(keys.shape) if weights is None else T([weights])
+    return rerank.vote(T([correct]), keys, even).item()
+
+
+def test_vote_by_hand():
+    assert majority([1.0, 1.0, 0.0], ["7", "7.0", "8"]) == 1.0  # 2 : 1
+    assert majority([0.0, 0.0, 1.0], ["8", "8", "7"]) == 0.0
+    assert majority([1.0, 0.0], ["7", "8"]) == 0.5  # a tie of two answers
+    # two answers tie at three votes each, a third has one: half, not 3 of 6 rows by luck
+    assert majority([1.0, 1.0, 0.0, 0.0, 0.0], ["7", "7", "8", "8", "9"]) == 0.5
+
+
+def test_no_answer_wins_only_alone():
+    assert majority([0.0, 0.0, 1.0], [None, None, "7"]) == 1.0
+    assert majority([0.0, 0.0], [None, None]) == 0.0
+
+
+def test_weighted_vote_by_hand():
+    """0.6 for one 7 against 0.5 for two 8s; at equal weight (0.5 : 0.5) each answer gets half, not each row.
+    An answer's weight is the sum over all who give it: 0.1 + 0.5 is less than 0.35 + 0.3."""
+    assert majority([1.0, 0.0, 0.0], ["7", "8", "8"], [0.6, 0.25, 0.25]) == 1.0
+    assert majority([1.0, 0.0, 0.0], ["7", "8", "8"], [0.5, 0.25, 0.25]) == 0.5
+    assert majority([1.0, 1.0, 0.0, 0.0], ["7", "7", "8", "8"], [0.1, 0.5, 0.35, 0.3]) == 0.0
+
+
+def test_majority_enumerates_small_cases():
+    """Of the 6 pairs of 7 7 8 9: one is 7 7 (right), four tie between 7 and another (half), 8 9 is wrong."""
+    keys, correct = rerank.key_numbers([["7", "7", "8", "9"]]), T([[1.0, 1.0, 0.0, 0.0]])
+    assert rerank.majority_vote(correct, keys, 2).item() == pytest.approx((1 + 4 * 0.5) / 6)
+    assert rerank.majority_vote(correct, keys, 1).item() == 0.5  # one candidate: a random one
+    assert rerank.majority_vote(correct, keys, 4).item() == 1.0
+
+
+def test_majority_sampling_comes_near_the_enumeration_and_is_seeded():
+    keys, correct = torch.randint(4, (8, 12), generator=torch.Generator().manual_seed(0)), torch.zeros(8, 12)
+    correct[keys == 0] = 1.0
+    exact = rerank.majority_vote(correct, keys, 5, draws=10**6)  # 792 subsets
+    many = rerank.majority_vote(correct, keys, 5, draws=700, seed=1)
+    assert (exact - many).abs().max() < 0.06
+    assert torch.equal(many, rerank.majority_vote(correct, keys, 5, draws=700, seed=1))
+    assert not torch.equal(many, rerank.majority_vote(correct, keys, 5, draws=700, seed=2))
+
+
+def test_subsets_have_no_repeats():
+    for chosen in rerank.subsets(3, 16, 8, 5, torch.Generator().manual_seed(0)):
+        assert chosen.shape == (3, 8) and all(len(set(row)) == 8 for row in chosen.tolist())
+
+
+def test_vote_weights_by_hand():
+    """Scores 1 and 3 standardise to -1 and 1: at temperature 1 the odds are e^2, in any unit."""
+    odds = math.exp(2) / (1 + math.exp(2))
+    for unit in (1.0, 100.0):
+        assert rerank.vote_weights(T([[1.0, 3.0]]) * unit, 1.0)[0, 1].item() == pytest.approx(odds, abs=1e-5)
+    sharper = rerank.vote_weights(T([[1.0, 3.0]]), 0.5)[0, 1].item()
+    assert sharper == pytest.approx(1 / (1 + math.exp(-4)), abs=1e-5)
+    assert rerank.vote_weights(T([[-INF, -INF], [-INF, 2.0]])).tolist() == [[0.5, 0.5], [0.0, 1.0]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. How good is a score
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one():
+    for n, c, k in [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 1), (6, 1, 6), (6, 3, 4)]:
+        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert rerank.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets)), (n, c, k)
+    with pytest.raises(ValueError):
+        rerank.pass_at_k(4, 1, 5)
+
+
+def test_success_at_k_by_hand():
+    correct, scores = T([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), T([[4.0, 3.0, 2.0, 1.0]] * 2)
+    assert [rerank.success_at_k(correct, scores, k).tolist() for k in (1, 2, 4)] == [[0, 0], [1, 0], [1, 0]]
+
+
+def test_success_at_k_ties_by_enumeration():
+    """Any order of equal scores is as good as another: the mean over all of them."""
+    correct, scores = [0.0, 1.0, 0.0, 1.0, 0.0], [3.0, 2.0, 2.0, 2.0, 2.0]
+    for k in range(1, 6):
+        orders = [o for o in itertools.permutations(range(5)) if o[0] == 0]
+        brute = sum(any(correct[i] for i in order[:k]) for order in orders) / len(orders)
+        assert rerank.success_at_k(T([correct]), T([scores]), k).item() == pytest.approx(brute), k
+
+
+def test_auroc_is_the_share_of_ordered_pairs():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(6, (40,), generator=generator).float()  # many ties
+    correct = (torch.rand(40, generator=generator) < 0.4).float()
+    right, wrong = scores[correct == 1].tolist(), scores[correct == 0].tolist()
+    pairs = [(a > b) + 0.5 * (a == b) for a in right for b in wrong]
+    assert rerank.auroc(scores, correct) == pytest.approx(sum(pairs) / len(pairs), abs=1e-9)
+
+
+def test_auroc_ends():
+    assert rerank.auroc(T([1.0, 2.0]), T([0, 1])) == 1.0
+    assert rerank.auroc(T([2.0, 1.0]), T([0, 1])) == 0.0
+    assert rerank.auroc(T([5.0, 5.0, 5.0]), T([0, 1, 0])) == 0.5
+    assert rerank.auroc(T([-INF, 1.0]), T([0, 1])) == 1.0
+    assert math.isnan(rerank.auroc(T([1.0, 2.0]), T([1, 1])))
+
+
+def test_bootstrap():
+    """The interval of a mean of 400 coin tosses is near 1.96 standard errors either side, and is seeded."""
+    values = T([0.0, 1.0] * 200)
+    mean, low, high = rerank.bootstrap(values, draws=4000)
+    assert mean == 0.5
+    assert low == pytest.approx(0.5 - 1.96 * 0.5 / 20, abs=0.006)
+    assert high == pytest.approx(0.5 + 1.96 * 0.5 / 20, abs=0.006)
+    one, again, other = (rerank.bootstrap(values, seed=seed) for seed in (3, 3, 4))
+    assert one == again != other
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Localisation
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_predicted_place_by_hand():
+    values = T([[9.0, 5.0, 1.0, 3.0, 0.5], [9.0, 2.0, 2.0, 3.0, 0.0]])
+    ends = T([[0.0, 1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 0.0]])
+    assert rerank.predicted_place(values, ends, "lowest").tolist() == [4, 1]  # row 1: the first of equals
+    assert rerank.predicted_place(values, ends, "highest").tolist() == [1, 3]
+    assert rerank.predicted_place(values, ends, "drop").tolist() == [2, 2]  # falls: 4 at 2; 0 at 2
+
+
+def test_drop_skips_what_was_not_read():
+    """Scores 5, 4, 1 in columns 1, 3, 5: the fall of 3 ends in column 5. A lone score is its own place."""
+    values = T([[0.0, 5.0, -9.0, 4.0, -9.0, 1.0], [0.0, 0.0, 0.0, -1.0, 0.0, 0.0]])
+    ends = T([[0.0, 1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]])
+    assert rerank.predicted_place(values, ends, "drop").tolist() == [5, 3]
+
+
+def three_steps() -> tuple[Batch, torch.Tensor]:
+    """Prompt 7 7, response 1 9 | 2 9 | 3, where 9 ends a step; then padding that looks like a 9."""
+    batch = Batch(T([[7, 7, 1, 9, 2, 9, 3, 9]]), T([2]), T([7]))
+    ends_step = torch.zeros(10, dtype=torch.bool)
+    ends_step[9] = True
+    return batch, ends_step
+
+
+def test_hits_and_exact_chance():
+    """The response is columns 2..6. Within 1 of column 2 are 2 of its 5 tokens (column 1 is prompt), within 1
+    of column 4 are 3; its step, the tokens 2 and 9, is columns 4 and 5."""
+    batch, ends_step = three_steps()
+    mask = batch.response_mask
+    for truth, within, expected in [(2, 0, 1 / 5), (2, 1, 2 / 5), (4, 1, 3 / 5), (6, 1, 2 / 5)]:
+        assert rerank.chance(rerank.near(mask, T([truth]), within), mask).item() == pytest.approx(expected)
+    assert rerank.near(mask, T([2]), 1)[0].nonzero().flatten().tolist() == [2, 3]
+    step = rerank.same_step(batch, T([4]), ends_step)
+    assert step[0].nonzero().flatten().tolist() == [4, 5]
+    assert rerank.chance(step, mask).item() == pytest.approx(2 / 5)
+    assert rerank.same_step(batch, T([6]), ends_step)[0].nonzero().flatten().tolist() == [6]  # no padding
+    near = rerank.near(mask, T([4]), 1)
+    assert [rerank.hit(near, T([place])).item() for place in (2, 3, 4, 5, 6)] == [0, 1, 1, 1, 0]
+
+
+def test_place_results_by_hand():
+    """Column 4 is the truth. The reward is lowest there, its largest drop is at 3; the log-probability is
+    lowest and the entropy highest at 5."""
+    batch, ends_step = three_steps()
+    values = {
+        "reward": T([[0.0, 0.0, 2.0, 0.0, -1.0, 0.0, 0.0, -9.0]]),
+        "logprob": T([[-9.0, 0.0, -1.0, -1.0, -1.0, -2.0, -1.0, 0.0]]),
+        "entropy": T([[9.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 9.0]]),
+    }
+    found = rerank.place_results(batch, T([4]), T([0]), values, batch.response_mask, ends_step)
+    hits = {name: [found[kind][name][0] for kind in ("hit0", "hit1", "step")] for name in found["hit0"]}
+    assert hits["reward"] == [1, 1, 1]
+    assert hits["reward_drop"] == [0, 1, 0]
+    assert hits["logprob"] == [0, 1, 1]
+    assert hits["entropy"] == [0, 1, 1]
+    assert hits["chance"] == hits["chance_reward"] == pytest.approx([1 / 5, 3 / 5, 2 / 5])
+    assert found["count"] == 1
+
+
+def test_questions_not_traces_are_bootstrapped():
+    """Three traces of question 0 are hits, one of question 1 is none: 1/2 over questions, not 3/4."""
+    batch, ends_step = three_steps()
+    batch = batch[[0, 0, 0, 0]]
+    values = {"logprob": torch.zeros(4, 7)}
+    values["logprob"][:, 4] = -1.0
+    ends, truth = batch.response_mask, T([4, 4, 4, 2])
+    found = rerank.place_results(batch, truth, T([0, 0, 0, 1]), values, ends, ends_step)
+    assert found["hit0"]["logprob"][0] == 0.5
+    assert rerank.place_results(batch[:0], T([]), T([]), {}, ends[:0], ends_step) == {"count": 0}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5, 6. Candidates and results on the shipped base
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_discriminator(model, tokenizer, granularity="dense"):
+    ends_step = reward.step_end_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
+    return reward.Discriminator(reward.LikelihoodReward(model), "airl", granularity, 0, ends_step)
+
+
+def written(tokenizer, traces: list[tuple[str, str]], expert=("3*12=36\n14+36=50", "50")):
+    """Candidates for one question, from (trace, answer) pairs."""
+    example = Example("Ava has 14 pens. Ava buys 3 bags of 12. How many pens?", *expert)
+    texts = [data.response_text(*pair) for pair in traces]
+    return rerank.from_texts(tokenizer, [example], texts, len(texts))
+
+
+RIGHT, WRONG, LATE = ("12*3=36\n36+14=50", "50"), ("3+12=15\n14+15=29", "29"), ("3*12=36\n14+36=40", "40")
+
+
+def test_candidates_know_what_is_right(shipped):
+    candidates = written(shipped[1], [RIGHT, WRONG, LATE, RIGHT])
+    assert candidates.correct.tolist() == [[1, 0, 0, 1]]
+    assert candidates.answers == [["50", "29", "40", "50"]]
+    assert candidates.keys.tolist() == [[0, 1, 2, 0]]
+    examples = [Example("1+1?", "", "2"), Example("1+2?", "", "3")]  # two rows each
+    candidates = rerank.from_texts(shipped[1], examples, ["3", "2", "3", "2"], 2)
+    assert candidates.correct.tolist() == [[0, 1], [1, 0]]
+
+
+def test_collect_keeps_n_rows_a_question(shipped):
+    examples = data.load_examples("words", "test", 2)
+    generator = torch.Generator().manual_seed(0)
+    candidates = rerank.collect(*shipped, examples, 3, 64, 1.0, generator)
+    assert len(candidates.batch) == len(candidates.texts) == 6 and candidates.correct.shape == (2, 3)
+    for row in range(6):
+        prompt = data.prompt_ids(shipped[1], examples[row // 3].question)
+        assert candidates.batch.tokens[row, : len(prompt)].tolist() == prompt
+        assert data.decode(shipped[1], candidates.batch.response(row)) == candidates.texts[row]
+
+
+def test_signals_are_those_of_a_plain_forward_pass(shipped):
+    """Row by row, without padding: log softmax of the logits one column earlier; f of a step is their sum."""
+    model, tokenizer = shipped
+    candidates = written(tokenizer, [RIGHT, WRONG, ("3*12=36", "36")])
+    discriminator = make_discriminator(model, tokenizer, "interval")
+    found = rerank.signals(candidates, discriminator, model, model)
+    ends = rerank.reward_ends(candidates.batch, discriminator)
+    for row in range(3):
+        length, first = int(candidates.batch.lengths[row]), int(candidates.batch.prompt_lengths[row])
+        tokens = candidates.batch.tokens[row, :length]
+        with torch.no_grad():
+            logprobs = model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)  # [T-1, V]
+        chosen = torch.cat([T([0.0]), logprobs[torch.arange(length - 1), tokens[1:]]])
+        chosen[:first] = 0.0
+        torch.testing.assert_close(found["logprob"][row, :length], chosen, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found["sft_logprob"], found["logprob"])
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        said = found["entropy"][row, first:length]
+        torch.testing.assert_close(said, entropy[first - 1 :], atol=1e-4, rtol=1e-4)
+        # <think>\n is a step, each line is one, </think>\n is one, and the rest is the last
+        assert ends[row].sum() == candidates.texts[row].count("\n") + 1
+        assert found["reward"][row].sum().item() == pytest.approx(chosen.sum().item(), abs=1e-3)
+        assert (found["reward"][row][ends[row] == 0] == 0).all()
+    assert (found["logprob"][:, -1] == 0).sum() == 1  # the short trace is padded, and padding says nothing
+
+
+def test_a_head_is_read_at_segment_ends_not_summed(shipped):
+    model, tokenizer = shipped
+    head = reward.load_reward("head", policy.BASE)
+    torch.nn.init.normal_(head.model.score.weight)
+    candidates = written(tokenizer, [RIGHT, WRONG])
+    discriminator = make_discriminator(model, tokenizer, "interval")
+    discriminator.reward_model = head
+    found = rerank.signals(candidates, discriminator, model)
+    with torch.no_grad():
+        expected = head.scores(candidates.batch) * rerank.reward_ends(candidates.batch, discriminator)
+    torch.testing.assert_close(found["reward"], expected)
+    assert found["reward"].abs().max() > 0 and "sft_logprob" not in found
+
+
+def test_natural_errors_point_at_the_first_wrong_token(shipped):
+    """WRONG errs at its '+', the second token after <think>\\n; LATE at the 4 of 40. A right answer has none,
+    whatever stands before it."""
+    tokenizer = shipped[1]
+    candidates = written(tokenizer, [RIGHT, WRONG, LATE, ("3+12=15\n14+36=50", "50")])
+    places = rerank.natural_errors(candidates, tokenizer)
+    prompt = int(candidates.batch.prompt_lengths[0])
+    assert places[0] == places[3] == -1 and places[1] == prompt + 2
+    tokens = [tokenizer.decode([t]) for t in candidates.batch.tokens[2, prompt : places[2] + 1]]
+    assert tokens[-2:] == ["=", "4"] and "".join(tokens[:-1]).endswith("14+36=")
+
+
+def test_a_cut_trace_without_an_error_has_no_place(shipped):
+    tokenizer = shipped[1]
+    example = written(tokenizer, [RIGHT]).examples[0]
+    ids = data.response_ids(tokenizer, "<think>\n3*12=36\n")
+    for response, has_error in [(ids, True), (ids[:-1], False)]:  # with it, it has stopped too early
+        batch = data.make_batch([[1]], [response])
+        candidates = rerank.Candidates([example], batch, ["<think>\n3*12=36\n"], 1)
+        assert (rerank.natural_errors(candidates, tokenizer) >= 0).tolist() == [has_error]
+
+
+def test_perturbed_experts_differ_first_where_they_say(shipped):
+    tokenizer, examples = shipped[1], data.load_examples("words", "test", 5)
+    candidates, places, questions = rerank.perturbed_experts(tokenizer, examples, random.Random(0))
+    assert len(places) == len(candidates.texts) > 10
+    for row, place in enumerate(places.tolist()):
+        expert = data.demonstration_batch(tokenizer, [examples[questions[row]]]).tokens[0].tolist()
+        broken = candidates.batch.tokens[row].tolist()
+        assert broken[:place] == expert[:place] and broken[place] != expert[place]
+
+
+def test_rerank_results_by_hand(shipped):
+    """4 candidates, 2 right. The reward puts the right ones on top, the log-probability at the bottom."""
+    candidates = written(shipped[1], [RIGHT, WRONG, WRONG, RIGHT])
+    mask = candidates.batch.response_mask
+    order = T([[4.0], [1.0], [2.0], [3.0]])
+    values = {"reward": mask * order, "logprob": mask * -order}
+    found = rerank.rerank_results(candidates, values, mask, [1, 2, 4])
+    mean = {n: {name: value[0] for name, value in found[n].items()} for n in ("1", "2", "4")}
+    names = {"random", "majority", "logprob", "reward", "weighted_majority", "oracle"}
+    assert set(mean["4"]) == names | {f"reward_{rule}" for rule in rerank.RULES}
+    assert set(mean["1"].values()) == {0.5}
+    assert mean["2"]["reward"] == mean["2"]["oracle"] == pytest.approx(5 / 6) == found["pass@k"]["2"][0]
+    assert mean["2"]["logprob"] == pytest.approx(1 / 6)
+    assert mean["4"]["majority"] == 0.5 and mean["4"]["weighted_majority"] == mean["4"]["reward"] == 1.0
+    assert found["success@k"]["1"][0] == 1.0
+    assert found["auroc"]["reward"] == 1.0 and found["auroc"]["logprob"] == 0.0
+    json.dumps(found, allow_nan=False)
+
+
+def test_rerank_results_default_rule(shipped):
+    """The right trace has the better mean and the worse lowest token."""
+    candidates = written(shipped[1], [RIGHT, WRONG])
+    mask = candidates.batch.response_mask
+    values = {"reward": mask.clone()}
+    values["reward"][1] = 0.5 * mask[1]
+    values["reward"][0, int(candidates.batch.lengths[0]) - 1] = 0.0
+    for rule, expected in (("mean", 1.0), ("lowest", 0.0)):
+        found = rerank.rerank_results(candidates, values, mask, [2], default_rule=rule)
+        assert found["2"]["reward"][0] == expected
+
+
+def test_assess_finds_a_known_reward(shipped):
+    """With the base as reward and as policy, reward and logprob are the same number under two names."""
+    model, tokenizer = shipped
+    examples = data.load_examples("words", "test", 4)
+    candidates = rerank.collect(model, tokenizer, examples, 4, 64, 1.0, torch.Generator().manual_seed(0))
+    settings = type("Settings", (), {"rule": "mean", "seed": 0, "data": "words"})
+    discriminator = make_discriminator(model, tokenizer)
+    found = rerank.assess(candidates, discriminator, model, model, tokenizer, settings)
+    best = found["rerank"]["4"]
+    assert best["reward"] == best["logprob"] == best["sft_logprob"]
+    for kind in ("natural", "single"):
+        assert found["localise"][kind]["hit0"]["reward"] == found["localise"][kind]["hit0"]["logprob"]
+        assert found["localise"][kind]["hit0"]["chance"][0] < 0.1
+    assert len(found["distributions"]["right"]) == candidates.correct.sum()
+    assert sum(map(len, found["distributions"].values())) == 16
+    json.dumps(found, allow_nan=False)
+    traces = rerank.show_traces(candidates, discriminator, model, tokenizer, settings)
+    assert all(abs(r) < 1e-4 for trace in traces for r in trace["rewards"])  # f = log pi: D is 1/2 everywhere
+    assert all((trace["first_wrong"] is None) == trace["correct"] for trace in traces)
+    assert all("".join(trace["tokens"]).startswith("<think>\n") for trace in traces)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. The command line
+# ------------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "model": policy.BASE, "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
+    "interval": 0, "words_steps": 3, "words_largest": 40, "max_new_tokens": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder whose policy and reward are both the base."""
+    folder = tmp_path / "run"
+    for name in ("policy", "reward"):
+        shutil.copytree(policy.BASE, folder / name)
+    (folder / "settings.json").write_text(json.dumps(SETTINGS))
+    return folder
+
+
+def lines(path: Path, *records) -> str:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
+    return str(path)
+
+
+GOOD = {"question": "Ava has 14 pens. Ava buys 3 bags of 12. How many pens?",
+        "candidates": [data.response_text(*RIGHT), data.response_text(*WRONG)], "answer": 50}  # fmt: skip
+
+
+def test_run_on_samples(run, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    rerank.main(["--run", str(run), "--n", "3", "--questions", "4", "--out", str(out), "--rule", "lowest"])
+    shown, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert list(found["rerank"])[:3] == ["1", "2", "3"] and "localise" in found
+    assert found["rerank"]["3"]["reward"] == found["rerank"]["3"]["reward_lowest"]
+    assert all(word in shown for word in ("oracle", "success@k", "AUROC", "Hit@1", "same step", "chance"))
+
+
+def test_run_on_candidates(run, tmp_path, capsys):
+    rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", GOOD, GOOD)])
+    shown = capsys.readouterr().out
+    assert "2 questions, 2 candidates each" in shown and "Hit@0" not in shown
+
+
+def test_candidates_without_answers_print_the_choice(run, tmp_path, capsys):
+    """The base is reward and is confidently wrong: it prefers the sum to the product."""
+    record = {k: v for k, v in GOOD.items() if k != "answer"}
+    rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", record)])
+    shown = capsys.readouterr().out
+    assert "candidate 2 of 2" in shown and "3+12=15" in shown and "oracle" not in shown
+
+
+NO_ANSWER = {"question": "?", "candidates": ["1", "2"]}
+
+
+@pytest.mark.parametrize("records, says", [
+    (["{broken"], "c.jsonl:1: "),
+    ([GOOD, "[1]"], "c.jsonl:2: not a JSON object"),
+    ([GOOD, {"candidates": ["x", "y"], "answer": "1"}], "c.jsonl:2: field 'question'"),
+    ([{"question": "?", "answer": "1"}], "c.jsonl:1: field 'candidates'"),
+    ([{"question": "?", "candidates": ["a", 1]}], "c.jsonl:1: field 'candidates'"),
+    ([GOOD, {"question": "?", "candidates": ["a"], "answer": "1"}], "c.jsonl:2: 1 candidates, but"),
+    ([GOOD, NO_ANSWER], "c.jsonl:2: field 'answer' must be"),
+    (['{"question": "\\ud800", "candidates": ["a"]}'], "c.jsonl:1: "),
+    (["[" * 100_000], "c.jsonl:1: "),
+    ([""], "is empty"),
+    ([{"question": "?", "candidates": ["1 " * 500]}], "candidate 1 of question 1 is .* tokens long"),
+])  # fmt: skip
+def test_bad_candidates_are_named_by_line(run, tmp_path, records, says):
+    with pytest.raises(UserError, match=says):
+        rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", *records)])
+
+
+def test_more_candidates_asked_for_than_there_are(run, tmp_path):
+    with pytest.raises(UserError, match="c.jsonl:1: 2 candidates are fewer than --n 3"):
+        rerank.main(["--run", str(run), "--n", "3", "--candidates", lines(tmp_path / "c.jsonl", GOOD)])
+
+
+def test_fewer_candidates_asked_for_are_the_first(tmp_path):
+    examples, texts, n, known = rerank.read_candidates(lines(tmp_path / "c.jsonl", GOOD, GOOD), 1)
+    assert (len(examples), texts, n, known) == (2, GOOD["candidates"][:1] * 2, 1, True)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--n", "0"], "--n must be at least 1"),
+    (["--questions", "-1"], "--questions must be"),
+    (["--rule", "meen"], "did you mean 'mean'"),
+    (["--temperature", "nan"], "--temperature must be"),
+    (["--seed", "-1"], "--seed must be"),
+    (["--device", "tpu"], "no device 'tpu'"),
+    (["--run", "no/such/run"], "no run folder"),
+    (["--candidates", "x.jsonl"], "--candidates needs"),
+    (["--policy", "run"], "--policy needs"),
+])  # fmt: skip
+def test_bad_flags(flags, says):
+    with pytest.raises(UserError, match=says):
+        rerank.main(flags)
+
+
+def settings_are(text: str):
+    return lambda run: (run / "settings.json").write_text(text)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda run: (run / "settings.json").unlink(), "cannot read .*settings.json"),
+    (settings_are("{"), "cannot read .*settings.json"),
+    (settings_are("[]"), "holds no settings"),
+    (settings_are(json.dumps(SETTINGS | {"reward": "x"})), "'reward' is 'x'"),
+    (settings_are(json.dumps(SETTINGS | {"model": None})), "'model' is missing"),
+    (lambda run: shutil.rmtree(run / "reward"), "holds no reward/"),
+    (lambda run: (run / "reward" / "tokenizer.json").write_text("{"), "cannot load model"),
+])  # fmt: skip
+def test_broken_run_folders(run, change, says):
+    change(run)
+    with pytest.raises(UserError, match=says):
+        rerank.main(["--run", str(run)])
+
+
+def test_another_tokenizer_is_refused(run):
+    path = run / "reward" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="the tokenizer of .* differs"):
+        rerank.main(["--run", str(run)])
+
+
+def test_bad_input_is_one_line_and_exit_status_2():
+    command = [sys.executable, rerank.__file__, "--n", "0"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr == "error: --n must be at least 1, not 0\n"

@@ -1,0 +1,141 @@
+"""train.py as its users run it: whole runs in a temporary folder, and one clear line for each kind of bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import data
+import policy
+import reward
+import train
+from conftest import SHARED
+from data import UserError
+
+TINY = ("--demonstrations 16 --questions 4 --group 4 --eval-questions 12 --rerank-questions 12 --rerank-n 4 --eval-samples 2 --max-steps 2 "
+        "--sft-steps 3 --warm-up 2 --validate-every 1 --device cpu").split()  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_demo_writes_everything(capsys):
+    assert train.main([*TINY, "--name", "demo"]) == 0
+    run = Path("runs/demo")
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["methods"]) == {"base", "sft", "irl", "grpo"}
+    for method in results["methods"].values():
+        assert 0 <= method["t1_interval"][0] <= method["t1"] <= method["t1_interval"][1] <= 1
+        assert 0 <= method["greedy_interval"][0] <= method["greedy"] <= method["greedy_interval"][1] <= 1
+    assert 0 <= results["reward"]["auroc"] <= 1
+    assert {"random", "majority", "logprob", "sft_logprob", "reward", "oracle"} <= set(results["rerank"]["4"])
+    assert {"reward", "logprob", "sft_logprob", "entropy", "chance"} <= set(results["localise"]["natural"]["hit0"])
+    assert results["settings"] == json.loads((run / "settings.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["sft"] * 3 + ["warm-up"] * 2 + ["irl"] * 2 + ["grpo"] * 2
+    assert "<html" in (run / "report.html").read_text() and json.loads((run / "traces.json").read_text())
+    for folder in ("policy", "reward", "sft", "grpo"):  # loadable by anybody
+        AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
+    printed = capsys.readouterr().out
+    assert "IRL (no verifier)" in printed and "GRPO (true answer)" in printed
+    # and nothing is overwritten
+    assert train.main([*TINY, "--name", "demo"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    "--method sft", "--method grpo", "--method irl --start sft --extra-questions 4",
+    "--method irl --reward head --logit gail --policy-loss ppo --granularity sparse --gamma 0.9",
+    "--method irl --granularity interval --interval 5 --policy-loss reinforce --discriminator-loss bt --kl-coef 0.01 --freeze-reward",
+])  # fmt: skip
+def test_other_methods_and_variants(flags):
+    assert train.main([*TINY, *flags.split()]) == 0
+    results = json.loads(Path("runs/demo/results.json").read_text())
+    assert flags.split()[1] in results["methods"] and Path("runs/demo/policy/model.safetensors").exists()
+
+
+def test_the_same_seed_gives_the_same_metrics():
+    for name in ("a", "b"):
+        assert train.main([*TINY, "--name", name, "--method", "irl"]) == 0
+    a, b = (Path(f"runs/{name}/metrics.jsonl").read_text() for name in "ab")
+    assert a == b
+
+
+def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
+    assert train.main([*TINY, "--method", "irl"]) == 0
+    discriminator, tokenizer, settings = reward.load_run(Path("runs/demo"))
+    assert settings["reward"] == "likelihood" and discriminator.granularity == "dense"
+    monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", "--question", "Ava has 24 pens. Ava loses 9. How many pens?",
+                                     "--trace", "24-9=15", "--answer", "15"])  # fmt: skip
+    assert reward.main() == 0
+    assert "most suspicious" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--modle base", "unknown flag --modle (did you mean '--model'?)"),
+    ("--model Qwen2.5-0.5", "did you mean 'Qwen2.5-0.5B'"),
+    ("--data gsm8", "did you mean 'gsm8k'"),
+    ("--data gsm8k", "--data DIR"),
+    ("--model Qwen2.5-0.5B", "--model DIR"),
+    ("--group many", "invalid int value"),
+    ("--rerank-n 0", "--rerank-n must be at least 1"),
+    ("--group 1", "--group must be at least 2"),
+    ("--method ppo", "invalid choice: 'ppo'"),
+    ("--reward head", "--policy-loss exact sums"),
+    ("--words-largest 3", "at least 8"),
+    ("--max-new-tokens 9999", "fits the model's context"),
+    ("--device tpu", "no device 'tpu'"),
+    ("--name ../elsewhere", "--name"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
+    assert train.main([*TINY, *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not Path("runs").exists()  # nothing left behind
+
+
+def test_bad_files_are_one_line_and_status_2(capsys):
+    Path("mine.jsonl").write_text('{"question": "a", "trace": "b", "answer": "c"}\nnot json\n')
+    assert train.main([*TINY, "--data", "mine.jsonl"]) == 2
+    assert "mine.jsonl:2:" in capsys.readouterr().err
+
+
+def test_examples_that_do_not_fit_are_counted(capsys):
+    rows = [data.Example(e.question, e.trace, e.answer) for split in ("train", "validation") for e in data.load_examples("words", split, 60)]
+    rows += [data.Example(f"Ava has {i} pens. How many pens?", "1+1=2\n" * 100, "2") for i in range(5)]
+    Path("mine.jsonl").write_text("\n".join(json.dumps(vars(row)) for row in rows))
+    Path("folder").mkdir()
+    Path("folder/train.jsonl").write_text(Path("mine.jsonl").read_text())
+    Path("folder/test.jsonl").write_text("\n".join(json.dumps(vars(e)) for e in data.load_examples("words", "test", 12)))
+    assert train.main([*TINY, "--data", "folder", "--method", "sft", "--demonstrations", "1000"]) == 0
+    printed = capsys.readouterr().out
+    assert "examples are longer than the model's context" in printed and "demonstrations are there, not 1000" in printed
+
+
+def test_different_tokenizers_are_refused(capsys, shipped):
+    Path("other").mkdir()
+    shipped[0].save_pretrained("other")
+    other = policy.PreTrainedTokenizerFast.from_pretrained(policy.BASE)
+    other.add_tokens(["extra"])
+    other.save_pretrained("other")
+    with pytest.raises(UserError, match="the tokenizer of .* differs"):
+        policy.check_same_tokenizer(shipped[1], "other")
+
+
+def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
+    """GSM8K's text, Qwen's tokenizer and chat template, a small random Qwen2: the path of `--model Qwen2.5-0.5B`."""
+    if not (SHARED / "data" / "gsm8k").exists():
+        pytest.skip("GSM8K is not beside this checkout (../shared/data/gsm8k)")
+    config = Qwen2Config(vocab_size=151_936, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True)  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained("model")
+    qwen_tokenizer.save_pretrained("model")
+    flags = "--demonstrations 8 --questions 2 --group 2 --eval-questions 3 --rerank-questions 2 --rerank-n 2 --eval-samples 1 --max-steps 1 "
+    flags += "--warm-up 1 --max-new-tokens 12 --micro-batch 2 --validate-every 0 --device cpu"
+    assert train.main(["--model", "model", "--data", str(SHARED / "data" / "gsm8k"), *flags.split()]) == 0
+    results = json.loads(Path("runs/demo/results.json").read_text())
+    assert set(results["methods"]) == {"base", "irl"} and results["localise"] == {}
+    AutoTokenizer.from_pretrained("runs/demo/policy")

@@ -1,0 +1,347 @@
+"""The command line: settings, runs, evaluation, results.
+
+    python train.py                                          the demo: every method on the embedded problems, minutes
+    python train.py --model Qwen2.5-0.5B --data gsm8k        IRL on a real model, on a GPU
+    python train.py --method sft --demonstrations 1024       one method, other settings (python train.py --help)
+
+A run writes runs/<name>/: settings.json, metrics.jsonl (a line per step), results.json, traces.json, report.html, and
+models that `from_pretrained` loads: policy/, reward/, and with SFT and GRPO sft/ and grpo/.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import baselines
+import data
+import irl
+import policy
+import report
+import rerank
+import reward
+from data import UserError
+
+
+def setting(default, help: str, choices: tuple = ()):
+    """A field of Settings: its default, what it does, what it may be. None: depends on the model (PRESETS)."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """Everything that can be turned. Each becomes a flag (max_steps -> --max-steps) and is kept in settings.json."""
+
+    # What
+    model: str = setting("base", "the policy's start: 'base' (ships here), a folder, a hub name, or e.g. Qwen2.5-0.5B")
+    data: str = setting(None, "words, gsm8k, medreason, a JSON-lines file, or a folder with train.jsonl and test.jsonl")
+    method: str = setting(None, "which method to train; 'all' compares the three", ("sft", "irl", "grpo", "all"))
+    start: str = setting("base", "where IRL starts: from the base, or from SFT on the same demonstrations", ("base", "sft"))
+    name: str = setting("demo", "the run is written to runs/<name>")
+    seed: int = setting(0, "seed of the data's order, of sampling and of perturbations")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    # Data
+    demonstrations: int = setting(256, "expert traces to learn from")
+    extra_questions: int = setting(0, "training questions without a demonstration, for IRL's policy")
+    words_steps: int = setting(3, "steps of arithmetic in a words problem")
+    words_largest: int = setting(40, "largest number in the text of a words problem")
+    max_new_tokens: int = setting(None, "longest response that is sampled")
+    # Reward
+    reward_model: str = setting(None, "the reward's start, if not --model; its tokenizer must be the policy's")
+    reward: str = setting("likelihood", "f = log p_phi, or the paper's linear head", ("likelihood", "head"))
+    logit: str = setting("airl", "logit D = f - log pi, or f", ("airl", "gail"))
+    granularity: str = setting("dense", "a score per token, per step, or per trace", ("dense", "interval", "sparse"))
+    interval: int = setting(0, "tokens per interval; 0 takes the trace's own lines as steps")
+    discriminator_loss: str = setting("bce", "cross-entropy, Bradley-Terry, or Wasserstein", ("bce", "bt", "wgan"))
+    label_smoothing: float = setting(0.1, "labels 1 and 0 become 1 - x/2 and x/2")
+    reward_nll: float = setting(0.0, "weight of the demonstrations' likelihood in a likelihood reward's loss")
+    rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included")
+    perturbed: int = setting(2, "broken copies of each demonstration as negatives")
+    replay: int = setting(4, "old rollouts kept per question; 0 for none")
+    warm_up: int = setting(100, "discriminator updates before the policy's first")
+    warm_up_lr: float = setting(None, "learning rate of the warm-up")
+    reward_lr: float = setting(None, "learning rate of the discriminator beside the policy")
+    discriminator_updates: int = setting(1, "discriminator updates per policy step")
+    freeze_reward: bool = setting(False, "stop training the discriminator after the warm-up")
+    reward_clip: float = setting(0.0, "hold rewards within [-x, x]; 0 for none (REINFORCE and PPO)")
+    # Policy
+    policy_loss: str = setting(None, "exact sums over the vocabulary, the others sample", ("exact", "reinforce", "ppo"))
+    entropy_coef: float = setting(0.3, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
+    gamma: float = setting(None, "discount of later tokens' rewards")
+    kl_coef: float = setting(0.0, "weight of the KL to the frozen start")
+    ppo_clip: float = setting(0.2, "PPO and GRPO hold the ratio within 1 +- this")
+    epochs: int = setting(1, "passes over each rollout")
+    questions: int = setting(32, "questions per step")
+    group: int = setting(8, "samples per question (G)")
+    temperature: float = setting(1.0, "sampling temperature in training")
+    top_p: float = setting(1.0, "nucleus of training samples")
+    max_steps: int = setting(None, "policy steps of IRL and GRPO")
+    policy_lr: float = setting(None, "learning rate of IRL's policy")
+    grpo_lr: float = setting(None, "learning rate of GRPO")
+    sft_steps: int = setting(None, "updates of SFT")
+    sft_lr: float = setting(None, "peak learning rate of SFT")
+    sft_batch: int = setting(32, "demonstrations per update of SFT")
+    micro_batch: int = setting(None, "rows per forward pass in training: memory, nothing else")
+    # Evaluation
+    eval_questions: int = setting(None, "test questions")
+    eval_samples: int = setting(4, "samples per test question at temperature 1")
+    validate_every: int = setting(10, "steps between looks at 100 validation questions; 0 for never")
+    rerank_n: int = setting(16, "candidates per question for reranking")
+    rerank_questions: int = setting(None, "test questions to rerank")
+    rule: str = setting("mean", "how a trace's token rewards become its score", rerank.RULES)
+
+
+# What depends on the size of the model. Rates for large models are the customary ones, not tuned here.
+PRESETS = {
+    "small": dict(data="words", method="all", max_new_tokens=64, warm_up_lr=3e-4, reward_lr=1e-4, policy_loss="exact",
+                  gamma=0.0, max_steps=100, policy_lr=2e-4, grpo_lr=2e-4, sft_steps=200, sft_lr=3e-4, micro_batch=256,
+                  eval_questions=500, rerank_questions=250),
+    "large": dict(data="gsm8k", method="irl", max_new_tokens=400, warm_up_lr=1e-5, reward_lr=5e-6, policy_loss="exact",
+                  gamma=0.0, max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=8,
+                  eval_questions=200, rerank_questions=100),
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for what is wrong and the nearest flag for one that does not exist."""
+
+    def error(self, message):
+        raise UserError(message)
+
+    def parse(self, arguments):
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise UserError(f"unknown flag {flag}{data.nearest(flag, self._option_string_actions)}: see --help")
+        return known
+
+
+def parse_settings(arguments: list[str]) -> Settings:
+    """Flags to Settings, with what the model's size decides filled in."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(Settings):
+        flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=help)
+            continue
+        preset = ", ".join(f"{size}: {values[f.name]}" for size, values in PRESETS.items() if f.name in values)
+        parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"] or None,
+                            help=f"{help} (default: {preset or f.default})".replace("%", "%%"), metavar=f.type.__name__
+                            if not f.metadata["choices"] else None)  # fmt: skip
+    settings = Settings(**vars(parser.parse(arguments)))
+    for name, value in PRESETS["small" if settings.model == "base" else "large"].items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    settings.reward_model = settings.reward_model or settings.model
+    check(settings)
+    return settings
+
+
+def check(s: Settings) -> None:
+    """Refuse settings that cannot work, before anything is loaded."""
+    for name in ("demonstrations", "words_steps", "max_new_tokens", "questions", "group", "epochs", "micro_batch", "eval_samples",
+                 "eval_questions", "rerank_n", "rerank_questions", "max_steps", "sft_steps", "sft_batch", "rollouts_per_expert"):  # fmt: skip
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+    if s.words_largest < 8:
+        raise UserError(f"--words-largest must be at least 8, not {s.words_largest}")
+    if s.group < 2:
+        raise UserError("--group must be at least 2: a sample is judged against the others of its group")
+    if s.rollouts_per_expert > s.group:
+        raise UserError(f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group} samples")
+    if s.policy_loss == "exact" and (s.reward != "likelihood" or s.logit != "airl" or s.granularity != "dense"):
+        raise UserError("--policy-loss exact sums f over the whole vocabulary, which takes --reward likelihood, --logit airl "
+                        "and --granularity dense: with others use --policy-loss ppo or reinforce")
+    if not re.fullmatch(r"[\w.-]+", s.name) or s.name.startswith("."):
+        raise UserError(f"--name '{s.name}' must be a plain folder name (letters, digits, . _ -): the run goes to runs/<name>")
+    if s.device not in ("auto", "cpu", "cuda", "mps"):
+        raise UserError(f"no device '{s.device}': auto, cpu, cuda or mps")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation: the answer check is used from here on, and nowhere in irl.py
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dict:
+    """Accuracy at temperature 1 (mean over samples) and greedy, with 95% bootstrap intervals over questions; pass@k."""
+    generator = torch.Generator(model.device).manual_seed(s.seed)
+    sampled = rerank.collect(model, tokenizer, examples, s.eval_samples, s.max_new_tokens, 1.0, generator).correct  # [Q, N]
+    greedy = rerank.collect(model, tokenizer, examples, 1, s.max_new_tokens, 0.0).correct  # [Q, 1]
+    t1, greedy = rerank.bootstrap(sampled.float().mean(1)), rerank.bootstrap(greedy.float().mean(1))
+    ks = [k for k in (1, 2, 4, 8, 16) if k <= s.eval_samples]
+    passes = {str(k): sum(rerank.pass_at_k(s.eval_samples, int(c), k) for c in sampled.sum(1)) / len(sampled) for k in ks}
+    return {"t1": t1[0], "t1_interval": t1[1:], "greedy": greedy[0], "greedy_interval": greedy[1:], "pass@k": passes}
+
+
+class Log:
+    """metrics.jsonl and the progress bar."""
+
+    def __init__(self, folder: Path):
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+
+    def write(self, method: str, step: int, metrics: dict, bar: tqdm) -> None:
+        """One line {"method", "step", "stage/metric": value, ...}, and the few numbers that matter beside the bar."""
+        flat = {f"{stage}/{name}": value for stage, values in metrics.items() for name, value in values.items()}
+        self.file.write(json.dumps({"method": method, "step": step} | flat) + "\n")
+        self.file.flush()
+        shown = ("validation/t1", "reward/mean", "discriminator/accuracy", "rollout/entropy", "policy/loss")
+        bar.set_postfix({name.split("/")[1]: f"{flat[name]:.3f}" for name in shown if name in flat})
+
+
+def run_steps(method: str, trainer, steps: int, log: Log, validate=None, every: int = 0) -> float:
+    """Call trainer.step `steps` times, looking at the validation questions now and then. Returns seconds of training."""
+    seconds = 0.0
+    bar = tqdm(range(1, steps + 1), desc=f"{method:8s}", dynamic_ncols=True)
+    for step in bar:
+        start = time.perf_counter()
+        metrics = trainer.warm_up() if method == "warm-up" else trainer.step()
+        seconds += time.perf_counter() - start
+        if method == "warm-up":
+            metrics = {"discriminator": metrics}
+        if validate is not None and every and (step % every == 0 or step == steps):
+            metrics["validation"] = {"t1": validate()}
+        log.write(method, step, metrics, bar)
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One call of train.py: loads, trains each method from the same base on the same demonstrations, compares."""
+
+    def __init__(self, settings: Settings):
+        self.s = s = settings
+        self.folder = Path("runs") / s.name
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} already holds a run: give another --name, or remove that folder")
+        self.device = policy.pick_device(s.device)
+        torch.manual_seed(s.seed)
+        self.base, self.tokenizer = policy.load_policy(s.model, self.device)
+        self.load_data()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
+        self.log = Log(self.folder)
+        self.results = {"methods": {}, "reward": {}, "rerank": {}, "localise": {}, "settings": asdict(s)}
+
+    def load_data(self) -> None:
+        """Demonstrations, extra questions, validation and test, all of them short enough for the model's context."""
+        s, dropped = self.s, 0
+
+        def load(split, count):
+            nonlocal dropped
+            examples = data.load_examples(s.data, split, count, s.seed, s.words_steps, s.words_largest)
+            examples, too_long = data.fit_context(self.tokenizer, examples, policy.context_length(self.base), s.max_new_tokens)
+            dropped += too_long
+            return examples
+
+        train = load("train", s.demonstrations + s.extra_questions)
+        self.experts, self.extra = train[: s.demonstrations], train[s.demonstrations :]
+        if len(self.experts) < s.demonstrations:
+            print(f"only {len(self.experts)} demonstrations are there, not {s.demonstrations}")
+        self.validation, self.test = load("validation", 100), load("test", s.eval_questions)
+        if dropped:
+            print(f"{dropped} examples are longer than the model's context of {policy.context_length(self.base)} tokens: skipped")
+
+    def validate(self, model) -> float:
+        """Accuracy of one sample at temperature 1 on the validation questions. For curves; nothing trains on it."""
+        generator = torch.Generator(model.device).manual_seed(0)
+        return float(rerank.collect(model, self.tokenizer, self.validation, 1, self.s.max_new_tokens, 1.0, generator).correct.float().mean())
+
+    def train(self, method: str, trainer, steps: int) -> None:
+        """Train, evaluate on the test questions, save."""
+        model = trainer.policy_model
+        seconds = run_steps(method, trainer, steps, self.log, lambda: self.validate(model), self.s.validate_every)
+        self.results["methods"][method] = evaluate(model, self.tokenizer, self.test, self.s) | {"seconds": seconds}
+        folder = self.folder / ("policy" if method in ("irl", self.s.method) else method)
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def all_methods(self) -> None:
+        """Base, SFT, IRL, GRPO, as far as asked for; then what the reward is worth at inference."""
+        s = self.s
+        wanted = ("sft", "irl", "grpo") if s.method == "all" else (s.method,)
+        self.results["methods"]["base"] = evaluate(self.base, self.tokenizer, self.test, s)
+        sft_model = None
+        if "sft" in wanted or ("irl" in wanted and s.start == "sft"):
+            sft_model = self.copy()
+            self.train("sft", baselines.SFT(s, self.tokenizer, sft_model, self.experts), s.sft_steps)
+        if "irl" in wanted:
+            discriminator = self.train_irl(sft_model if s.start == "sft" else self.base)
+        if "grpo" in wanted:
+            self.train("grpo", baselines.GRPO(s, self.tokenizer, self.copy(), self.experts + self.extra), s.max_steps)
+        if "irl" in wanted:
+            self.use_reward(discriminator, sft_model)
+
+    def copy(self, model=None):
+        """A trainable copy of the base (or of `model`)."""
+        return policy.frozen_copy(model or self.base).requires_grad_(True)
+
+    def train_irl(self, start) -> reward.Discriminator:
+        """Warm the discriminator up, run the loop, save policy and reward."""
+        s = self.s
+        policy.check_same_tokenizer(self.tokenizer, s.reward_model)
+        reward_model = reward.load_reward(s.reward, s.reward_model, self.device)
+        ends_step = reward.step_end_tokens(self.tokenizer, self.base.get_input_embeddings().num_embeddings).to(self.device)
+        discriminator = reward.Discriminator(reward_model, s.logit, s.granularity, s.interval, ends_step, s.reward_clip)
+        reference = policy.frozen_copy(start) if s.kl_coef else None
+        loop = irl.IRL(s, self.tokenizer, self.copy(start), discriminator, self.experts,
+                       [example.question for example in self.extra], reference)  # fmt: skip
+        warm_up_seconds = run_steps("warm-up", loop, s.warm_up, self.log)
+        self.train("irl", loop, s.max_steps)
+        self.results["methods"]["irl"]["seconds"] += warm_up_seconds
+        reward_model.model.save_pretrained(self.folder / "reward")
+        self.tokenizer.save_pretrained(self.folder / "reward")
+        return discriminator
+
+    def use_reward(self, discriminator: reward.Discriminator, sft_model) -> None:
+        """Rerank the base's samples, find first errors, keep some traces for the report."""
+        s, test = self.s, self.test[: self.s.rerank_questions]
+        generator = torch.Generator(self.device).manual_seed(s.seed + 1)
+        candidates = rerank.collect(self.base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator)
+        self.results |= rerank.assess(candidates, discriminator, self.base, sft_model, self.tokenizer, s)
+        self.results["reward"]["auroc"] = self.results["rerank"]["auroc"]["reward"]
+        traces = rerank.show_traces(candidates, discriminator, self.base, self.tokenizer, s)
+        (self.folder / "traces.json").write_text(json.dumps(traces))
+
+    def finish(self) -> None:
+        """results.json, report.html and the table."""
+        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
+        page = report.write_report(self.folder)
+        print("\n" + table(self.results) + f"\n\nresults: {self.folder / 'results.json'}\nreport:  {page}")
+
+
+def table(results: dict) -> str:
+    """The results as plain text."""
+    lines = [f"{'':22s}{'temperature 1':>22s}{'greedy':>22s}{'seconds':>9s}"]
+    names = {"base": "base", "sft": "SFT", "irl": "IRL (no verifier)", "grpo": "GRPO (true answer)"}
+    for method, r in results["methods"].items():
+        cells = [f"{r[k]:.3f} [{r[k + '_interval'][0]:.3f}, {r[k + '_interval'][1]:.3f}]" for k in ("t1", "greedy")]
+        lines.append(f"{names[method]:22s}{cells[0]:>22s}{cells[1]:>22s}{r.get('seconds', 0):9.0f}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run with these flags; returns the exit status: 0, or 2 after one line about what was wrong with the input."""
+    try:
+        policy.quiet()
+        run = Run(parse_settings(sys.argv[1:] if arguments is None else arguments))
+        run.all_methods()
+        run.finish()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
