@@ -33,7 +33,9 @@ class SFT:
         """One update on a batch of demonstrations: minimise -log pi(expert's token)."""
         s = self.settings
         policy.set_rate(self.optimizer, s.sft_lr, self.done, s.sft_steps)
-        batch = data.demonstration_batch(self.tokenizer, draw(self.experts, s.sft_batch, self.rng), self.policy_model.device)
+        batch = data.demonstration_batch(
+            self.tokenizer, draw(self.experts, s.sft_batch, self.rng), self.policy_model.device
+        )
         self.policy_model.train()
         loss = policy.accumulate(lambda rows: policy.sft_loss(self.policy_model, batch[rows]), len(batch),
                                  s.micro_batch, float(batch.response_mask.sum()))  # fmt: skip

@@ -115,21 +115,29 @@ def subtract_by_column(a: int, b: int) -> int:
     return int("".join(str(abs(int(x) - int(y))) for x, y in zip(top, bottom)))
 
 
-def solve(problem: Problem, rng: random.Random | None = None, misconception: float = 0.0, slip: float = 0.0) -> Example:
-    """Write a trace for `problem`: the expert's (no rng), or a pupil's, whose errors propagate to the answer.
+@dataclass(frozen=True)
+class Pupil:
+    """How often a pupil goes wrong at a step where it can.
 
-    Misconceptions: '3 bags of 12' is added instead of multiplied; a subtraction goes column by column without
-    borrowing. Each happens with probability `misconception` at every step where it can. `slip` is the chance that any
-    other result comes out with one wrong digit. A pupil who is wrong more often than right is *confidently* wrong:
-    greedy decoding and majority vote make it worse, and its own log-probability cannot tell.
+    groups: '3 bags of 12' is added instead of multiplied. borrow: a subtraction goes column by column without
+    borrowing. slip: one digit of any other result comes out wrong. A pupil who is wrong more often than right is
+    *confidently* wrong: greedy decoding and majority vote make it worse, and its own log-probability cannot tell.
     """
+
+    groups: float = 0.6
+    borrow: float = 0.3
+    slip: float = 0.1
+
+
+def solve(problem: Problem, pupil: Pupil | None = None, rng: random.Random | None = None) -> Example:
+    """Write a trace for `problem`: the expert's, or that of a pupil, whose errors propagate to the answer."""
     lines: list[str] = []
 
     def step(a: int, op: str, b: int) -> int:
         result = {"+": a + b, "-": a - b, "*": a * b}[op]
-        if rng is not None and op == "-" and rng.random() < misconception:
+        if pupil and op == "-" and rng.random() < pupil.borrow:
             result = subtract_by_column(a, b)
-        elif rng is not None and rng.random() < slip:
+        elif pupil and rng.random() < pupil.slip:
             digits = list(str(abs(result)))
             place = rng.randrange(len(digits))
             digits[place] = rng.choice([d for d in "123456789" if d != digits[place]])
@@ -142,7 +150,7 @@ def solve(problem: Problem, rng: random.Random | None = None, misconception: flo
     for event in problem.events:
         amount = event.a
         if event.steps == 2:
-            confused = rng is not None and rng.random() < misconception
+            confused = pupil is not None and rng.random() < pupil.groups
             amount = step(event.a, "+" if confused else "*", event.b)
         have = step(have, "+" if event.kind in ("gain", "packs") else "-", amount)
     return Example(problem.question, "\n".join(lines), str(have))
@@ -164,7 +172,9 @@ def words_problems(split: str, count: int, seed: int = 0, steps: int = 3, larges
             problems.setdefault(problem.question, problem)
         if len(problems) == count:
             return list(problems.values())
-    raise UserError(f"only {len(problems)} different problems with steps={steps}, largest={largest}; {count} were asked for")
+    raise UserError(
+        f"only {len(problems)} different problems with steps={steps}, largest={largest}; {count} were asked for"
+    )
 
 
 def first_error(expert: Example, response: str) -> int | None:
@@ -215,7 +225,9 @@ SOURCES = ("words", "gsm8k", "medreason")
 SPLITS = ("train", "validation", "test")
 
 
-def load_examples(source: str, split: str, count: int | None = None, seed: int = 0, steps: int = 3, largest: int = 40) -> list[Example]:
+def load_examples(
+    source: str, split: str, count: int | None = None, seed: int = 0, steps: int = 3, largest: int = 40
+) -> list[Example]:
     """Examples of one split, shuffled by `seed`, at most `count` of them.
 
     source: 'words' (made here; `steps` and `largest` set the difficulty), 'gsm8k' or 'medreason' (from the hub), a
@@ -233,8 +245,10 @@ def load_examples(source: str, split: str, count: int | None = None, seed: int =
     elif Path(source).exists():
         examples = from_files(Path(source), split)
     else:
-        raise UserError(f"no data set '{source}'{nearest(source, SOURCES)}: use {', '.join(SOURCES)}, "
-                        "a file of JSON lines, or a folder with train.jsonl and test.jsonl")
+        raise UserError(
+            f"no data set '{source}'{nearest(source, SOURCES)}: use {', '.join(SOURCES)}, "
+            "a file of JSON lines, or a folder with train.jsonl and test.jsonl"
+        )
     if not examples:
         raise UserError(f"'{source}' has no {split} examples")
     random.Random(f"order {seed}").shuffle(examples)
@@ -263,7 +277,9 @@ def from_files(path: Path, split: str) -> list[Example]:
         return from_files(path / "train.jsonl", split)
     if split == "test":
         return read_jsonl(path / "test.jsonl")
-    return [e for e in read_jsonl(path / "train.jsonl") if (split_of(e.question) == "validation") == (split == "validation")]
+    return [
+        e for e in read_jsonl(path / "train.jsonl") if (split_of(e.question) == "validation") == (split == "validation")
+    ]
 
 
 def read_jsonl(path: Path) -> list[Example]:
@@ -291,7 +307,7 @@ def from_record(record) -> Example:
     Example(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=())
     """
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object: each line needs {\"question\": .., \"trace\": .., \"answer\": ..}")
+        raise ValueError('not a JSON object: each line needs {"question": .., "trace": .., "answer": ..}')
     for field in ("question", "answer"):
         if record.get(field) is None or not str(record[field]).strip():
             raise ValueError(f"field '{field}' is missing or empty")
@@ -314,8 +330,10 @@ def from_hub(source: str, split: str) -> list[Example]:
     try:
         rows = list(datasets.load_dataset(name, config, split=hub_split))
     except Exception as error:  # datasets raises a dozen kinds: offline, proxy, gated, renamed
-        raise UserError(f"cannot fetch {name} from the hub ({type(error).__name__}). Without a network, give a folder "
-                        "that holds train.jsonl and test.jsonl: --data DIR") from None
+        raise UserError(
+            f"cannot fetch {name} from the hub ({type(error).__name__}). Without a network, give a folder "
+            "that holds train.jsonl and test.jsonl: --data DIR"
+        ) from None
     examples = [from_medreason(row) if source == "medreason" else from_record(row) for row in rows]
     if hub_split == "test":
         return examples
@@ -342,8 +360,9 @@ def from_medreason(row: dict) -> Example:
 # 4. Prompts and responses
 # ---------------------------------------------------------------------------------------------------------------
 
-INSTRUCTION = ("\n\nReason step by step inside <think> </think>, then give only the final answer inside "
-               "<answer> </answer>.")
+INSTRUCTION = (
+    "\n\nReason step by step inside <think> </think>, then give only the final answer inside <answer> </answer>."
+)
 
 
 def prompt_ids(tokenizer, question: str) -> list[int]:
@@ -500,8 +519,8 @@ def perturb(example: Example, rng: random.Random, kind: str | None = None) -> tu
     >>> broken.trace, at
     ('3/12=36', 9)
     """
-    for kind in [kind] if kind else rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
-        broken = _perturb(example, rng, kind)
+    for one in [kind] if kind else rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
+        broken = _perturb(example, rng, one)
         if broken is not None and broken != example:
             before, after = (response_text(e.trace, e.answer) for e in (example, broken))
             return broken, first_difference(before, after)
@@ -627,7 +646,7 @@ def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: in
 def main() -> None:
     rng = random.Random(0)
     problem = words_problems("train", 1)[0]
-    expert, pupil = solve(problem), solve(problem, rng, misconception=0.6, slip=0.04)
+    expert, pupil = solve(problem), solve(problem, Pupil(), rng)
     print("question   ", expert.question)
     print("expert     ", expert.trace.replace("\n", " | "), "->", expert.answer)
     wrong = first_error(expert, response_text(pupil.trace, pupil.answer))

@@ -62,10 +62,8 @@ class IRL:
         return metrics
 
     def warm_up(self) -> dict:
-        """One update of the discriminator alone, on fresh samples of a policy that stands still.
-
-        A policy that starts on a reward at chance learns noise: it collapses within 50 steps (README).
-        """
+        """One update of the discriminator alone, on fresh samples of a policy that stands still: a policy that starts on
+        a reward at chance learns noise."""
         with data.no_verifier():
             policy.set_constant_rate(self.reward_optimizer, self.settings.warm_up_lr)
             examples = draw(self.experts, self.settings.questions, self.rng)
@@ -95,9 +93,12 @@ class IRL:
             self.replay.add(example.question, fresh)
             negatives.append(fresh[: len(fresh) - len(old)] + old)
         for _ in range(s.discriminator_updates):
-            comparison = reward.compare(self.tokenizer, examples, negatives, s.perturbed, self.rng, self.policy_model.device)
+            comparison = reward.compare(
+                self.tokenizer, examples, negatives, s.perturbed, self.rng, self.policy_model.device
+            )
             metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
-                                    s.discriminator_loss, s.label_smoothing, s.reward_nll, micro_batch=s.micro_batch)  # fmt: skip
+                                    s.discriminator_loss, s.label_smoothing, s.reward_nll,
+                                    micro_batch=s.micro_batch, temperature=s.temperature)  # fmt: skip
         return metrics
 
     def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, dict]:
@@ -110,20 +111,38 @@ class IRL:
     def update_policy(self, rollout: Rollout, rewards: torch.Tensor) -> dict:
         """Stage 4. Policy gradient on r_t: `epochs` passes over the rollout, one optimizer step each."""
         s, batch = self.settings, rollout.batch
-        mask = batch.response_mask  # [B, T]
-        returns = policy.returns_to_go(rewards, mask, s.gamma)  # [B, T]
-        advantages = returns - policy.group_baseline(returns, mask, s.group)  # [B, T]
-        if s.policy_loss == "exact":  # what the expectation over a_t does not cover: the rewards after it
-            future = torch.nn.functional.pad(advantages[:, 1:], (0, 1))  # [B, T], A_{t+1}
-            advantages = s.gamma * future * mask
-        else:
-            advantages = policy.normalise(advantages, mask)
+        advantages = self.advantages(batch, rewards)  # [B, T]
         self.policy_model.train()
         for _ in range(s.epochs):
             loss = policy.accumulate(lambda rows: self.policy_loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
-                                     len(batch), s.micro_batch, float(mask.sum()))  # fmt: skip
+                                     len(batch), s.micro_batch, float(batch.response_mask.sum()))  # fmt: skip
             norm = policy.optimizer_step(self.policy_optimizer)
         return {"loss": loss, "grad_norm": norm}
+
+    def advantages(self, batch: data.Batch, rewards: torch.Tensor) -> torch.Tensor:
+        """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]"""
+        s, mask = self.settings, batch.response_mask
+        returns = policy.returns_to_go(rewards, mask, s.gamma)
+        advantages = returns - policy.group_baseline(returns, mask, s.group)
+        future = s.gamma * torch.nn.functional.pad(advantages[:, 1:], (0, 1)) * mask  # gamma A_{t+1}
+        if s.policy_loss == "exact":  # the loss sums r_t over all actions itself: only what follows is left
+            return future
+        if s.baseline == "exact":
+            expected = policy.in_chunks(
+                lambda b: policy.spread(self.expected_reward(b), b.response_mask), batch, s.micro_batch
+            )
+            advantages = (rewards - expected) * mask + future
+        return policy.normalise(advantages, mask)
+
+    def expected_reward(self, batch: data.Batch, all_logprobs: torch.Tensor | None = None) -> torch.Tensor:
+        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token: [N]. The gradient, if any, is through pi."""
+        s = self.settings
+        if all_logprobs is None:
+            all_logprobs = policy.response_logits(self.policy_model, batch, s.temperature).log_softmax(-1)  # [N, V]
+        with torch.no_grad():
+            all_scores = self.discriminator.reward_model.all_scores(batch)  # [N, V]
+        width = min(all_scores.shape[1], all_logprobs.shape[1])  # sizes of a family pad V by different amounts
+        return policy.expected_reward(all_logprobs[:, :width], all_scores[:, :width], s.entropy_coef)
 
     def policy_loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         """The loss of each response token of some rows: [N], to be summed. See policy.py for the equations."""
@@ -136,10 +155,7 @@ class IRL:
         else:
             loss = policy.reinforce_loss(logprobs, advantages)
         if s.policy_loss == "exact":
-            with torch.no_grad():
-                all_scores = self.discriminator.reward_model.all_scores(batch)  # [N, V]
-            width = min(all_scores.shape[1], all_logprobs.shape[1])  # sizes of a family pad V by different amounts
-            loss = loss - policy.expected_reward(all_logprobs[:, :width], all_scores[:, :width], s.entropy_coef)
+            loss = loss - self.expected_reward(batch, all_logprobs)
         if s.kl_coef:
             with torch.no_grad():
                 reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]
@@ -151,3 +167,25 @@ def draw(items: list, count: int, rng: random.Random) -> list:
     """`count` items, without repeats where there are enough."""
     return rng.sample(items, count) if len(items) >= count else rng.choices(items, k=count) if items else []
 
+
+def main() -> None:
+    import train
+
+    policy.quiet()
+    settings = train.parse_settings("--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu".split())
+    model, tokenizer = policy.load_policy("base")
+    ends_step = reward.step_end_tokens(tokenizer, len(tokenizer))
+    discriminator = reward.Discriminator(reward.load_reward("likelihood", "base"), "airl", "dense", 0, ends_step)
+    loop = IRL(settings, tokenizer, model, discriminator, data.load_examples("words", "train", 64))
+    print(f"{len(loop.experts)} demonstrations, for instance\n{loop.experts[0].question}\n{loop.experts[0].trace}\n")
+    for _ in range(10):
+        metrics = loop.warm_up()
+    print("after 10 warm-up updates, discriminator: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+    for iteration in range(1, 4):
+        print(f"\niteration {iteration}")
+        for stage, metrics in loop.step().items():
+            print(f"  {stage:14s}" + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,10 +14,10 @@ Run `python policy.py` to sample the shipped base and see that its log-probabili
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import transformers
@@ -53,8 +53,10 @@ def resolve_model(name: str) -> str:
         return SHORT_NAMES[name]
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    raise UserError(f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, or one of "
-                    + ", ".join(SHORT_NAMES))
+    raise UserError(
+        f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, or one of "
+        + ", ".join(SHORT_NAMES)
+    )
 
 
 def load_policy(name: str, device="cpu", dtype=torch.float32):
@@ -93,8 +95,10 @@ def check_same_tokenizer(tokenizer, other: str) -> None:
     """The reward scores the very token ids that the policy sampled: text that is tokenised anew shifts by a token."""
     vocabulary = load_tokenizer(other).get_vocab()
     if vocabulary != tokenizer.get_vocab():
-        raise UserError(f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
-                        f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family")
+        raise UserError(
+            f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
+            f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family"
+        )
 
 
 def check_tokenizer(tokenizer, model, name: str) -> None:
@@ -102,8 +106,10 @@ def check_tokenizer(tokenizer, model, name: str) -> None:
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only "
-                        f"{model.get_input_embeddings().num_embeddings} embeddings")
+        raise UserError(
+            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only "
+            f"{model.get_input_embeddings().num_embeddings} embeddings"
+        )
 
 
 def context_length(model) -> int:
@@ -119,8 +125,16 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' cannot be used here ({str(error).splitlines()[0]}): --device auto takes what there is") from None
+        raise UserError(
+            f"device '{name}' cannot be used here ({str(error).splitlines()[0]}): --device auto takes what there is"
+        ) from None
     return torch.device(name)
+
+
+def half_precision(device: torch.device):
+    """bf16 matrix products on CUDA, float32 elsewhere. The weights and what the optimizer adds up stay float32: steps
+    of 1e-6 vanish in bf16. Entered anew for each forward pass, because it caches the weights it has cast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,9 +186,10 @@ def sample(
     responses, logprobs = [], []
     for start in range(0, len(prompts), per_chunk):
         chunk = prompts[start : start + per_chunk]
-        chunk_responses, chunk_logprobs = _sample_chunk(
-            model, chunk, end_token, max_new_tokens, group, temperature, top_p, generator
-        )
+        with half_precision(model.device):
+            chunk_responses, chunk_logprobs = _sample_chunk(
+                model, chunk, end_token, max_new_tokens, group, temperature, top_p, generator
+            )
         responses += chunk_responses
         logprobs += chunk_logprobs
     repeated = [prompt for prompt in prompts for _ in range(group)]
@@ -220,7 +235,11 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         position = position + 1
         logits = model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache, use_cache=True
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=position[:, None],
+            past_key_values=cache,
+            use_cache=True,
         ).logits[:, -1]
     lengths = lengths.tolist()
     responses, logprobs = responses.tolist(), logprobs.cpu()
@@ -236,9 +255,13 @@ def response_logits(model, batch: Batch, temperature: float = 1.0) -> torch.Tens
     """The logits that chose each response token: [N, V] float32, N = number of response tokens of the batch, in row
     order. Prompt and padding positions never meet the output matrix, which is where the memory goes when V is 151,936.
     """
-    hidden = model.get_decoder()(input_ids=batch.tokens, attention_mask=batch.attention_mask).last_hidden_state  # [B, T, H]
     chosen_from = batch.response_mask[:, 1:].bool()  # the state before token t is read off column t-1
-    return model.get_output_embeddings()(hidden[:, :-1][chosen_from]).float() / temperature
+    with half_precision(batch.tokens.device):
+        hidden = model.get_decoder()(
+            input_ids=batch.tokens, attention_mask=batch.attention_mask
+        ).last_hidden_state  # [B, T, H]
+        logits = model.get_output_embeddings()(hidden[:, :-1][chosen_from])
+    return logits.float() / temperature
 
 
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -471,7 +494,10 @@ def main() -> None:
     print(example.question, "\n")
     for row in range(4):
         text = data.decode(tokenizer, rollout.batch.response(row))
-        print(f"{text.replace(chr(10), ' ')}   log pi = {rollout.logprobs[row].sum():.2f}", "right" * data.is_correct(example, text))
+        print(
+            f"{text.replace(chr(10), ' ')}   log pi = {rollout.logprobs[row].sum():.2f}",
+            "right" * data.is_correct(example, text),
+        )
     again = in_chunks(lambda b: token_logprobs(model, b), rollout.batch)
     print(f"\nlargest difference from a fresh forward pass: {(again - rollout.logprobs).abs().max():.1e}")
 

@@ -54,27 +54,28 @@ def build_model(vocabulary: int, end_token: int, width: int, layers: int, contex
     return Qwen2ForCausalLM(config)
 
 
-def pupil_corpus(count: int, seed: int, misconception: float, slip: float) -> list[data.Example]:
+def pupil_corpus(count: int, seed: int, pupil: data.Pupil) -> list[data.Example]:
     """`count` traces by the pupil, on problems of 2 to 4 steps from the train split."""
     rng = random.Random(f"pupil {seed}")
     corpus = []
     while len(corpus) < count:
         problem = data.make_problem(rng, steps=rng.choice((2, 3, 3, 4)))
         if data.split_of(problem.question) == "train":
-            corpus.append(data.solve(problem, rng, misconception, slip))
+            corpus.append(data.solve(problem, pupil, rng))
     return corpus
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="base")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--misconception", type=float, default=0.6)
-    parser.add_argument("--slip", type=float, default=0.04)
+    parser.add_argument("--groups", type=float, default=data.Pupil.groups, help="see data.Pupil")
+    parser.add_argument("--borrow", type=float, default=data.Pupil.borrow)
+    parser.add_argument("--slip", type=float, default=data.Pupil.slip)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -82,7 +83,8 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), tokenizer.eos_token_id, args.width, args.layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    corpus = data.demonstration_batch(tokenizer, pupil_corpus(args.steps * args.batch, args.seed, args.misconception, args.slip))
+    pupil = data.Pupil(args.groups, args.borrow, args.slip)
+    corpus = data.demonstration_batch(tokenizer, pupil_corpus(args.steps * args.batch, args.seed, pupil))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)

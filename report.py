@@ -52,41 +52,41 @@ POINTERS = {
     "chance": "chance",
     "chance_reward": "chance, where the reward is read",
 }
-# (title, a share?, lines, caption); a line is (method, metric, its name in the legend), "|" between spellings
+# (title, a share?, lines, caption); a line is (method, metric, its name in the legend)
 PANELS = (
     ("Right at T = 1, validation", True,
-     (("sft", "validation/t1|validation_t1", "SFT"), ("irl", "validation/t1|validation_t1", "IRL"),
-      ("grpo", "validation/t1|validation_t1", "GRPO")),
+     (("sft", "validation/t1", "SFT"), ("irl", "validation/t1", "IRL"),
+      ("grpo", "validation/t1", "GRPO")),
      "Healthy: rises, then levels off. A fall after a rise: the policy has begun to exploit the reward."),
-    ("SFT loss", False, (("sft", "policy/loss|loss", "SFT"),),
+    ("SFT loss", False, (("sft", "policy/loss", "SFT"),),
      "Healthy: falls fast, then flattens. Close to zero, it is learning the demonstrations by heart."),
     ("Discriminator, warm-up", True,
-     (("warm-up|warmup", "discriminator/d_expert|d_expert", "expert"),
-      ("warm-up|warmup", "discriminator/d_negative|d_negative", "negative")),
+     (("warm-up", "discriminator/d_expert", "expert"),
+      ("warm-up", "discriminator/d_negative", "negative")),
      "Its probability that a token is the expert's, before the policy moves. Healthy: the lines part."),
     ("Discriminator, during IRL", True,
-     (("irl", "discriminator/d_expert|d_expert", "expert"),
-      ("irl", "discriminator/d_negative|d_negative", "negative")),
+     (("irl", "discriminator/d_expert", "expert"),
+      ("irl", "discriminator/d_negative", "negative")),
      "Healthy: apart, then nearer as the policy improves. At 1 and 0 it is too strong to say much."),
-    ("Discriminator accuracy", True, (("irl", "discriminator/accuracy|d_accuracy", "IRL"),),
+    ("Discriminator accuracy", True, (("irl", "discriminator/accuracy", "IRL"),),
      "Healthy: between one half and 1. Stuck at 1, it goes by something other than errors."),
-    ("Learned reward, IRL", False, (("irl", "reward/mean|reward", "IRL"),),
+    ("Learned reward, IRL", False, (("irl", "reward/mean", "IRL"),),
      "Of the policy's own samples. Relearned, so flat is fine. Rising while validation falls is not."),
-    ("True reward, GRPO", True, (("grpo", "reward/mean|reward", "GRPO"),),
+    ("True reward, GRPO", True, (("grpo", "reward/mean", "GRPO"),),
      "Share of samples that the answer check accepts. Healthy: rises. Only GRPO ever sees this number."),
     ("Entropy of the policy", False,
-     (("irl", "rollout/entropy|entropy", "IRL"), ("grpo", "rollout/entropy|entropy", "GRPO")),
+     (("irl", "rollout/entropy", "IRL"), ("grpo", "rollout/entropy", "GRPO")),
      "Healthy: sinks slowly. At zero all samples of a question are the same: nothing left to compare."),
     ("Length of samples, tokens", False,
-     (("irl", "rollout/length|length", "IRL"), ("grpo", "rollout/length|length", "GRPO")),
+     (("irl", "rollout/length", "IRL"), ("grpo", "rollout/length", "GRPO")),
      "Healthy: stays near the experts' length. Steady growth is the usual first sign of a hacked reward."),
     ("Samples that end by themselves", True,
-     (("irl", "rollout/finished|finished", "IRL"), ("grpo", "rollout/finished|finished", "GRPO")),
+     (("irl", "rollout/finished", "IRL"), ("grpo", "rollout/finished", "GRPO")),
      "Healthy: near 100%. The others ran into the length limit."),
-    ("Policy loss, IRL", False, (("irl", "policy/loss|policy_loss", "IRL"),),
+    ("Policy loss, IRL", False, (("irl", "policy/loss", "IRL"),),
      "Has no target and need not fall, as the reward changes under it. Only jumps mean something."),
     ("Gradient norm", False,
-     (("irl", "policy/grad_norm|grad_norm", "IRL"), ("grpo", "policy/grad_norm|grad_norm", "GRPO")),
+     (("irl", "policy/grad_norm", "IRL"), ("grpo", "policy/grad_norm", "GRPO")),
      "Healthy: the same order of magnitude throughout. Spikes ask for a smaller learning rate."),
 )  # fmt: skip
 
@@ -185,15 +185,14 @@ def intervals(tree, *keys) -> dict[int, tuple]:
 def series(metrics: list[dict], method: str, key: str, most: int = 400) -> tuple[list[float], list[float]]:
     """(steps, values) of one metric, thinned to about `most`. Of a step logged twice the later counts.
 
-    >>> series([{"method": "irl", "step": 1, "reward": 0.5}], "irl", "reward/mean|reward")
+    >>> series([{"method": "irl", "step": 1, "reward": 0.5}], "irl", "reward/mean")
     ([1.0], [0.5])
     """
     points = {}
     for record in metrics:
-        step = finite(record.get("step"))
-        values = [value for name in key.split("|") if (value := finite(record.get(name))) is not None]
-        if record.get("method") in method.split("|") and step is not None and values:
-            points[step] = values[0]
+        step, value = finite(record.get("step")), finite(record.get(key))
+        if record.get("method") == method and step is not None and value is not None:
+            points[step] = value
     ordered = sorted(points.items())[:: max(1, len(points) // most)]
     return [step for step, _ in ordered], [value for _, value in ordered]
 
@@ -429,8 +428,10 @@ def strip(value: list, colour: str) -> str:
     if found is None:
         return ""
     mean, low, high = (100 * min(max(found[0] if v is None else v, 0.0), 1.0) for v in found)
-    return (f'<span class="strip" style="color:var(--{colour})">'
-            f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{mean:.1f}%"></b></span>')
+    return (
+        f'<span class="strip" style="color:var(--{colour})">'
+        f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{mean:.1f}%"></b></span>'
+    )
 
 
 def training_section(metrics: list[dict]) -> str:
@@ -704,11 +705,44 @@ def write_report(run: Path) -> Path:
     return path
 
 
+def picture(trace: dict, scale: float, cell: float = 9.6, height: float = 26.0) -> str:
+    """One trace as an SVG file of its own, in the colours of the page, for places where HTML is not at home.
+
+    Lines are those of the trace. The first wrong token is outlined, the predicted one underlined.
+    """
+    shapes, x, y, widest = [], 16.0, 2.4 * height, 9.6 * len(str(trace.get("question", "")))
+    shapes.append(f'<text x="16" y="{height}" fill="#5b6676">{escape(str(trace.get("question", "")))}</text>')
+    for index, (token, value) in enumerate(zip(items(trace.get("tokens")), items(trace.get("rewards")))):
+        shown = str(token).replace("\n", "⏎") or "∅"
+        width, depth = cell * len(shown), max(-1.0, min((finite(value) or 0.0) / scale, 1.0))
+        fill = f'"rgb({"58 134 226" if depth > 0 else "244 136 22"})" fill-opacity="{0.8 * abs(depth):.2f}"'
+        edge = ' stroke="#1b2230" stroke-width="2"' * (index == trace.get("first_wrong"))
+        shapes.append(f'<rect x="{x:.1f}" y="{y - 18:.1f}" width="{width:.1f}" height="24" rx="2" fill={fill}{edge}/>')
+        line = ' text-decoration="underline"' * (index == trace.get("predicted"))
+        shapes.append(f'<text x="{x:.1f}" y="{y:.1f}" textLength="{width:.1f}"{line}>{escape(shown)}</text>')
+        x, widest = x + width + 1, max(widest, x + width)
+        if "\n" in str(token):
+            x, y = 16.0, y + 1.2 * height
+    size = f'viewBox="0 0 {widest + 16:.0f} {y + 18:.0f}"'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} width="{widest + 16:.0f}" '
+            'font-family="monospace" font-size="16" fill="#1b2230" xml:space="preserve">'
+            f'<rect width="100%" height="100%" rx="8" fill="#fff"/>{"".join(shapes)}</svg>\n')  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write <run>/report.html: one page about one run.")
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/demo")
+    parser.add_argument("--picture", type=Path, help="also draw the run's first wrong trace to this SVG file")
+    args = parser.parse_args()
     try:
-        print(write_report(parser.parse_args().run))
+        print(write_report(args.run))
+        traces = read_run(args.run)["traces"]
+        wrong = [trace for trace in traces if trace.get("first_wrong") is not None]
+        if args.picture and not wrong:
+            raise UserError(f"{args.run} holds no wrong trace to draw")
+        if args.picture:
+            args.picture.write_text(picture(wrong[0], reward_scale(traces)), encoding="utf-8")
+            print(args.picture)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -468,11 +468,11 @@ def signals(candidates: Candidates, discriminator: reward.Discriminator | None, 
             sft_model=None) -> dict[str, torch.Tensor]:  # fmt: skip
     """What each model says about every response token: name -> [B, T], on the CPU.
 
-        reward       f, where the discriminator reads it (`reward_ends`). A likelihood's f is summed over its
-                     segment, as in training. Without a discriminator there is no reward
-        logprob      log pi(a_t|s_t) of the policy that wrote the candidates
-        entropy      of that policy's choice of token t
-        sft_logprob  as logprob, by a model trained on the demonstrations alone: the baseline to beat
+    reward       f, where the discriminator reads it (`reward_ends`). A likelihood's f is summed over its
+                 segment, as in training. Without a discriminator there is no reward
+    logprob      log pi(a_t|s_t) of the policy that wrote the candidates
+    entropy      of that policy's choice of token t
+    sft_logprob  as logprob, by a model trained on the demonstrations alone: the baseline to beat
     """
     batch = candidates.batch
 
@@ -723,6 +723,7 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
 # 7. The command line
 # ------------------------------------------------------------------------------------------------------------
 
+
 def load_run(run: Path, policy_name: str, device):
     """(policy model, tokenizer, discriminator, SFT model or None, settings) of a run's folder."""
     discriminator, tokenizer, settings = reward.load_run(run, device)
@@ -789,8 +790,10 @@ def check_context(candidates: Candidates, context: int) -> None:
     length, row = (int(value) for value in candidates.batch.lengths.max(0))
     if length > context:
         question, sample = divmod(row, candidates.n)
-        raise UserError(f"candidate {sample + 1} of question {question + 1} is {length} tokens long with its "
-                        f"question, but the models read at most {context}")
+        raise UserError(
+            f"candidate {sample + 1} of question {question + 1} is {length} tokens long with its "
+            f"question, but the models read at most {context}"
+        )
 
 
 def demo(args) -> None:

@@ -143,8 +143,8 @@ class LikelihoodReward(torch.nn.Module):
 class HeadReward(torch.nn.Module):
     """f(s,a) = w . h + b, with h the hidden state that has read a: the paper's linear head on a language model.
 
-    With few demonstrations it learns which prompts go with which traces rather than which steps are right (README,
-    'what goes wrong'). It starts at f = 0.
+    With few demonstrations it tends to learn which prompts go with which traces rather than which steps are right. It
+    starts at f = 0.
     """
 
     scores_all_actions = False
@@ -155,12 +155,15 @@ class HeadReward(torch.nn.Module):
 
     def scores(self, batch: Batch) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response. Column t reads token t itself."""
-        logits = self.model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
+        with policy.half_precision(batch.tokens.device):
+            logits = self.model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
         return logits.squeeze(-1).float() * batch.response_mask
 
     def all_scores(self, batch: Batch) -> torch.Tensor:
-        raise UserError("the head reward scores only the token it has read: use --policy-loss reinforce or ppo with "
-                        "--reward head, or --reward likelihood")
+        raise UserError(
+            "the head reward scores only the token it has read: use --policy-loss reinforce or ppo with "
+            "--reward head, or --reward likelihood"
+        )
 
     def relaxed_scores(self, batch: Batch, soft_tokens: torch.Tensor) -> torch.Tensor:
         """f for mixed tokens, soft_tokens [B, T, V]: [B, T]."""
@@ -177,7 +180,9 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
     with policy.loading(path):
         if kind == "likelihood":
             return LikelihoodReward(AutoModelForCausalLM.from_pretrained(where, **options)).to(device).eval()
-        model, info = AutoModelForTokenClassification.from_pretrained(where, num_labels=1, output_loading_info=True, **options)
+        model, info = AutoModelForTokenClassification.from_pretrained(
+            where, num_labels=1, output_loading_info=True, **options
+        )
     if any("score" in key for key in info["missing_keys"]):
         torch.nn.init.zeros_(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
@@ -272,7 +277,9 @@ class Replay:
         return rng.sample(past, min(count, len(past)))
 
 
-def perturbed_negatives(tokenizer, example: data.Example, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
+def perturbed_negatives(
+    tokenizer, example: data.Example, count: int, rng: random.Random
+) -> list[tuple[list[int], int]]:
     """`count` broken copies of an expert's trace: (response tokens, index of the first changed token).
 
     The index comes from comparing token ids, so it is right for any tokenizer. A copy that equals the expert's is
@@ -322,7 +329,10 @@ def gradient_penalty(reward_model, expert: Batch, negative: Batch) -> torch.Tens
     lengths = torch.minimum(expert.lengths, negative.lengths)
     width = int(lengths.max())
     both = Batch(expert.tokens[:, :width], expert.prompt_lengths, lengths)
-    one_hots = [torch.nn.functional.one_hot(b.tokens[:, :width], len(vocabulary)).to(vocabulary.dtype) for b in (expert, negative)]
+    one_hots = [
+        torch.nn.functional.one_hot(b.tokens[:, :width], len(vocabulary)).to(vocabulary.dtype)
+        for b in (expert, negative)
+    ]
     mix = torch.rand(len(both), 1, 1, device=both.tokens.device)
     x = (mix * one_hots[0] + (1 - mix) * one_hots[1]).requires_grad_(True)  # [B, T, V]
     mask = both.response_mask
@@ -366,12 +376,22 @@ def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> 
     return tuple(trace_weights(pad(ends, (0, width - ends.shape[1]))) for ends in (expert, negative))
 
 
-def update(discriminator: Discriminator, optimizer, policy_model, comparison: Comparison, loss: str = "bce",
-           smoothing: float = 0.1, nll_coef: float = 0.0, penalty: float = 10.0, micro_batch: int = 64) -> dict:  # fmt: skip
+def update(
+    discriminator: Discriminator,
+    optimizer,
+    policy_model,
+    comparison: Comparison,
+    loss: str = "bce",
+    smoothing: float = 0.1,
+    nll_coef: float = 0.0,
+    penalty: float = 10.0,
+    micro_batch: int = 64,
+    temperature: float = 1.0,
+) -> dict:
     """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
 
-    policy_model: the current pi, whose log-probability AIRL's logit subtracts (of experts and negatives alike; without
-    a gradient). nll_coef adds the likelihood of the demonstrations to a likelihood reward's loss.
+    policy_model: the current pi, at the temperature it samples with, whose log-probability AIRL's logit subtracts (of
+    experts and negatives alike; without a gradient). nll_coef adds the likelihood of the demonstrations to a likelihood reward's loss.
     """
     expert, negative = comparison.expert, comparison.negative
     model = discriminator.reward_model
@@ -384,16 +404,20 @@ def update(discriminator: Discriminator, optimizer, policy_model, comparison: Co
         count, pair = len(expert.lengths[rows]), comparison.pair[chosen] - first
         both = data.cat_batches(expert[rows], negative[chosen])  # experts above, negatives below
         with torch.no_grad():
-            log_pi = policy.token_logprobs(policy_model, both)
+            log_pi = policy.token_logprobs(policy_model, both, temperature)
         logits, _ = discriminator.logits(both, log_pi)  # [E + M, T]
         logits_e, logits_n = logits[:count], logits[count:]
         w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
         value = comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
         if loss == "wgan" and penalty:
             share = len(chosen) / len(negative)
-            value = value + penalty * share * gradient_penalty(model, both[pair], both[count + torch.arange(len(chosen))])
+            value = value + penalty * share * gradient_penalty(
+                model, both[pair], both[count + torch.arange(len(chosen))]
+            )
         if nll_coef:
-            value = value - nll_coef * (trace_weights(both[:count].response_mask) * model.scores(both[:count])).sum() * count / len(expert)
+            value = value - nll_coef * (
+                trace_weights(both[:count].response_mask) * model.scores(both[:count])
+            ).sum() * count / len(expert)
         value.backward()
         sums["loss"] += float(value.detach())
         with torch.no_grad():  # D > 1/2 on experts, < 1/2 on negatives
@@ -422,7 +446,11 @@ def explain(reward_model, tokenizer, question: str, response: str) -> list[tuple
     """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
     prompt = data.prompt_ids(tokenizer, question)
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt + ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
+    if (
+        tokenizer.unk_token_id is not None
+        and tokenizer.unk_token_id in prompt + ids
+        and tokenizer.unk_token_id != tokenizer.eos_token_id
+    ):
         known = "the words of `python data.py`'s problems, digits, + - * / = and newlines"
         raise UserError(f"the question or trace holds something this model's vocabulary lacks; it knows {known}")
     if not ids:
@@ -442,8 +470,10 @@ def show(scored: list[tuple[str, float]]) -> str:
     painted = "".join(colour(token, score, scale) for token, score in scored)
     lowest = min(range(len(scored)), key=lambda i: scored[i][1])
     before = "".join(token for token, _ in scored[:lowest])[-30:]
-    return (f"{painted}\n\nmost suspicious: token {lowest + 1} of {len(scored)}, {scored[lowest][0]!r} after {before!r}, "
-            f"f = {scored[lowest][1]:.2f} (mean of the trace {sum(s for _, s in scored) / len(scored):.2f})")
+    return (
+        f"{painted}\n\nmost suspicious: token {lowest + 1} of {len(scored)}, {scored[lowest][0]!r} after {before!r}, "
+        f"f = {scored[lowest][1]:.2f} (mean of the trace {sum(s for _, s in scored) / len(scored):.2f})"
+    )
 
 
 # What is read back from <run>/settings.json: a type, or the values that are understood.
@@ -486,7 +516,11 @@ def load_run(run: Path, device="cpu") -> tuple[Discriminator, object, dict]:
     if len(tokenizer) > vocabulary:
         raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
     ends_step = step_end_tokens(tokenizer, vocabulary).to(device)
-    return Discriminator(model, settings["logit"], settings["granularity"], settings["interval"], ends_step), tokenizer, settings
+    return (
+        Discriminator(model, settings["logit"], settings["granularity"], settings["interval"], ends_step),
+        tokenizer,
+        settings,
+    )
 
 
 def demonstrate() -> None:
@@ -496,7 +530,9 @@ def demonstrate() -> None:
 
     settings = train.parse_settings(["--demonstrations", "64", "--device", "cpu"])
     base, tokenizer = policy.load_policy("base")
-    discriminator = Discriminator(load_reward("likelihood", "base"), "airl", "dense", 0, step_end_tokens(tokenizer, len(tokenizer)))
+    discriminator = Discriminator(
+        load_reward("likelihood", "base"), "airl", "dense", 0, step_end_tokens(tokenizer, len(tokenizer))
+    )
     loop = irl.IRL(settings, tokenizer, base, discriminator, data.load_examples("words", "train", 64))
     for update_number in range(1, 31):
         metrics = loop.warm_up()
@@ -504,10 +540,19 @@ def demonstrate() -> None:
             print(f"discriminator update {update_number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
     problem = data.Problem("Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", 24, (
         data.Event("packs", "", 3, 12), data.Event("loss", "", 9)))  # fmt: skip
-    right, wrong = data.solve(problem), data.solve(problem, random.Random(0), misconception=1.0)
+    right, wrong = data.solve(problem), data.solve(problem, data.Pupil(1.0, 1.0, 0.0), random.Random(0))
     for name, example in (("expert", right), ("pupil", wrong)):
         print(f"\n{name}: {example.question}")
-        print(show(explain(discriminator.reward_model, tokenizer, example.question, data.response_text(example.trace, example.answer))))
+        print(
+            show(
+                explain(
+                    discriminator.reward_model,
+                    tokenizer,
+                    example.question,
+                    data.response_text(example.trace, example.answer),
+                )
+            )
+        )
 
 
 def main() -> int:

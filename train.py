@@ -42,7 +42,9 @@ class Settings:
     model: str = setting("base", "the policy's start: 'base' (ships here), a folder, a hub name, or e.g. Qwen2.5-0.5B")
     data: str = setting(None, "words, gsm8k, medreason, a JSON-lines file, or a folder with train.jsonl and test.jsonl")
     method: str = setting(None, "which method to train; 'all' compares the three", ("sft", "irl", "grpo", "all"))
-    start: str = setting("base", "where IRL starts: from the base, or from SFT on the same demonstrations", ("base", "sft"))
+    start: str = setting(
+        "base", "where IRL starts: from the base, or from SFT on the same demonstrations", ("base", "sft")
+    )
     name: str = setting("demo", "the run is written to runs/<name>")
     seed: int = setting(0, "seed of the data's order, of sampling and of perturbations")
     device: str = setting("auto", "auto, cpu, cuda or mps")
@@ -72,6 +74,7 @@ class Settings:
     reward_clip: float = setting(0.0, "hold rewards within [-x, x]; 0 for none (REINFORCE and PPO)")
     # Policy
     policy_loss: str = setting(None, "exact sums over the vocabulary, the others sample", ("exact", "reinforce", "ppo"))
+    baseline: str = setting("group", "of REINFORCE and PPO: the group's mean, or the exact E[r_t]", ("group", "exact"))
     entropy_coef: float = setting(0.3, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
     gamma: float = setting(None, "discount of later tokens' rewards")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen start")
@@ -103,7 +106,7 @@ PRESETS = {
                   gamma=0.0, max_steps=100, policy_lr=2e-4, grpo_lr=2e-4, sft_steps=200, sft_lr=3e-4, micro_batch=256,
                   eval_questions=500, rerank_questions=250),
     "large": dict(data="gsm8k", method="irl", max_new_tokens=400, warm_up_lr=1e-5, reward_lr=5e-6, policy_loss="exact",
-                  gamma=0.0, max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=8,
+                  gamma=0.0, max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=2,
                   eval_questions=200, rerank_questions=100),
 }  # fmt: skip
 
@@ -145,8 +148,10 @@ def parse_settings(arguments: list[str]) -> Settings:
 
 def check(s: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
-    for name in ("demonstrations", "words_steps", "max_new_tokens", "questions", "group", "epochs", "micro_batch", "eval_samples",
-                 "eval_questions", "rerank_n", "rerank_questions", "max_steps", "sft_steps", "sft_batch", "rollouts_per_expert"):  # fmt: skip
+    counts = ("demonstrations", "words_steps", "max_new_tokens", "questions", "group", "epochs", "micro_batch",
+              "eval_samples", "eval_questions", "rerank_n", "rerank_questions", "max_steps", "sft_steps", "sft_batch",
+              "rollouts_per_expert")  # fmt: skip
+    for name in counts:
         if getattr(s, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
     if s.words_largest < 8:
@@ -155,11 +160,16 @@ def check(s: Settings) -> None:
         raise UserError("--group must be at least 2: a sample is judged against the others of its group")
     if s.rollouts_per_expert > s.group:
         raise UserError(f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group} samples")
-    if s.policy_loss == "exact" and (s.reward != "likelihood" or s.logit != "airl" or s.granularity != "dense"):
-        raise UserError("--policy-loss exact sums f over the whole vocabulary, which takes --reward likelihood, --logit airl "
-                        "and --granularity dense: with others use --policy-loss ppo or reinforce")
+    sums = "--policy-loss exact" if s.policy_loss == "exact" else "--baseline exact" if s.baseline == "exact" else ""
+    if sums and (s.reward != "likelihood" or s.logit != "airl" or s.granularity != "dense"):
+        raise UserError(
+            f"{sums} sums f over the whole vocabulary, which takes --reward likelihood, --logit airl and "
+            "--granularity dense: with others use --policy-loss ppo and --baseline group"
+        )
     if not re.fullmatch(r"[\w.-]+", s.name) or s.name.startswith("."):
-        raise UserError(f"--name '{s.name}' must be a plain folder name (letters, digits, . _ -): the run goes to runs/<name>")
+        raise UserError(
+            f"--name '{s.name}' must be a plain folder name (letters, digits, . _ -): the run goes to runs/<name>"
+        )
     if s.device not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"no device '{s.device}': auto, cpu, cuda or mps")
 
@@ -172,11 +182,15 @@ def check(s: Settings) -> None:
 def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dict:
     """Accuracy at temperature 1 (mean over samples) and greedy, with 95% bootstrap intervals over questions; pass@k."""
     generator = torch.Generator(model.device).manual_seed(s.seed)
-    sampled = rerank.collect(model, tokenizer, examples, s.eval_samples, s.max_new_tokens, 1.0, generator).correct  # [Q, N]
+    sampled = rerank.collect(
+        model, tokenizer, examples, s.eval_samples, s.max_new_tokens, 1.0, generator
+    ).correct  # [Q, N]
     greedy = rerank.collect(model, tokenizer, examples, 1, s.max_new_tokens, 0.0).correct  # [Q, 1]
     t1, greedy = rerank.bootstrap(sampled.float().mean(1)), rerank.bootstrap(greedy.float().mean(1))
     ks = [k for k in (1, 2, 4, 8, 16) if k <= s.eval_samples]
-    passes = {str(k): sum(rerank.pass_at_k(s.eval_samples, int(c), k) for c in sampled.sum(1)) / len(sampled) for k in ks}
+    passes = {
+        str(k): sum(rerank.pass_at_k(s.eval_samples, int(c), k) for c in sampled.sum(1)) / len(sampled) for k in ks
+    }
     return {"t1": t1[0], "t1_interval": t1[1:], "greedy": greedy[0], "greedy_interval": greedy[1:], "pass@k": passes}
 
 
@@ -226,7 +240,8 @@ class Run:
             raise UserError(f"{self.folder} already holds a run: give another --name, or remove that folder")
         self.device = policy.pick_device(s.device)
         torch.manual_seed(s.seed)
-        self.base, self.tokenizer = policy.load_policy(s.model, self.device)
+        base, self.tokenizer = policy.load_policy(s.model, self.device)
+        self.context = policy.context_length(base)
         self.load_data()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
@@ -240,7 +255,7 @@ class Run:
         def load(split, count):
             nonlocal dropped
             examples = data.load_examples(s.data, split, count, s.seed, s.words_steps, s.words_largest)
-            examples, too_long = data.fit_context(self.tokenizer, examples, policy.context_length(self.base), s.max_new_tokens)
+            examples, too_long = data.fit_context(self.tokenizer, examples, self.context, s.max_new_tokens)
             dropped += too_long
             return examples
 
@@ -250,12 +265,16 @@ class Run:
             print(f"only {len(self.experts)} demonstrations are there, not {s.demonstrations}")
         self.validation, self.test = load("validation", 100), load("test", s.eval_questions)
         if dropped:
-            print(f"{dropped} examples are longer than the model's context of {policy.context_length(self.base)} tokens: skipped")
+            print(f"{dropped} examples are longer than the model's context of {self.context} tokens: skipped")
 
     def validate(self, model) -> float:
         """Accuracy of one sample at temperature 1 on the validation questions. For curves; nothing trains on it."""
         generator = torch.Generator(model.device).manual_seed(0)
-        return float(rerank.collect(model, self.tokenizer, self.validation, 1, self.s.max_new_tokens, 1.0, generator).correct.float().mean())
+        return float(
+            rerank.collect(model, self.tokenizer, self.validation, 1, self.s.max_new_tokens, 1.0, generator)
+            .correct.float()
+            .mean()
+        )
 
     def train(self, method: str, trainer, steps: int) -> None:
         """Train, evaluate on the test questions, save."""
@@ -267,35 +286,37 @@ class Run:
         self.tokenizer.save_pretrained(folder)
 
     def all_methods(self) -> None:
-        """Base, SFT, IRL, GRPO, as far as asked for; then what the reward is worth at inference."""
+        """Base, SFT, IRL, GRPO, as far as asked for; then what the reward is worth at inference.
+
+        Every model is loaded when it is needed and dropped after: at 0.5B each one counts.
+        """
         s = self.s
         wanted = ("sft", "irl", "grpo") if s.method == "all" else (s.method,)
-        self.results["methods"]["base"] = evaluate(self.base, self.tokenizer, self.test, s)
-        sft_model = None
+        self.results["methods"]["base"] = evaluate(self.load(), self.tokenizer, self.test, s)
         if "sft" in wanted or ("irl" in wanted and s.start == "sft"):
-            sft_model = self.copy()
-            self.train("sft", baselines.SFT(s, self.tokenizer, sft_model, self.experts), s.sft_steps)
-        if "irl" in wanted:
-            discriminator = self.train_irl(sft_model if s.start == "sft" else self.base)
+            self.train("sft", baselines.SFT(s, self.tokenizer, self.load(), self.experts), s.sft_steps)
+        discriminator = self.train_irl() if "irl" in wanted else None
         if "grpo" in wanted:
-            self.train("grpo", baselines.GRPO(s, self.tokenizer, self.copy(), self.experts + self.extra), s.max_steps)
-        if "irl" in wanted:
-            self.use_reward(discriminator, sft_model)
+            self.train("grpo", baselines.GRPO(s, self.tokenizer, self.load(), self.experts + self.extra), s.max_steps)
+        if discriminator is not None:
+            self.use_reward(discriminator)
 
-    def copy(self, model=None):
-        """A trainable copy of the base (or of `model`)."""
-        return policy.frozen_copy(model or self.base).requires_grad_(True)
+    def load(self, trained: str | None = None):
+        """The base, or what this run has trained under that name."""
+        folder = str(self.folder / trained) if trained else self.s.model
+        return policy.load_policy(folder, self.device)[0]
 
-    def train_irl(self, start) -> reward.Discriminator:
+    def train_irl(self) -> reward.Discriminator:
         """Warm the discriminator up, run the loop, save policy and reward."""
-        s = self.s
+        s, start = self.s, "sft" if self.s.start == "sft" else None
         policy.check_same_tokenizer(self.tokenizer, s.reward_model)
         reward_model = reward.load_reward(s.reward, s.reward_model, self.device)
-        ends_step = reward.step_end_tokens(self.tokenizer, self.base.get_input_embeddings().num_embeddings).to(self.device)
+        vocabulary = reward_model.model.get_input_embeddings().num_embeddings
+        ends_step = reward.step_end_tokens(self.tokenizer, vocabulary).to(self.device)
         discriminator = reward.Discriminator(reward_model, s.logit, s.granularity, s.interval, ends_step, s.reward_clip)
-        reference = policy.frozen_copy(start) if s.kl_coef else None
-        loop = irl.IRL(s, self.tokenizer, self.copy(start), discriminator, self.experts,
-                       [example.question for example in self.extra], reference)  # fmt: skip
+        reference = self.load(start).requires_grad_(False) if s.kl_coef else None
+        extra = [example.question for example in self.extra]
+        loop = irl.IRL(s, self.tokenizer, self.load(start), discriminator, self.experts, extra, reference)
         warm_up_seconds = run_steps("warm-up", loop, s.warm_up, self.log)
         self.train("irl", loop, s.max_steps)
         self.results["methods"]["irl"]["seconds"] += warm_up_seconds
@@ -303,14 +324,15 @@ class Run:
         self.tokenizer.save_pretrained(self.folder / "reward")
         return discriminator
 
-    def use_reward(self, discriminator: reward.Discriminator, sft_model) -> None:
+    def use_reward(self, discriminator: reward.Discriminator) -> None:
         """Rerank the base's samples, find first errors, keep some traces for the report."""
-        s, test = self.s, self.test[: self.s.rerank_questions]
+        s, test, base = self.s, self.test[: self.s.rerank_questions], self.load()
+        sft_model = self.load("sft") if (self.folder / "sft").exists() else None
         generator = torch.Generator(self.device).manual_seed(s.seed + 1)
-        candidates = rerank.collect(self.base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator)
-        self.results |= rerank.assess(candidates, discriminator, self.base, sft_model, self.tokenizer, s)
+        candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator)
+        self.results |= rerank.assess(candidates, discriminator, base, sft_model, self.tokenizer, s)
         self.results["reward"]["auroc"] = self.results["rerank"]["auroc"]["reward"]
-        traces = rerank.show_traces(candidates, discriminator, self.base, self.tokenizer, s)
+        traces = rerank.show_traces(candidates, discriminator, base, self.tokenizer, s)
         (self.folder / "traces.json").write_text(json.dumps(traces))
 
     def finish(self) -> None:

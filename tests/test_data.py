@@ -4,12 +4,14 @@ import json
 import random
 
 import pytest
+from conftest import SHARED
 
 import data
 from data import Example, UserError
-from conftest import SHARED
 
-EXPERT = Example("Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", "3*12=36\n24+36=60\n60-9=51", "51")
+EXPERT = Example(
+    "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", "3*12=36\n24+36=60\n60-9=51", "51"
+)
 
 
 def wrap(trace, answer="51"):
@@ -44,16 +46,16 @@ def test_expert_traces_are_right_and_as_long_as_asked(steps):
 
 def test_pupil_misconceptions_are_the_documented_ones_and_propagate():
     problem = data.Problem(EXPERT.question, 24, (data.Event("packs", "", 3, 12), data.Event("loss", "", 9)))
-    pupil = data.solve(problem, random.Random(0), misconception=1.0)
+    pupil = data.solve(problem, data.Pupil(1.0, 1.0, 0.0), random.Random(0))
     assert pupil.trace == "3+12=15\n24+15=39\n39-9=30" and pupil.answer == "30"
     problem = data.Problem("", 50, (data.Event("loss", "", 9), data.Event("gain", "", 1)))
-    assert data.solve(problem, random.Random(0), misconception=1.0).trace == "50-9=59\n59+1=60"
+    assert data.solve(problem, data.Pupil(1.0, 1.0, 0.0), random.Random(0)).trace == "50-9=59\n59+1=60"
 
 
 def test_pupil_is_right_about_a_third_of_the_time():
     rng = random.Random(0)
     problems = data.words_problems("train", 1000)
-    right = sum(data.solve(p, rng, 0.6, 0.04).answer == data.solve(p).answer for p in problems) / 1000
+    right = sum(data.solve(p, data.Pupil(), rng).answer == data.solve(p).answer for p in problems) / 1000
     assert 0.25 < right < 0.45
 
 
@@ -97,7 +99,8 @@ def test_token_at_names_the_token_that_holds_a_character(shipped):
         ("-5", "-5", True), ("5", "-5", False), ("−5", "-5", True), ("0.5", "1/2", True), ("3/4", "0.75", True),
         ("€1,000.50", "1000.5", True), ("50%", "50", True), ("12 34", "12", False), ("", "0", False), (None, "0", False),
         ("1/0", "0", False), ("12,34", "1234", False), ("eighteen", "18", False), ("1,000,000", "1000000", True),
-        ("The left ventricle.", "left ventricle", True), ("B. Vitamin C", "vitamin c", True), ("right ventricle", "left ventricle", False),
+        ("The left ventricle.", "left ventricle", True), ("B. Vitamin C", "vitamin c", True),
+        ("right ventricle", "left ventricle", False),
         ("vitamin B12", "vitamin B6", False),
     ],
 )  # fmt: skip

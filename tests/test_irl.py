@@ -19,7 +19,11 @@ def make_loop(shipped, settings, **changes):
     discriminator = reward.Discriminator(reward.load_reward(s.reward, "base"), s.logit, s.granularity, s.interval,
                                          reward.step_end_tokens(tokenizer, len(tokenizer)), s.reward_clip)  # fmt: skip
     experts = data.load_examples("words", "train", s.demonstrations)
-    extra = [e.question for e in data.load_examples("words", "train", s.extra_questions, seed=9)] if s.extra_questions else []
+    extra = (
+        [e.question for e in data.load_examples("words", "train", s.extra_questions, seed=9)]
+        if s.extra_questions
+        else []
+    )
     reference = shipped[0] if s.kl_coef else None
     return irl.IRL(s, tokenizer, model, discriminator, experts, extra, reference)
 
@@ -29,12 +33,16 @@ def accuracy(loop, questions=64):
     prompts = [data.prompt_ids(loop.tokenizer, e.question) for e in examples]
     batch = policy.sample(loop.policy_model, prompts, loop.tokenizer.eos_token_id, 64, group=4,
                           generator=torch.Generator().manual_seed(0)).batch  # fmt: skip
-    return sum(data.is_correct(examples[i // 4], data.decode(loop.tokenizer, batch.response(i))) for i in range(len(batch))) / len(batch)
+    return sum(
+        data.is_correct(examples[i // 4], data.decode(loop.tokenizer, batch.response(i))) for i in range(len(batch))
+    ) / len(batch)
 
 
 def test_a_policy_improves_from_demonstrations_alone(shipped, settings):
     """The whole loop, small: well above its base, in seconds, without a look at any answer."""
-    loop = make_loop(shipped, settings, demonstrations=64, questions=16, group=4, max_steps=25, warm_up_lr=3e-4, policy_lr=5e-4)
+    loop = make_loop(
+        shipped, settings, demonstrations=64, questions=16, group=4, max_steps=25, warm_up_lr=3e-4, policy_lr=5e-4
+    )
     before = accuracy(loop)
     for _ in range(20):
         loop.warm_up()
@@ -60,7 +68,8 @@ def test_training_raises_if_the_answer_check_is_called(shipped, settings, monkey
 
 @pytest.mark.parametrize("changes", [
     dict(), dict(policy_loss="reinforce", gamma=0.9), dict(policy_loss="ppo", gamma=0.9, epochs=2, kl_coef=0.1),
-    dict(policy_loss="exact", gamma=0.5), dict(policy_loss="ppo", granularity="sparse", gamma=1.0),
+    dict(policy_loss="exact", gamma=0.5), 
+    dict(policy_loss="ppo", baseline="exact", gamma=0.5), dict(policy_loss="ppo", granularity="sparse", gamma=1.0),
     dict(policy_loss="ppo", granularity="interval", gamma=1.0), dict(policy_loss="ppo", reward="head", logit="gail"),
     dict(discriminator_loss="bt", extra_questions=8), dict(discriminator_loss="wgan", replay=0, perturbed=0),
 ])  # fmt: skip
@@ -88,7 +97,9 @@ def test_extra_questions_are_answered_and_never_compared(shipped, settings, monk
     asked, compared = [], []
     roll, update = loop.rollout, loop.update_discriminator
     monkeypatch.setattr(loop, "rollout", lambda questions, group: asked.extend(questions) or roll(questions, group))
-    monkeypatch.setattr(loop, "update_discriminator", lambda examples, *a: compared.extend(examples) or update(examples, *a))
+    monkeypatch.setattr(
+        loop, "update_discriminator", lambda examples, *a: compared.extend(examples) or update(examples, *a)
+    )
     loop.step()
     experts = {e.question for e in loop.experts}
     assert [q in experts for q in asked] == [True, True, False, False]  # half of the step's questions
@@ -102,7 +113,10 @@ def test_micro_batch_size_changes_no_policy_gradient(shipped, settings, loss, ga
         loop = make_loop(shipped, settings, policy_loss=loss, gamma=gamma, micro_batch=micro_batch)
         loop.policy_optimizer = torch.optim.SGD(loop.policy_model.parameters(), lr=1.0)
         rollout, _ = loop.rollout([e.question for e in loop.experts[:3]], 4)
-        rewards = torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(1)) * rollout.batch.response_mask
+        rewards = (
+            torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(1))
+            * rollout.batch.response_mask
+        )
         loop.update_policy(rollout, rewards)
         results.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
     assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
@@ -120,9 +134,28 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings):
         log_pi = loop.policy_model(ids).logits[0].log_softmax(-1)
         f = loop.discriminator.reward_model.model(ids).logits[0].log_softmax(-1)
         for t in range(int(batch.prompt_lengths[row]), ids.shape[1]):
-            expectation = sum(log_pi[t - 1, a].exp() * (f[t - 1, a] - 0.3 * log_pi[t - 1, a]) for a in range(f.shape[1]))
+            expectation = sum(
+                log_pi[t - 1, a].exp() * (f[t - 1, a] - 0.3 * log_pi[t - 1, a]) for a in range(f.shape[1])
+            )
             expected = -expectation - advantages[row, t] * log_pi[t - 1, ids[0, t]]
             assert_close(fast[row, t], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_exact_baseline_leaves_no_advantage_on_average(shipped, settings):
+    """E_{a~pi}[r(s,a) - E r(s,.)] = 0 at every state: with gamma 0, for one sampled token and summed over all actions."""
+    loop = make_loop(shipped, settings, policy_loss="reinforce", baseline="exact", group=2)
+    for parameter in loop.discriminator.reward_model.parameters():  # some reward that is not the policy's own
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
+    log_pi = policy.response_logits(loop.policy_model, batch).log_softmax(-1)  # [N, V]
+    rewards = loop.discriminator.reward_model.all_scores(batch) - 0.3 * log_pi  # r of every action
+    expected = loop.expected_reward(batch)
+    assert_close((log_pi.exp() * (rewards - expected[:, None])).sum(-1), torch.zeros(len(expected)), atol=1e-5, rtol=0)
+    chosen = policy.spread(rewards.gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1), batch.response_mask)
+    unscaled = (chosen - policy.spread(expected, batch.response_mask)).detach()
+    assert_close(
+        loop.advantages(batch, chosen.detach()), policy.normalise(unscaled, batch.response_mask), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_end_token_is_paid(shipped, settings):
@@ -140,13 +173,20 @@ def test_the_end_token_is_paid(shipped, settings):
 
 def test_sft_fits_its_demonstrations(shipped, settings):
     s = replace(settings, sft_steps=15, sft_lr=1e-3)
-    trainer = baselines.SFT(s, shipped[1], policy.frozen_copy(shipped[0]).requires_grad_(True), data.load_examples("words", "train", 16))
+    trainer = baselines.SFT(
+        s, shipped[1], policy.frozen_copy(shipped[0]).requires_grad_(True), data.load_examples("words", "train", 16)
+    )
     history = [trainer.step()["policy"]["loss"] for _ in range(15)]
     assert history[-1] < 0.5 * history[0]
 
 
 def test_grpo_needs_the_verifier(shipped, settings):
-    trainer = baselines.GRPO(settings, shipped[1], policy.frozen_copy(shipped[0]).requires_grad_(True), data.load_examples("words", "train", 8))
+    trainer = baselines.GRPO(
+        settings,
+        shipped[1],
+        policy.frozen_copy(shipped[0]).requires_grad_(True),
+        data.load_examples("words", "train", 8),
+    )
     assert 0 <= trainer.step()["reward"]["mean"] <= 1
     with data.no_verifier(), pytest.raises(RuntimeError):
         trainer.step()

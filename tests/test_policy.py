@@ -50,7 +50,10 @@ def test_greedy_equals_generate(shipped, prompts):
 
 def test_the_same_seed_gives_the_same_samples(shipped, prompts):
     model, tokenizer = shipped
-    a, b = (policy.sample(model, prompts, tokenizer.eos_token_id, 16, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    a, b = (
+        policy.sample(model, prompts, tokenizer.eos_token_id, 16, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
     assert torch.equal(a.batch.tokens, b.batch.tokens)
 
 
@@ -191,7 +194,10 @@ def test_k3_by_hand_and_unbiased():
 
 
 def test_entropy_by_hand():
-    assert_close(policy.entropy(torch.tensor([[0.25, 0.75]]).log()), torch.tensor([-0.25 * math.log(0.25) - 0.75 * math.log(0.75)]))
+    assert_close(
+        policy.entropy(torch.tensor([[0.25, 0.75]]).log()),
+        torch.tensor([-0.25 * math.log(0.25) - 0.75 * math.log(0.75)]),
+    )
 
 
 # updates -------------------------------------------------------------------------------------------------------
@@ -203,7 +209,11 @@ def test_micro_batch_size_changes_no_gradient(shipped):
     gradients, losses = [], []
     for micro_batch in (7, 3, 1):
         model.zero_grad()
-        losses.append(policy.accumulate(lambda rows: policy.sft_loss(model, batch[rows]), 7, micro_batch, float(batch.response_mask.sum())))
+        losses.append(
+            policy.accumulate(
+                lambda rows: policy.sft_loss(model, batch[rows]), 7, micro_batch, float(batch.response_mask.sum())
+            )
+        )
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert_close(torch.tensor(losses[1:]), torch.tensor([losses[0]] * 2), atol=1e-5, rtol=1e-5)
     assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)

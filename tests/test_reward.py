@@ -25,7 +25,9 @@ def comparison(shipped):
     model, tokenizer = shipped
     examples = data.load_examples("words", "train", 4)
     prompts = [data.prompt_ids(tokenizer, e.question) for e in examples]
-    batch = policy.sample(model, prompts, tokenizer.eos_token_id, 64, group=2, generator=torch.Generator().manual_seed(0)).batch
+    batch = policy.sample(
+        model, prompts, tokenizer.eos_token_id, 64, group=2, generator=torch.Generator().manual_seed(0)
+    ).batch
     rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(4)]
     return reward.compare(tokenizer, examples, rollouts, 2, random.Random(0))
 
@@ -60,7 +62,10 @@ def test_comparison_losses_by_hand():
     e, n = torch.tensor([[1.0], [-0.5]]), torch.tensor([[0.2], [-1.0], [0.4]])
     w_e, w_n, pair = torch.full((2, 1), 1 / 2), torch.full((3, 1), 1 / 3), torch.tensor([0, 0, 1])
     sig = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    bce = 0.5 * (-math.log(sig(1)) - math.log(sig(-0.5))) / 2 + 0.5 * sum(-math.log(1 - sig(x)) for x in (0.2, -1.0, 0.4)) / 3
+    bce = (
+        0.5 * (-math.log(sig(1)) - math.log(sig(-0.5))) / 2
+        + 0.5 * sum(-math.log(1 - sig(x)) for x in (0.2, -1.0, 0.4)) / 3
+    )
     bt = sum(-math.log(sig(x)) for x in (1 - 0.2, 1 + 1.0, -0.5 - 0.4)) / 3
     wgan = (0.2 - 1.0 + 0.4) / 3 - (1.0 - 0.5) / 2
     for kind, expected in (("bce", bce), ("bt", bt), ("wgan", wgan)):
@@ -187,24 +192,32 @@ def test_negatives_are_for_the_expert_s_own_question(shipped, comparison):
         assert comparison.negative.tokens[row, :length].tolist() == comparison.expert.tokens[i, :length].tolist()
 
 
-def test_the_prefix_shared_with_the_expert_has_no_gradient(shipped):
-    """A perturbed trace is no negative before its first change: shuffling logits there moves no loss."""
+@pytest.mark.parametrize("granularity", ["dense", "interval"])
+def test_the_prefix_shared_with_the_expert_is_no_negative(shipped, granularity):
+    """A perturbed trace weighs nothing before its first change, and no logit there has a gradient."""
     _, tokenizer = shipped
-    examples = data.load_examples("words", "train", 3)
-    found = reward.compare(tokenizer, examples, [[], [], []], 2, random.Random(0))
-    counted = reward.segment_ends(found.negative, "dense", 0, torch.zeros(1)) * (
-        torch.arange(found.negative.tokens.shape[1]) >= found.negative_from[:, None])  # fmt: skip
+    discriminator = make_discriminator(shipped, granularity=granularity)
+    found = reward.compare(tokenizer, data.load_examples("words", "train", 3), [[], [], []], 2, random.Random(0))
+    weights_e, weights_n = reward.comparison_weights(discriminator, found)
+    assert_close(weights_n.sum(), torch.tensor(1.0))  # experts and negatives weigh the same in total
+    assert_close(weights_e.sum(), torch.tensor(1.0))
     for row in range(len(found.negative)):
-        first = int(found.negative_from[row])
-        assert counted[row, :first].sum() == 0 and counted[row, first] == 1
-        expert = found.expert.tokens[found.pair[row]]
-        assert torch.equal(found.negative.tokens[row, :first], expert[:first]) and found.negative.tokens[row, first] != expert[first]
+        first, expert = int(found.negative_from[row]), found.expert.tokens[found.pair[row]]
+        assert torch.equal(found.negative.tokens[row, :first], expert[:first])
+        assert found.negative.tokens[row, first] != expert[first]
+        assert weights_n[row, :first].sum() == 0 and weights_n[row, first:].sum() > 0
+        assert granularity == "interval" or weights_n[row, first] > 0
+    logits_e, logits_n = torch.randn(weights_e.shape), torch.randn(weights_n.shape).requires_grad_(True)
+    reward.comparison_loss(logits_e, weights_e, logits_n, weights_n, found.pair, "bce", 0.1).backward()
+    assert torch.equal(logits_n.grad != 0, weights_n > 0)
 
 
 def test_replay_keeps_the_latest():
     replay = reward.Replay(2)
     replay.add("q", [[1], [2], [3]])
-    assert sorted(replay.draw("q", 5, random.Random(0))) == [[2], [3]] and replay.draw("other", 5, random.Random(0)) == []
+    assert (
+        sorted(replay.draw("q", 5, random.Random(0))) == [[2], [3]] and replay.draw("other", 5, random.Random(0)) == []
+    )
 
 
 # updates -------------------------------------------------------------------------------------------------------
@@ -217,15 +230,19 @@ def test_micro_batch_size_changes_no_gradient(shipped, comparison, loss, granula
     for micro_batch in (1000, 6, 1):
         discriminator = make_discriminator(shipped, granularity=granularity)
         optimizer = torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.1)
-        metrics = reward.update(discriminator, optimizer, shipped[0], comparison, loss, 0.1, 0.2, micro_batch=micro_batch)
+        metrics = reward.update(
+            discriminator, optimizer, shipped[0], comparison, loss, 0.1, 0.2, micro_batch=micro_batch
+        )
         results.append((metrics, torch.cat([p.detach().flatten() for p in discriminator.reward_model.parameters()])))
     for metrics, parameters in results[1:]:
         assert_close(parameters, results[0][1], atol=1e-5, rtol=1e-4)
         assert metrics["loss"] == pytest.approx(results[0][0]["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind, logit, loss", [("likelihood", "airl", "bce"), ("likelihood", "airl", "bt"), ("head", "gail", "bce"),
-                                               ("likelihood", "gail", "wgan"), ("head", "gail", "wgan")])  # fmt: skip
+@pytest.mark.parametrize("kind, logit, loss", [
+    ("likelihood", "airl", "bce"), ("likelihood", "airl", "bt"), ("head", "gail", "bce"),
+    ("likelihood", "gail", "wgan"), ("head", "gail", "wgan"),
+])  # fmt: skip
 def test_the_discriminator_learns(shipped, comparison, kind, logit, loss):
     discriminator = make_discriminator(shipped, kind, logit)
     optimizer = policy.make_optimizer(discriminator.reward_model, 1e-3)
@@ -271,7 +288,9 @@ def test_a_known_reward_is_recovered():
 
 def test_explain_names_the_token_and_refuses_unknown_words(shipped):
     model, tokenizer = shipped
-    scored = reward.explain(reward.LikelihoodReward(model), tokenizer, "Ava has 24 pens. Ava loses 9. How many pens?", "<think>\n24-9=99")
+    scored = reward.explain(
+        reward.LikelihoodReward(model), tokenizer, "Ava has 24 pens. Ava loses 9. How many pens?", "<think>\n24-9=99"
+    )
     assert "".join(token for token, _ in scored) == "<think>\n24-9=99"
     assert "most suspicious: token" in reward.show(scored)
     with pytest.raises(UserError, match="vocabulary"):

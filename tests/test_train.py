@@ -4,17 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import data
 import policy
 import reward
 import train
-from conftest import SHARED
 from data import UserError
 
-TINY = ("--demonstrations 16 --questions 4 --group 4 --eval-questions 12 --rerank-questions 12 --rerank-n 4 --eval-samples 2 --max-steps 2 "
-        "--sft-steps 3 --warm-up 2 --validate-every 1 --device cpu").split()  # fmt: skip
+TINY = ("--demonstrations 16 --questions 4 --group 4 --eval-questions 12 --rerank-questions 12 --rerank-n 4 "
+        "--eval-samples 2 --max-steps 2 --sft-steps 3 --warm-up 2 --validate-every 1 --device cpu").split()  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,8 @@ def test_the_demo_writes_everything(capsys):
 @pytest.mark.parametrize("flags", [
     "--method sft", "--method grpo", "--method irl --start sft --extra-questions 4",
     "--method irl --reward head --logit gail --policy-loss ppo --granularity sparse --gamma 0.9",
-    "--method irl --granularity interval --interval 5 --policy-loss reinforce --discriminator-loss bt --kl-coef 0.01 --freeze-reward",
+    "--method irl --granularity interval --interval 5 --policy-loss reinforce --discriminator-loss bt --kl-coef 0.01",
+    "--method irl --freeze-reward",
 ])  # fmt: skip
 def test_other_methods_and_variants(flags):
     assert train.main([*TINY, *flags.split()]) == 0
@@ -68,7 +69,8 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     assert train.main([*TINY, "--method", "irl"]) == 0
     discriminator, tokenizer, settings = reward.load_run(Path("runs/demo"))
     assert settings["reward"] == "likelihood" and discriminator.granularity == "dense"
-    monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", "--question", "Ava has 24 pens. Ava loses 9. How many pens?",
+    monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", "--question",
+                                     "Ava has 24 pens. Ava loses 9. How many pens?",
                                      "--trace", "24-9=15", "--answer", "15"])  # fmt: skip
     assert reward.main() == 0
     assert "most suspicious" in capsys.readouterr().out
@@ -104,12 +106,18 @@ def test_bad_files_are_one_line_and_status_2(capsys):
 
 
 def test_examples_that_do_not_fit_are_counted(capsys):
-    rows = [data.Example(e.question, e.trace, e.answer) for split in ("train", "validation") for e in data.load_examples("words", split, 60)]
+    rows = [
+        data.Example(e.question, e.trace, e.answer)
+        for split in ("train", "validation")
+        for e in data.load_examples("words", split, 60)
+    ]
     rows += [data.Example(f"Ava has {i} pens. How many pens?", "1+1=2\n" * 100, "2") for i in range(5)]
     Path("mine.jsonl").write_text("\n".join(json.dumps(vars(row)) for row in rows))
     Path("folder").mkdir()
     Path("folder/train.jsonl").write_text(Path("mine.jsonl").read_text())
-    Path("folder/test.jsonl").write_text("\n".join(json.dumps(vars(e)) for e in data.load_examples("words", "test", 12)))
+    Path("folder/test.jsonl").write_text(
+        "\n".join(json.dumps(vars(e)) for e in data.load_examples("words", "test", 12))
+    )
     assert train.main([*TINY, "--data", "folder", "--method", "sft", "--demonstrations", "1000"]) == 0
     printed = capsys.readouterr().out
     assert "examples are longer than the model's context" in printed and "demonstrations are there, not 1000" in printed
@@ -133,8 +141,10 @@ def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
                          num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=True)  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained("model")
     qwen_tokenizer.save_pretrained("model")
-    flags = "--demonstrations 8 --questions 2 --group 2 --eval-questions 3 --rerank-questions 2 --rerank-n 2 --eval-samples 1 --max-steps 1 "
-    flags += "--warm-up 1 --max-new-tokens 12 --micro-batch 2 --validate-every 0 --device cpu"
+    flags = "--demonstrations 8 --questions 2 --group 2 --eval-questions 3 --rerank-questions 2 --rerank-n 2 "
+    flags += (
+        "--eval-samples 1 --max-steps 1 --warm-up 1 --max-new-tokens 12 --micro-batch 2 --validate-every 0 --device cpu"
+    )
     assert train.main(["--model", "model", "--data", str(SHARED / "data" / "gsm8k"), *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
     assert set(results["methods"]) == {"base", "irl"} and results["localise"] == {}
