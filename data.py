@@ -2,7 +2,7 @@
 
 Everything the method needs to know about text is in this file:
 
-    1. Example            one record type: question, trace (the reasoning), answer
+    1. bad input          one clear line and exit status 2; Example, the one record type: question, trace, answer
     2. words              word problems made here, with a checker that knows the first wrong *character*, and a
                           *pupil* who writes traces with misconceptions (the corpus of the base that ships with us)
     3. load_examples      words, GSM8K, MedReason, or your own JSON lines; always the same three disjoint splits
@@ -14,19 +14,67 @@ Everything the method needs to know about text is in this file:
 Run `python data.py` to see one example of each.
 """
 
+import argparse
+import difflib
 import json
 import random
 import re
+import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Bad input, and the one record type
+# ---------------------------------------------------------------------------------------------------------------
+
 
 class UserError(Exception):
-    """Bad input from outside. train.py and its siblings print the one line and leave with exit status 2."""
+    """Bad input from outside. `exit_status` makes it one line and exit status 2."""
+
+
+def exit_status(program: Callable[[], object]) -> int:
+    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the input."""
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def nearest(word: str, choices) -> str:
+    """', did you mean X?' or nothing.
+
+    >>> nearest("gsm8", ["words", "gsm8k"])
+    " (did you mean 'gsm8k'?)"
+    """
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong is a UserError, and an unknown flag is told its nearest neighbour."""
+
+    def __init__(self, description: str):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message: str):
+        """argparse's own complaints, in our form."""
+        raise UserError(message)
+
+    def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        """The arguments (by default the command line's) as a namespace."""
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise UserError(f"unknown flag {flag}{nearest(flag, self._option_string_actions)}: see --help")
+        return known
 
 
 @dataclass(frozen=True)
@@ -253,18 +301,6 @@ def load_examples(
         raise UserError(f"'{source}' has no {split} examples")
     random.Random(f"order {seed}").shuffle(examples)
     return examples[:count]
-
-
-def nearest(word: str, choices) -> str:
-    """', did you mean X?' or nothing.
-
-    >>> nearest("gsm8", SOURCES)
-    " (did you mean 'gsm8k'?)"
-    """
-    import difflib
-
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def from_files(path: Path, split: str) -> list[Example]:

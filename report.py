@@ -12,7 +12,6 @@ and a content security policy forbids scripts and the network should something s
 Run `python report.py runs/demo`.
 """
 
-import argparse
 import io
 import json
 import re
@@ -20,7 +19,7 @@ import sys
 from html import escape
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from data import UserError
+from data import Parser, UserError, exit_status
 
 # key: (name, what it learns from). A method has one colour on the whole page: the CSS variable of its key.
 METHODS = {
@@ -730,23 +729,19 @@ def picture(trace: dict, scale: float, cell: float = 9.6, height: float = 26.0) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write <run>/report.html: one page about one run.")
+    parser = Parser("Write <run>/report.html: one page about one run.")
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/demo")
     parser.add_argument("--picture", type=Path, help="also draw the run's first wrong trace to this SVG file")
-    args = parser.parse_args()
-    try:
-        print(write_report(args.run))
+    args = parser.parse()
+    print(write_report(args.run))
+    if args.picture:
         traces = read_run(args.run)["traces"]
         wrong = [trace for trace in traces if trace.get("first_wrong") is not None]
-        if args.picture and not wrong:
+        if not wrong:
             raise UserError(f"{args.run} holds no wrong trace to draw")
-        if args.picture:
-            args.picture.write_text(picture(wrong[0], reward_scale(traces)), encoding="utf-8")
-            print(args.picture)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        args.picture.write_text(picture(wrong[0], reward_scale(traces)), encoding="utf-8")
+        print(args.picture)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -871,8 +871,7 @@ def check_arguments(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, run. Raises UserError for bad input."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = data.Parser(__doc__)
     parser.add_argument("--run", help="folder of a run of train.py; without it, a demonstration")
     parser.add_argument("--n", type=int, help="candidates per question (default 16, or all of the file's)")
     parser.add_argument("--questions", type=int, help="test questions (default 100; 40 in the demonstration)")
@@ -884,7 +883,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON, too")
     parser.add_argument("--seed", type=int, default=0, help="of the questions, the samples and the intervals")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
     check_arguments(args)
     policy.quiet()
     if args.run is None:
@@ -894,8 +893,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(data.exit_status(main))

@@ -20,7 +20,6 @@ Run `python reward.py` for a small demonstration, or
     python reward.py --run runs/demo --question "..." --trace "..."
 """
 
-import argparse
 import json
 import random
 import sys
@@ -391,7 +390,8 @@ def update(
     """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
 
     policy_model: the current pi, at the temperature it samples with, whose log-probability AIRL's logit subtracts (of
-    experts and negatives alike; without a gradient). nll_coef adds the likelihood of the demonstrations to a likelihood reward's loss.
+    experts and negatives alike; without a gradient). nll_coef adds the likelihood of the demonstrations to the loss of a
+    likelihood reward.
     """
     expert, negative = comparison.expert, comparison.negative
     model = discriminator.reward_model
@@ -555,31 +555,26 @@ def demonstrate() -> None:
         )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Colour a trace by its token rewards.")
+def main() -> None:
+    parser = data.Parser("Colour a trace by its token rewards.")
     parser.add_argument("--run", help="a folder written by train.py; without it, a small demonstration")
     parser.add_argument("--question")
     parser.add_argument("--trace", help="the reasoning (\\n for a new line), or a whole response with its <think> tags")
     parser.add_argument("--answer", help="the final answer, scored too if given")
-    args = parser.parse_args()
-    try:
-        policy.quiet()
-        if args.run is None:
-            demonstrate()
-            return 0
-        if not args.question or not args.trace:
-            raise UserError("--run needs --question and --trace")
-        discriminator, tokenizer, _ = load_run(Path(args.run))
-        trace = args.trace.replace("\\n", "\n")
-        if "<think>" not in trace:
-            whole = data.response_text(trace, args.answer or "")
-            trace = whole if args.answer else whole[: whole.index("</think>")] + "</think>"
-        print(show(explain(discriminator.reward_model, tokenizer, args.question, trace)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse()
+    policy.quiet()
+    if args.run is None:
+        demonstrate()
+        return
+    if not args.question or not args.trace:
+        raise UserError("--run needs --question and --trace")
+    discriminator, tokenizer, _ = load_run(Path(args.run))
+    trace = args.trace.replace("\\n", "\n")
+    if "<think>" not in trace:
+        whole = data.response_text(trace, args.answer or "")
+        trace = whole if args.answer else whole[: whole.index("</think>")] + "</think>"
+    print(show(explain(discriminator.reward_model, tokenizer, args.question, trace)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(data.exit_status(main))

@@ -8,7 +8,6 @@ A run writes runs/<name>/: settings.json, metrics.jsonl (a line per step), resul
 models that `from_pretrained` loads: policy/, reward/, and with SFT and GRPO sft/ and grpo/.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -111,23 +110,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with one line for what is wrong and the nearest flag for one that does not exist."""
-
-    def error(self, message):
-        raise UserError(message)
-
-    def parse(self, arguments):
-        known, unknown = self.parse_known_args(arguments)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            raise UserError(f"unknown flag {flag}{data.nearest(flag, self._option_string_actions)}: see --help")
-        return known
-
-
 def parse_settings(arguments: list[str]) -> Settings:
     """Flags to Settings, with what the model's size decides filled in."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = data.Parser(__doc__)
     for f in fields(Settings):
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool:
@@ -243,9 +228,12 @@ class Run:
         base, self.tokenizer = policy.load_policy(s.model, self.device)
         self.context = policy.context_length(base)
         self.load_data()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
-        self.log = Log(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
+            self.log = Log(self.folder)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
         self.results = {"methods": {}, "reward": {}, "rerank": {}, "localise": {}, "settings": asdict(s)}
 
     def load_data(self) -> None:
@@ -353,16 +341,15 @@ def table(results: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run with these flags; returns the exit status: 0, or 2 after one line about what was wrong with the input."""
-    try:
+    """Run with these flags (by default the command line's); returns the exit status."""
+
+    def program():
         policy.quiet()
         run = Run(parse_settings(sys.argv[1:] if arguments is None else arguments))
         run.all_methods()
         run.finish()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return data.exit_status(program)
 
 
 if __name__ == "__main__":

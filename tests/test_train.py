@@ -72,7 +72,7 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", "--question",
                                      "Ava has 24 pens. Ava loses 9. How many pens?",
                                      "--trace", "24-9=15", "--answer", "15"])  # fmt: skip
-    assert reward.main() == 0
+    assert data.exit_status(reward.main) == 0
     assert "most suspicious" in capsys.readouterr().out
 
 
