@@ -49,7 +49,7 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda or mps")
     # Data
     demonstrations: int = setting(256, "expert traces to learn from")
-    extra_questions: int = setting(0, "training questions without a demonstration, for IRL's policy")
+    extra_questions: int = setting(None, "training questions without a demonstration, for the policies of IRL and GRPO")
     words_steps: int = setting(3, "steps of arithmetic in a words problem")
     words_largest: int = setting(40, "largest number in the text of a words problem")
     max_new_tokens: int = setting(None, "longest response that is sampled")
@@ -61,7 +61,7 @@ class Settings:
     interval: int = setting(0, "tokens per interval; 0 takes the trace's own lines as steps")
     discriminator_loss: str = setting("bce", "cross-entropy, Bradley-Terry, or Wasserstein", ("bce", "bt", "wgan"))
     label_smoothing: float = setting(0.1, "labels 1 and 0 become 1 - x/2 and x/2")
-    reward_nll: float = setting(0.0, "weight of the demonstrations' likelihood in a likelihood reward's loss")
+    reward_nll: float = setting(0.3, "weight of the demonstrations' likelihood in a likelihood reward's loss")
     rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included")
     perturbed: int = setting(2, "broken copies of each demonstration as negatives")
     replay: int = setting(4, "old rollouts kept per question; 0 for none")
@@ -74,7 +74,7 @@ class Settings:
     # Policy
     policy_loss: str = setting(None, "exact sums over the vocabulary, the others sample", ("exact", "reinforce", "ppo"))
     baseline: str = setting("group", "of REINFORCE and PPO: the group's mean, or the exact E[r_t]", ("group", "exact"))
-    entropy_coef: float = setting(0.3, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
+    entropy_coef: float = setting(0.2, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
     gamma: float = setting(None, "discount of later tokens' rewards")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen start")
     ppo_clip: float = setting(0.2, "PPO and GRPO hold the ratio within 1 +- this")
@@ -92,7 +92,7 @@ class Settings:
     micro_batch: int = setting(None, "rows per forward pass in training: memory, nothing else")
     # Evaluation
     eval_questions: int = setting(None, "test questions")
-    eval_samples: int = setting(4, "samples per test question at temperature 1")
+    eval_samples: int = setting(None, "samples per test question at temperature 1")
     validate_every: int = setting(10, "steps between looks at 100 validation questions; 0 for never")
     rerank_n: int = setting(16, "candidates per question for reranking")
     rerank_questions: int = setting(None, "test questions to rerank")
@@ -101,12 +101,12 @@ class Settings:
 
 # What depends on the size of the model. Rates for large models are the customary ones, not tuned here.
 PRESETS = {
-    "small": dict(data="words", method="all", max_new_tokens=64, warm_up_lr=3e-4, reward_lr=1e-4, policy_loss="exact",
-                  gamma=0.0, max_steps=100, policy_lr=2e-4, grpo_lr=2e-4, sft_steps=200, sft_lr=3e-4, micro_batch=256,
-                  eval_questions=500, rerank_questions=250),
-    "large": dict(data="gsm8k", method="irl", max_new_tokens=400, warm_up_lr=1e-5, reward_lr=5e-6, policy_loss="exact",
-                  gamma=0.0, max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=2,
-                  eval_questions=200, rerank_questions=100),
+    "small": dict(data="words", method="all", extra_questions=4000, max_new_tokens=64, warm_up_lr=3e-4, reward_lr=1e-4,
+                  policy_loss="exact", gamma=0.0, max_steps=100, policy_lr=4e-4, grpo_lr=6e-4, sft_steps=200, sft_lr=3e-4,
+                  micro_batch=256, eval_questions=500, eval_samples=8, rerank_questions=250),
+    "large": dict(data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, warm_up_lr=1e-5, reward_lr=5e-6,
+                  policy_loss="exact", gamma=0.0, max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5,
+                  micro_batch=2, eval_questions=200, eval_samples=4, rerank_questions=100),
 }  # fmt: skip
 
 
