@@ -10,7 +10,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-base: .venv/ready  ## make the shipped base again (about 5 minutes)
+base: .venv/ready  ## make the shipped base again (about 10 minutes)
 	$(BIN)/python pretrain.py --out base
 
 clean:

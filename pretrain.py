@@ -4,7 +4,7 @@ A Qwen2 of 3 layers and width 64 reads traces by the *pupil* of data.py, who has
 can reason, but is confidently wrong, as real models are: greedy decoding is worse than sampling, and its own
 log-probability cannot tell right from wrong. It is trained from random weights; nothing is downloaded.
 
-    python pretrain.py --out base        (about 8 minutes on 2 cores; the result is committed)
+    python pretrain.py --out base        (about 10 minutes on 2 cores; the result is committed)
 
 This file is apart from train.py because it stands for the work of somebody else: whoever pretrained Qwen.
 """
@@ -68,7 +68,7 @@ def pupil_corpus(count: int, seed: int, pupil: data.Pupil) -> list[data.Example]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="base")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--width", type=int, default=64)
