@@ -325,18 +325,29 @@ class Run:
 
     def finish(self) -> None:
         """results.json, report.html and the table."""
-        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
+        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
         page = report.write_report(self.folder)
         print("\n" + table(self.results) + f"\n\nresults: {self.folder / 'results.json'}\nreport:  {page}")
 
 
 def table(results: dict) -> str:
-    """The results as plain text."""
-    lines = [f"{'':22s}{'temperature 1':>22s}{'greedy':>22s}{'seconds':>9s}"]
+    """The results as plain text: methods, then what the reward is worth at inference."""
+    lines = [f"{'share of test questions right':37s}{'temperature 1':>22s}{'greedy':>22s}{'seconds':>9s}"]
     names = {"base": "base", "sft": "SFT", "irl": "IRL (no verifier)", "grpo": "GRPO (true answer)"}
     for method, r in results["methods"].items():
         cells = [f"{r[k]:.3f} [{r[k + '_interval'][0]:.3f}, {r[k + '_interval'][1]:.3f}]" for k in ("t1", "greedy")]
-        lines.append(f"{names[method]:22s}{cells[0]:>22s}{cells[1]:>22s}{r.get('seconds', 0):9.0f}")
+        lines.append(f"{names[method]:37s}{cells[0]:>22s}{cells[1]:>22s}{r.get('seconds', 0):9.0f}")
+    rules = ("random", "majority", "logprob", "sft_logprob", "reward", "oracle")
+    for n in (key for key in ("4", "16") if key in results["rerank"]):
+        row = results["rerank"][n]
+        found = ", ".join(f"{rule} {row[rule][0]:.3f}" for rule in rules if rule in row)
+        lines.append(f"{'best of ' + n + ' samples of the base':37s}{found}")
+    if results["reward"]:
+        lines.append(f"{'AUROC, right against wrong':37s}reward {results['reward']['auroc']:.3f}")
+    for kind, name in (("natural", "its own errors"), ("single", "one planted error")):
+        hits = results["localise"].get(kind, {}).get("hit0", {})
+        found = ", ".join(f"{key} {value[0]:.3f}" for key, value in hits.items() if key != "chance_reward")
+        lines += [f"{'first wrong token, ' + name:37s}{found}"] if hits else []
     return "\n".join(lines)
 
 
