@@ -110,11 +110,14 @@ class IRL:
 
     def update_policy(self, rollout: Rollout, rewards: torch.Tensor) -> dict:
         """Stage 4. Policy gradient on r_t: `epochs` passes over the rollout, one optimizer step each."""
-        s, batch = self.settings, rollout.batch
+        s, batch, old_logprobs = self.settings, rollout.batch, rollout.logprobs
         advantages = self.advantages(batch, rewards)  # [B, T]
+        if s.policy_loss == "best":  # only the winners of their groups are learnt from
+            winners = advantages.any(1).nonzero().squeeze(-1)
+            batch, old_logprobs, advantages = batch[winners], old_logprobs[winners], advantages[winners]
         self.policy_model.train()
         for _ in range(s.epochs):
-            loss = policy.accumulate(lambda rows: self.policy_loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
+            loss = policy.accumulate(lambda rows: self.policy_loss(batch[rows], old_logprobs[rows], advantages[rows]),
                                      len(batch), s.micro_batch, float(batch.response_mask.sum()))  # fmt: skip
             norm = policy.optimizer_step(self.policy_optimizer)
         return {"loss": loss, "grad_norm": norm}
@@ -122,6 +125,8 @@ class IRL:
     def advantages(self, batch: data.Batch, rewards: torch.Tensor) -> torch.Tensor:
         """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]"""
         s, mask = self.settings, batch.response_mask
+        if s.policy_loss == "best":
+            return policy.best_of_group(rewards.sum(1) / mask.sum(1), s.group)[:, None] * mask
         returns = policy.returns_to_go(rewards, mask, s.gamma)
         advantages = returns - policy.group_baseline(returns, mask, s.group)
         future = s.gamma * torch.nn.functional.pad(advantages[:, 1:], (0, 1)) * mask  # gamma A_{t+1}

@@ -72,7 +72,11 @@ class Settings:
     freeze_reward: bool = setting(False, "stop training the discriminator after the warm-up")
     reward_clip: float = setting(0.0, "hold rewards within [-x, x]; 0 for none (REINFORCE and PPO)")
     # Policy
-    policy_loss: str = setting(None, "exact sums over the vocabulary, the others sample", ("exact", "reinforce", "ppo"))
+    policy_loss: str = setting(
+        None,
+        "exact sums over the vocabulary, best imitates each group's best sample",
+        ("exact", "reinforce", "ppo", "best"),
+    )
     baseline: str = setting("group", "of REINFORCE and PPO: the group's mean, or the exact E[r_t]", ("group", "exact"))
     entropy_coef: float = setting(0.2, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
     gamma: float = setting(None, "discount of later tokens' rewards")

@@ -69,7 +69,8 @@ def test_training_raises_if_the_answer_check_is_called(shipped, settings, monkey
 @pytest.mark.parametrize("changes", [
     dict(), dict(policy_loss="reinforce", gamma=0.9), dict(policy_loss="ppo", gamma=0.9, epochs=2, kl_coef=0.1),
     dict(policy_loss="exact", gamma=0.5), 
-    dict(policy_loss="ppo", baseline="exact", gamma=0.5), dict(policy_loss="ppo", granularity="sparse", gamma=1.0),
+    dict(policy_loss="ppo", baseline="exact", gamma=0.5), dict(policy_loss="best"),
+    dict(policy_loss="ppo", granularity="sparse", gamma=1.0),
     dict(policy_loss="ppo", granularity="interval", gamma=1.0), dict(policy_loss="ppo", reward="head", logit="gail"),
     dict(discriminator_loss="bt", extra_questions=8), dict(discriminator_loss="wgan", replay=0, perturbed=0),
 ])  # fmt: skip
@@ -169,6 +170,17 @@ def test_the_end_token_is_paid(shipped, settings):
         loop.update_policy(rollout, rewards)
         updates.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
     assert not torch.equal(updates[0], updates[1])
+
+
+def test_best_learns_from_the_winners_alone(shipped, settings):
+    """The update on a group equals SFT on its sample with the highest mean reward."""
+    loop = make_loop(shipped, settings, policy_loss="best")
+    rollout, _ = loop.rollout([loop.experts[0].question, loop.experts[1].question], 4)
+    rewards = -torch.rand(8)[:, None] * rollout.batch.response_mask
+    winners = (rewards.sum(1) / rollout.batch.response_mask.sum(1)).view(2, 4).argmax(1) + torch.tensor([0, 4])
+    loss = loop.update_policy(rollout, rewards)["loss"]
+    expected = policy.sft_loss(shipped[0], rollout.batch[winners]).mean()
+    assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
 def test_sft_fits_its_demonstrations(shipped, settings):

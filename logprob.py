@@ -1,0 +1,506 @@
+"""log pi(a|s) and entropy from hidden states and the output matrix, without ever holding [N, V].
+
+    1. logprobs_plain     the specification, in four lines
+    2. logprobs_chunked   the same tile by tile, with its own backward: any device, float32, bf16 or float64
+    3. expected_reward_*  E_{a~pi}[f - alpha log pi] over the whole vocabulary: plain and tile by tile
+    4. logprobs_triton    part 2 as fused CUDA kernels
+    5. logprobs           picks one of them
+
+With N = 8,192 response tokens and V = 151,936 one [N, V] tensor is 5 GB, and autograd keeps several. Here a tile of it
+lives at a time. What must be kept for backward is one number per row, the log-sum-exp; backward multiplies each tile of
+logits again. That makes four matrix products where plain autograd needs three: the price, in time, of the memory. (On
+a CPU, N = 512, V = 65,536, H = 896: 0.75 times plain's time with the entropy, 1.15 times without. Beyond the two
+gradients, 34 MB at N = 8,192.)
+(Gradients computed during forward would save the fourth, but forward does not know yet what each row's log-probability
+will be multiplied by, and the gradient of the output matrix mixes all rows.)
+
+hidden [N, H], weight [V, H], tokens [N]. Sums are float32 whatever the inputs are, float64 if those are; a gradient is
+rounded to its input's type once, at the end. No second derivatives. The Triton kernels are tested in Triton's
+interpreter, which has no bf16 products, and compile for NVIDIA's 9.0 without spilling registers; they have
+neither run nor been timed on a GPU.
+
+Run `python logprob.py` for the distance from float64, and for time and memory of plain against chunked.
+"""
+
+import math
+import subprocess
+import sys
+import time
+
+import torch
+from torch.autograd.function import once_differentiable
+
+try:  # no Triton on Windows, macOS and most CPU installations: part 4 is then left out
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. The specification
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def all_logprobs(hidden: torch.Tensor, weight: torch.Tensor, temperature=1.0, softcap=0.0) -> torch.Tensor:
+    """log softmax(x), x = z / temperature, z = hidden weight^T: [N, V].
+
+    With softcap > 0, z becomes softcap * tanh(z / softcap) first (Gemma 2, arXiv 2408.00118, section 2).
+
+    >>> all_logprobs(torch.tensor([[1.0]]), torch.tensor([[0.0], [3.0]]).log1p()).exp()  # logits log 1, log 4
+    tensor([[0.2000, 0.8000]])
+    """
+    kind = sum_type(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(kind) @ weight.to(kind).T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return (logits / temperature).log_softmax(-1)
+
+
+def logprobs_plain(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True):
+    """(log pi(tokens), entropy), both [N]; entropy = -sum_v p_v log p_v, or None where it is not asked for.
+
+    >>> logprobs_plain(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]))
+    (tensor([-0.6931]), tensor([0.6931]))
+    """
+    logp = all_logprobs(hidden, weight, temperature, softcap)  # [N, V]
+    return logp.gather(-1, tokens[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1) if entropy else None
+
+
+def sum_type(hidden: torch.Tensor) -> torch.dtype:
+    """What we add up in: float32, or float64 where the input is."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Tile by tile
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def spans(total: int, size: int) -> list[slice]:
+    """0..total in pieces of `size`.
+
+    >>> spans(5, 3)
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def tile_size(chunk: tuple[int, int] | None, device: torch.device) -> tuple[int, int]:
+    """(rows, columns) of a tile: on a CPU it should stay in the cache, on a GPU be worth a kernel launch."""
+    return chunk or ((1024, 1024) if device.type == "cpu" else (4096, 4096))
+
+
+def tile_logits(hidden, weight, temperature, softcap):
+    """x of some rows and columns, [R, H] and [C, H] -> [R, C]. Scaling inside the product saves a pass over the tile.
+    Products here and in backward are `out=` or in place: those autocast leaves in the type they are given."""
+    x = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    torch.addmm(x, hidden, weight.T, beta=0, alpha=1 / (softcap or temperature), out=x)
+    return x.tanh_().mul_(softcap / temperature) if softcap else x
+
+
+class OnlineSoftmax:
+    """log-sum-exp and expectations under softmax(x), x arriving in blocks of columns (Milakov & Gimelshein 2018).
+
+    All sums are relative to the largest x so far, `top`; when a larger one turns up they shrink by exp(old - new).
+    """
+
+    def __init__(self, rows: int, expectations: int, like: torch.Tensor):
+        self.top = like.new_full((rows,), -math.inf)  # [R]
+        self.sums = like.new_zeros(1 + expectations, rows)  # sum_v e^{x_v - top} (1, value, value, ..)
+
+    def add(self, x: torch.Tensor, *values: torch.Tensor) -> None:
+        """A block x [R, C], and what to take the expectations of: each [R, C or fewer], zero in the columns it lacks."""
+        top = torch.maximum(self.top, x.amax(-1))
+        e = (x - top[:, None]).exp_()
+        block = [e.sum(-1)] + [(e[:, : v.shape[1]] * v).sum(-1) for v in values]
+        self.sums = self.sums * (self.top - top).exp() + torch.stack(block)
+        self.top = top
+
+    def result(self) -> list[torch.Tensor]:
+        """[log-sum-exp, expectation, ..], each [R]."""
+        return [self.top + self.sums[0].log(), *(self.sums[1:] / self.sums[0])]
+
+
+def gradients(hidden, weight, temperature, softcap, chunk, wanted, tile_gradient):
+    """(grad hidden, grad weight) from tile_gradient(x, rows, columns) -> dL/dx [R, C], or None where not `wanted`.
+
+    dL/dz = dL/dx (1 - tanh(z/c)^2) / T;  grad hidden = dL/dz weight;  grad weight = (dL/dz)^T hidden.
+    Columns are the outer loop: a block of grad weight is finished, and rounded, before the next one starts.
+    """
+    (tile_rows, tile_columns), kind = tile_size(chunk, hidden.device), sum_type(hidden)
+    grad_hidden = torch.zeros_like(hidden, dtype=kind) if wanted[0] else None
+    grad_weight = torch.empty_like(weight) if wanted[1] else None
+    for columns in spans(len(weight), tile_columns):
+        w = weight[columns].to(kind)  # [C, H]
+        grad_w = torch.zeros_like(w)
+        for rows in spans(len(hidden), tile_rows):
+            h = hidden[rows].to(kind)  # [R, H]
+            x = tile_logits(h, w, temperature, softcap)  # [R, C]
+            slope = 1 - (x * (temperature / softcap)) ** 2 if softcap else None
+            g = tile_gradient(x, rows, columns)  # [R, C]
+            if softcap:
+                g *= slope
+            if wanted[0]:
+                grad_hidden[rows].addmm_(g, w, alpha=1 / temperature)
+            if wanted[1]:
+                grad_w.addmm_(g.T, h, alpha=1 / temperature)
+        if wanted[1]:
+            grad_weight[columns] = grad_w
+    return grad_hidden.to(hidden.dtype) if wanted[0] else None, grad_weight
+
+
+class _Logprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, softcap, entropy, chunk):
+        (tile_rows, tile_columns), kind = tile_size(chunk, hidden.device), sum_type(hidden)
+        lse, mean, chosen = (torch.zeros(len(hidden), dtype=kind, device=hidden.device) for _ in range(3))
+        for rows in spans(len(hidden), tile_rows):
+            h, softmax = hidden[rows].to(kind), OnlineSoftmax(len(hidden[rows]), int(entropy), lse)
+            for columns in spans(len(weight), tile_columns):
+                x = tile_logits(h, weight[columns].to(kind), temperature, softcap)
+                column, here = tokens_in(tokens, rows, columns)
+                chosen[rows] += x.gather(-1, column).squeeze(-1) * here
+                softmax.add(x, *[x] * entropy)
+            lse[rows], *expectations = softmax.result()
+            if entropy:
+                mean[rows] = expectations[0]
+        ctx.settings = temperature, softcap, chunk
+        return finish(ctx, hidden, weight, tokens, chosen, lse, lse - mean if entropy else None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, grad_entropy):
+        """With l = log p: d logp_a / dx_v = 1[v = a] - p_v and d entropy / dx_v = -p_v (l_v + entropy)."""
+        hidden, weight, tokens, lse, entropy = ctx.saved_tensors
+        if grad_logprob is None and grad_entropy is None:
+            return (None,) * 7
+
+        def tile_gradient(x, rows, columns):
+            x -= lse[rows, None]  # log p
+            if grad_entropy is None:
+                g = x.exp_()
+                g *= -grad_logprob[rows, None]
+            else:
+                factor = (x + entropy[rows, None]).mul_(grad_entropy[rows, None])
+                if grad_logprob is not None:
+                    factor += grad_logprob[rows, None]
+                g = x.exp_().mul_(factor).neg_()
+            if grad_logprob is not None:
+                column, here = tokens_in(tokens, rows, columns)
+                g.scatter_add_(-1, column, (grad_logprob[rows] * here)[:, None])
+            return g
+
+        return *gradients(hidden, weight, *ctx.settings, ctx.needs_input_grad, tile_gradient), *[None] * 5
+
+
+def tokens_in(tokens, rows, columns):
+    """Where each row's token stands in a tile, [R, 1], and whether it is in that tile at all, [R]. (Picking out the
+    rows that are would make the CPU wait for the GPU at every tile.)"""
+    column, last = tokens[rows] - columns.start, columns.stop - columns.start - 1
+    return column.clamp(0, last)[:, None], (column >= 0) & (column <= last)
+
+
+def finish(ctx, hidden, weight, tokens, chosen, lse, entropy):
+    """Save what backward needs; the outputs are log pi = x_a - lse and the entropy lse - E[x]."""
+    ctx.save_for_backward(hidden, weight, tokens, lse, entropy)
+    ctx.set_materialize_grads(False)  # an output that the loss did not use then costs nothing in backward
+    return chosen - lse, entropy
+
+
+def logprobs_chunked(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True, chunk=None):
+    """`logprobs_plain`, holding one tile `chunk` = (rows, columns) of [N, V] at a time. The size changes nothing else.
+
+    >>> logprobs_chunked(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]), chunk=(1, 1))
+    (tensor([-0.6931]), tensor([0.6931]))
+    """
+    return _Logprobs.apply(hidden, weight, tokens, temperature, softcap, entropy, chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. The exact expectation of a likelihood reward
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def expected_reward_plain(hidden, weight, reward_hidden, reward_weight, alpha, temperature=1.0, softcap=0.0):
+    """R = sum_v p_v (f_v - alpha log p_v), f = log softmax(reward logits): [N], with a gradient through pi only.
+
+    The reward's logits have their own hidden state and matrix, the same softcap, and temperature 1. The matrices may be
+    padded to different V: each softmax is over its own, the sum over the columns that both have.
+
+    >>> expected_reward_plain(torch.zeros(1, 3), torch.ones(2, 3), torch.zeros(1, 3), torch.ones(4, 3), alpha=1.0)
+    tensor([-0.6931])
+    """
+    logp = all_logprobs(hidden, weight, temperature, softcap)  # [N, V]
+    f = all_logprobs(reward_hidden, reward_weight, 1.0, softcap).detach()  # [N, V']
+    both = min(logp.shape[1], f.shape[1])
+    logp, f = logp[:, :both], f[:, :both]
+    return (logp.exp() * (f - alpha * logp)).sum(-1)
+
+
+class _ExpectedReward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap, chunk):
+        (tile_rows, tile_columns), kind = tile_size(chunk, hidden.device), sum_type(hidden)
+        results = torch.zeros(4, len(hidden), dtype=kind, device=hidden.device)
+        for rows in spans(len(hidden), tile_rows):
+            h, reward_h = hidden[rows].to(kind), reward_hidden[rows].to(kind)
+            softmax, reward_softmax = OnlineSoftmax(len(h), 2, results), OnlineSoftmax(len(h), 0, results)
+            for columns in spans(max(len(weight), len(reward_weight)), tile_columns):
+                w, reward_w = weight[columns].to(kind), reward_weight[columns].to(kind)  # one may have run out
+                x = tile_logits(h, w, temperature, softcap)
+                y = tile_logits(reward_h, reward_w, 1.0, softcap)
+                both = min(len(w), len(reward_w))
+                if len(w):  # f - alpha log p = y - alpha x, but for one constant per row
+                    softmax.add(x, y[:, :both] - alpha * x[:, :both], torch.ones_like(x[:, :both]))
+                if len(reward_w):
+                    reward_softmax.add(y)
+            (lse, mean, mass), (reward_lse,) = softmax.result(), reward_softmax.result()
+            results[:, rows] = torch.stack([mean - mass * (reward_lse - alpha * lse), mass, lse, reward_lse])
+        ctx.save_for_backward(hidden, weight, reward_hidden, reward_weight, results)
+        ctx.alpha, ctx.settings = alpha, (temperature, softcap, chunk)
+        return results[0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """dR/dx_u = p_u (1[u in both] (f_u - alpha log p_u - alpha) - (R - alpha P)), P = the mass of columns in both."""
+        hidden, weight, reward_hidden, reward_weight, (value, mass, lse, reward_lse) = ctx.saved_tensors
+        alpha, softcap = ctx.alpha, ctx.settings[1]
+
+        def tile_gradient(x, rows, columns):
+            reward_w, reward_h = reward_weight[columns].to(x.dtype), reward_hidden[rows].to(x.dtype)
+            f = tile_logits(reward_h, reward_w, 1.0, softcap) - reward_lse[rows, None]  # [R, C or fewer]
+            x -= lse[rows, None]  # log p
+            both = min(x.shape[1], f.shape[1])
+            factor = (alpha * mass - value)[rows, None].repeat(1, x.shape[1])
+            factor[:, :both] += f[:, :both] - alpha * x[:, :both] - alpha
+            return x.exp_().mul_(factor).mul_(grad[rows, None])
+
+        return *gradients(hidden, weight, *ctx.settings, ctx.needs_input_grad, tile_gradient), *[None] * 6
+
+
+def expected_reward_chunked(
+    hidden, weight, reward_hidden, reward_weight, alpha, temperature=1.0, softcap=0.0, chunk=None
+):
+    """`expected_reward_plain`, holding one tile of either [N, V] at a time."""
+    return _ExpectedReward.apply(hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap, chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. The same as fused CUDA kernels: a tile of logits lives in a multiprocessor and never reaches the GPU's memory
+# ---------------------------------------------------------------------------------------------------------------
+
+if triton is not None:
+
+    @triton.jit
+    def _tile(
+        hidden, weight, rows, columns, N, V, softcap, temperature, H: tl.constexpr, CAPPED: tl.constexpr, BH: tl.constexpr
+    ):  # fmt: skip
+        """x [BN, BV] of some rows and columns, 0 beyond N and V. bf16 products are exact in the float32 they are added
+        in; float32 ones are kept from TF32, which rounds to 10 bits."""
+        x = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+        for start in range(0, H, BH):
+            k = start + tl.arange(0, BH)
+            h = tl.load(hidden + rows[:, None] * H + k, (rows[:, None] < N) & (k < H), 0.0)  # [BN, BH]
+            w = tl.load(weight + columns[:, None] * H + k, (columns[:, None] < V) & (k < H), 0.0)  # [BV, BH]
+            x = tl.dot(h, tl.trans(w), x, input_precision="ieee")
+        if CAPPED:
+            x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)  # tanh
+        return x / temperature
+
+    @triton.jit
+    def _forward_kernel(
+        hidden, weight, tokens, lse, mean, chosen, N, V, softcap, temperature, per_split,
+        H: tl.constexpr, CAPPED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
+    ):  # fmt: skip
+        """Program (i, s): rows i*BN.., column blocks s*per_split... One pass, the softmax online as in part 2; writes
+        log-sum-exp, E[x] and x of the token, [S, N], of its own columns."""
+        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        token = tl.load(tokens + rows, rows < N, -1)
+        top, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
+        weighted, found = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+        block = tl.program_id(1) * per_split
+        stop = tl.minimum(block + per_split, tl.cdiv(V, BV))
+        while block < stop:
+            columns = block.to(tl.int64) * BV + tl.arange(0, BV)
+            x = _tile(hidden, weight, rows, columns, N, V, softcap, temperature, H, CAPPED, BH)
+            inside = columns[None, :] < V
+            new_top = tl.maximum(top, tl.max(tl.where(inside, x, float("-inf")), 1))
+            e = tl.where(inside, tl.exp(x - new_top[:, None]), 0.0)
+            shrink = tl.exp(top - new_top)
+            total = total * shrink + tl.sum(e, 1)
+            weighted = weighted * shrink + tl.sum(e * x, 1)
+            found += tl.sum(tl.where(columns[None, :] == token[:, None], x, 0.0), 1)
+            top = new_top
+            block += 1
+        at = tl.program_id(1) * N + rows
+        tl.store(lse + at, top + tl.log(total), rows < N)
+        tl.store(mean + at, weighted / total, rows < N)
+        tl.store(chosen + at, found, rows < N)
+
+    @triton.jit
+    def _backward_kernel(
+        hidden, weight, tokens, lse, entropy, grad_logprob, grad_entropy, grad, N, V, softcap, temperature, per_split,
+        H: tl.constexpr, OWN_ROWS: tl.constexpr, CAPPED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
+    ):  # fmt: skip
+        """Program (i, s) owns block i of the rows (of grad hidden) or of the columns (of grad weight), goes through its
+        share s of the other's blocks, multiplies each tile again, and adds to grad [S, N or V, H], where nobody else
+        writes: no atomics, so the result is the same every time. The price: two launches, each with its own tiles."""
+        own, block = tl.program_id(0), tl.program_id(1) * per_split
+        stop = tl.minimum(block + per_split, tl.cdiv(V, BV) if OWN_ROWS else tl.cdiv(N, BN))
+        while block < stop:
+            rows = (own if OWN_ROWS else block).to(tl.int64) * BN + tl.arange(0, BN)
+            columns = (block if OWN_ROWS else own).to(tl.int64) * BV + tl.arange(0, BV)
+            x = _tile(hidden, weight, rows, columns, N, V, softcap, temperature, H, CAPPED, BH)
+            token = tl.load(tokens + rows, rows < N, -1)[:, None]
+            g_logprob = tl.load(grad_logprob + rows, rows < N, 0.0)[:, None]  # 0 beyond N: such rows add nothing
+            g_entropy = tl.load(grad_entropy + rows, rows < N, 0.0)[:, None]
+            logp = x - tl.load(lse + rows, rows < N, 0.0)[:, None]
+            factor = g_logprob + g_entropy * (logp + tl.load(entropy + rows, rows < N, 0.0)[:, None])
+            g = tl.where(columns[None, :] == token, g_logprob, 0.0) - tl.exp(logp) * factor  # dL/dx
+            g = tl.where(columns[None, :] < V, g, 0.0) / temperature
+            if CAPPED:
+                tanh = x * temperature / softcap
+                g *= 1 - tanh * tanh
+            g = g.to(hidden.dtype.element_ty)  # bf16 inputs: g is rounded to bf16, so that tensor cores can take it
+            for start in range(0, H, BH):
+                k = start + tl.arange(0, BH)
+                if OWN_ROWS:
+                    w = tl.load(weight + columns[:, None] * H + k, (columns[:, None] < V) & (k < H), 0.0)
+                    new, target, valid = tl.dot(g, w, input_precision="ieee"), rows, rows < N
+                    at = grad + (tl.program_id(1) * N + target[:, None]) * H + k
+                else:
+                    h = tl.load(hidden + rows[:, None] * H + k, (rows[:, None] < N) & (k < H), 0.0)
+                    new, target, valid = tl.dot(tl.trans(g), h, input_precision="ieee"), columns, columns < V
+                    at = grad + target[:, None] * H + k
+                mask = valid[:, None] & (k < H)
+                tl.store(at, tl.load(at, mask, 0.0) + new, mask)
+            tl.debug_barrier()  # the next block reads what other threads of this program have just written
+            block += 1
+
+
+class _TritonLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, softcap, entropy, programs):
+        N, V, H = len(hidden), len(weight), hidden.shape[1]
+        BV, BH = (128, 64) if hidden.element_size() == 2 else (64, 32)  # more of float32 would not fit the registers
+        ctx.blocks = dict(H=H, BN=64, BV=BV, BH=BH, CAPPED=softcap > 0, num_warps=8)
+        ctx.numbers = N, V, softcap or 1.0, temperature
+        row_blocks, column_blocks = ctx.grid = triton.cdiv(N, 64), triton.cdiv(V, BV)
+        # A GPU wants hundreds of programs; where the rows alone are too few, several share a row's columns.
+        ctx.per_split = triton.cdiv(column_blocks, max(1, min(programs // max(1, row_blocks), column_blocks)))
+        ctx.splits = triton.cdiv(column_blocks, ctx.per_split)
+        lse, mean, chosen = torch.empty(3, ctx.splits, N, device=hidden.device)
+        _forward_kernel[(row_blocks, ctx.splits)](
+            hidden, weight, tokens, lse, mean, chosen, *ctx.numbers, ctx.per_split, **ctx.blocks
+        )
+        share, lse = lse, lse.logsumexp(0)
+        mean = ((share - lse).exp() * mean).sum(0)
+        return finish(ctx, hidden, weight, tokens, chosen.sum(0), lse, lse - mean if entropy else None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprob, grad_entropy):
+        hidden, weight, tokens, lse, entropy = ctx.saved_tensors
+        none = torch.zeros_like(lse)
+        rest = [none if t is None else t.contiguous() for t in (entropy, grad_logprob, grad_entropy)]
+        inputs, (row_blocks, column_blocks) = (hidden, weight, tokens, lse, *rest), ctx.grid
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad = hidden.new_zeros(ctx.splits, *hidden.shape, dtype=torch.float32)
+            grid, shared = (row_blocks, ctx.splits), ctx.per_split
+            _backward_kernel[grid](*inputs, grad, *ctx.numbers, shared, OWN_ROWS=True, **ctx.blocks)
+            grad_hidden = grad.sum(0).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            grad = torch.zeros_like(weight, dtype=torch.float32)
+            _backward_kernel[column_blocks, 1](*inputs, grad, *ctx.numbers, row_blocks, OWN_ROWS=False, **ctx.blocks)
+            grad_weight = grad.to(weight.dtype)
+        return grad_hidden, grad_weight, *[None] * 5
+
+
+def logprobs_triton(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True, programs=256):
+    """`logprobs_plain` on CUDA, float32 or bf16. `programs`: how many blocks of work to aim for."""
+    kind = torch.promote_types(hidden.dtype, weight.dtype)
+    hidden, weight = hidden.to(kind).contiguous(), weight.to(kind).contiguous()
+    with torch.cuda.device_of(hidden):
+        return _TritonLogprobs.apply(hidden, weight, tokens.contiguous(), temperature, softcap, entropy, programs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Which one
+# ---------------------------------------------------------------------------------------------------------------
+
+SMALL = 2**22  # N * V up to which plain is as fast, on two CPU cores; it is 16 MB a tensor
+
+
+def logprobs(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True):
+    """(log pi(tokens), entropy or None), both [N] float32: plain for few logits, else Triton on CUDA, else chunked.
+
+    Under autocast the inputs are first cast to its type, as a linear layer's would be; sums stay float32.
+
+    >>> logprobs(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]), entropy=False)
+    (tensor([-0.6931]), None)
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
+    method = logprobs_chunked
+    if len(hidden) * len(weight) <= SMALL and weight.dtype == sum_type(hidden):  # else plain copies all of the weight
+        method = logprobs_plain
+    elif triton is not None and device == "cuda" and {hidden.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
+        method = logprobs_triton
+    return method(hidden, weight, tokens, temperature, softcap, entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 6. What it saves
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure(method: str, N: int, V: int, H: int, entropy: bool = True, repeats: int = 1) -> tuple[float, float]:
+    """(seconds, MB beyond the inputs) of forward and backward, the best of `repeats`. Call it in a fresh process: what
+    a process has once held it still counts."""
+    import resource  # not on Windows
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator).requires_grad_()
+    weight = torch.randn(V, H, generator=generator).div_(H**0.5).requires_grad_()
+    tokens = torch.randint(V, (N,), generator=generator)
+    torch.mm(hidden.detach()[:8], weight.detach()[:8].T)  # wakes the matrix library
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    before, best = peak(), math.inf
+    for _ in range(repeats):
+        hidden.grad = weight.grad = None
+        start = time.perf_counter()
+        outputs = {"plain": logprobs_plain, "chunked": logprobs_chunked}[method](
+            hidden, weight, tokens, entropy=entropy
+        )
+        sum(output.mean() for output in outputs if output is not None).backward()
+        best = min(best, time.perf_counter() - start)
+    return best, peak() - before
+
+
+def main() -> None:
+    N, V, H = 512, 32768, 256
+    print(f"N = {N}, V = {V}, H = {H}, float32 on the CPU: forward and backward, log-probabilities and entropy")
+    for method in ("plain", "chunked"):  # before anything large is held here: a child starts from its parent's peak
+        code = f"import logprob; print(*logprob.measure('{method}', {N}, {V}, {H}, repeats=3))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if result.returncode:
+            print(f"  {method:8s} not measured: {result.stderr.strip().splitlines()[-1]}")
+        else:
+            seconds, megabytes = map(float, result.stdout.split())
+            print(
+                f"  {method:8s} {seconds:6.2f} s {megabytes:7.0f} MB (the two gradients are {(N + V) * H / 2**18:.0f})"
+            )
+    torch.manual_seed(0)
+    hidden, weight, tokens = torch.randn(64, H), torch.randn(V, H) / H**0.5, torch.randint(V, (64,))
+    exact = logprobs_plain(hidden.double(), weight.double(), tokens)
+    for name, method in (("plain", logprobs_plain), ("chunked", logprobs_chunked)):
+        distances = [(a - b).abs().max() for a, b in zip(method(hidden, weight, tokens), exact)]
+        print("  {:8s} from float64: log pi {:.1e}, entropy {:.1e}".format(name, *distances))
+
+
+if __name__ == "__main__":
+    main()
