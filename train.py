@@ -346,7 +346,7 @@ def table(results: dict) -> str:
         row = results["rerank"][n]
         found = ", ".join(f"{rule} {row[rule][0]:.3f}" for rule in rules if rule in row)
         lines.append(f"{'best of ' + n + ' samples of the base':37s}{found}")
-    if results["reward"]:
+    if results["reward"].get("auroc") is not None:  # None where all samples were right, or all wrong
         lines.append(f"{'AUROC, right against wrong':37s}reward {results['reward']['auroc']:.3f}")
     for kind, name in (("natural", "its own errors"), ("single", "one planted error")):
         hits = results["localise"].get(kind, {}).get("hit0", {})

@@ -65,6 +65,13 @@ def test_the_same_seed_gives_the_same_metrics():
     assert a == b
 
 
+def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
+    monkeypatch.setattr(data, "same_answer", lambda predicted, truth: False)
+    assert train.main([*TINY, "--method", "irl"]) == 0
+    assert json.loads(Path("runs/demo/results.json").read_text())["reward"]["auroc"] is None
+    assert "best of 4 samples of the base" in capsys.readouterr().out
+
+
 def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     assert train.main([*TINY, "--method", "irl"]) == 0
     discriminator, tokenizer, settings = reward.load_run(Path("runs/demo"))
