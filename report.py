@@ -184,7 +184,7 @@ def intervals(tree, *keys) -> dict[int, tuple]:
 def series(metrics: list[dict], method: str, key: str, most: int = 400) -> tuple[list[float], list[float]]:
     """(steps, values) of one metric, thinned to about `most`. Of a step logged twice the later counts.
 
-    >>> series([{"method": "irl", "step": 1, "reward": 0.5}], "irl", "reward/mean")
+    >>> series([{"method": "irl", "step": 1, "reward/mean": 0.5}], "irl", "reward/mean")
     ([1.0], [0.5])
     """
     points = {}
