@@ -572,7 +572,7 @@ def main() -> None:
     trace = args.trace.replace("\\n", "\n")
     if "<think>" not in trace:
         whole = data.response_text(trace, args.answer or "")
-        trace = whole if args.answer else whole[: whole.index("</think>")] + "</think>"
+        trace = whole if args.answer else whole[: whole.index("<answer>")]
     print(show(explain(discriminator.reward_model, tokenizer, args.question, trace)))
 
 

@@ -76,10 +76,10 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     assert train.main([*TINY, "--method", "irl"]) == 0
     discriminator, tokenizer, settings = reward.load_run(Path("runs/demo"))
     assert settings["reward"] == "likelihood" and discriminator.granularity == "dense"
-    monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", "--question",
-                                     "Ava has 24 pens. Ava loses 9. How many pens?",
-                                     "--trace", "24-9=15", "--answer", "15"])  # fmt: skip
-    assert data.exit_status(reward.main) == 0
+    question = ["--question", "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"]
+    for trace in (["3+12=15\\n24+15=39\\n39-9=30"], ["3*12=36\\n24+36=60\\n60-9=51", "--answer", "51"]):
+        monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", *question, "--trace", *trace])
+        assert data.exit_status(reward.main) == 0
     assert "most suspicious" in capsys.readouterr().out
 
 
