@@ -61,11 +61,11 @@ class Settings:
     interval: int = setting(0, "tokens per interval; 0 takes the trace's own lines as steps")
     discriminator_loss: str = setting("bce", "cross-entropy, Bradley-Terry, or Wasserstein", ("bce", "bt", "wgan"))
     label_smoothing: float = setting(0.1, "labels 1 and 0 become 1 - x/2 and x/2")
-    reward_nll: float = setting(0.3, "weight of the demonstrations' likelihood in a likelihood reward's loss")
+    reward_nll: float = setting(1.0, "weight of the demonstrations' likelihood in a likelihood reward's loss")
     rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included")
     perturbed: int = setting(2, "broken copies of each demonstration as negatives")
     replay: int = setting(4, "old rollouts kept per question; 0 for none")
-    warm_up: int = setting(100, "discriminator updates before the policy's first")
+    warm_up: int = setting(60, "discriminator updates before the policy's first")
     warm_up_lr: float = setting(None, "learning rate of the warm-up")
     reward_lr: float = setting(None, "learning rate of the discriminator beside the policy")
     discriminator_updates: int = setting(1, "discriminator updates per policy step")
@@ -78,7 +78,7 @@ class Settings:
         ("exact", "reinforce", "ppo", "best"),
     )
     baseline: str = setting("group", "of REINFORCE and PPO: the group's mean, or the exact E[r_t]", ("group", "exact"))
-    entropy_coef: float = setting(0.2, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
+    entropy_coef: float = setting(0.1, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
     gamma: float = setting(None, "discount of later tokens' rewards")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen start")
     ppo_clip: float = setting(0.2, "PPO and GRPO hold the ratio within 1 +- this")
@@ -105,10 +105,10 @@ class Settings:
 
 # What depends on the size of the model. Rates for large models are the customary ones, not tuned here.
 PRESETS = {
-    "small": dict(data="words", method="all", extra_questions=4000, max_new_tokens=64, warm_up_lr=3e-4, reward_lr=1e-4,
-                  policy_loss="exact", gamma=0.0, max_steps=100, policy_lr=4e-4, grpo_lr=6e-4, sft_steps=200, sft_lr=3e-4,
+    "small": dict(data="words", method="all", extra_questions=4000, max_new_tokens=64, warm_up_lr=3e-4, reward_lr=3e-5,
+                  policy_loss="exact", gamma=0.0, max_steps=150, policy_lr=4e-4, grpo_lr=6e-4, sft_steps=200, sft_lr=3e-4,
                   micro_batch=256, eval_questions=500, eval_samples=8, rerank_questions=250),
-    "large": dict(data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, warm_up_lr=1e-5, reward_lr=5e-6,
+    "large": dict(data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, warm_up_lr=1e-5, reward_lr=2e-6,
                   policy_loss="exact", gamma=0.0, max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5,
                   micro_batch=2, eval_questions=200, eval_samples=4, rerank_questions=100),
 }  # fmt: skip

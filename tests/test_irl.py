@@ -136,7 +136,8 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings):
         f = loop.discriminator.reward_model.model(ids).logits[0].log_softmax(-1)
         for t in range(int(batch.prompt_lengths[row]), ids.shape[1]):
             expectation = sum(
-                log_pi[t - 1, a].exp() * (f[t - 1, a] - 0.2 * log_pi[t - 1, a]) for a in range(f.shape[1])
+                log_pi[t - 1, a].exp() * (f[t - 1, a] - loop.settings.entropy_coef * log_pi[t - 1, a])
+                for a in range(f.shape[1])
             )
             expected = -expectation - advantages[row, t] * log_pi[t - 1, ids[0, t]]
             assert_close(fast[row, t], expected, atol=1e-4, rtol=1e-4)
@@ -149,7 +150,9 @@ def test_exact_baseline_leaves_no_advantage_on_average(shipped, settings):
         parameter.data += 0.02 * torch.randn_like(parameter)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
     log_pi = policy.response_logits(loop.policy_model, batch).log_softmax(-1)  # [N, V]
-    rewards = loop.discriminator.reward_model.all_scores(batch) - 0.2 * log_pi  # r of every action
+    rewards = (
+        loop.discriminator.reward_model.all_scores(batch) - loop.settings.entropy_coef * log_pi
+    )  # r of every action
     expected = loop.expected_reward(batch)
     assert_close((log_pi.exp() * (rewards - expected[:, None])).sum(-1), torch.zeros(len(expected)), atol=1e-5, rtol=0)
     chosen = policy.spread(rewards.gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1), batch.response_mask)
