@@ -13,7 +13,6 @@ Equations are numbered after arXiv 2510.01857 (v2) and the papers named beside t
 Run `python policy.py` to sample the shipped base and see that its log-probabilities are those of a fresh forward pass.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -481,11 +480,6 @@ def accumulate(loss_of_rows: Callable[[slice], torch.Tensor], count: int, micro_
         part.backward()
         loss += float(part.detach())
     return loss
-
-
-def frozen_copy(model):
-    """A copy that never trains: pi_ref, or the behaviour policy."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def quiet() -> None:

@@ -68,7 +68,7 @@ PANELS = (
       ("irl", "discriminator/d_negative", "negative")),
      "Healthy: apart, then nearer as the policy improves. At 1 and 0 it is too strong to say much."),
     ("Discriminator accuracy", True, (("irl", "discriminator/accuracy", "IRL"),),
-     "Healthy: between one half and 1. Stuck at 1, it goes by something other than errors."),
+     "Healthy: near one half, as most tokens of a wrong trace are right. Near 1, it goes by something other than errors."),
     ("Learned reward, IRL", False, (("irl", "reward/mean", "IRL"),),
      "Of the policy's own samples. Relearned, so flat is fine. Rising while validation falls is not."),
     ("True reward, GRPO", True, (("grpo", "reward/mean", "GRPO"),),

@@ -1,11 +1,11 @@
 """The reward: a discriminator that tells expert traces from the policy's own, read as a reward per token.
 
     1. equations             discriminator logit, its losses, granularity, trace weights: pure functions
-    2. two reward models     likelihood (f = log p_phi(a|s), a language model) and head (the paper's linear head)
+    2. two reward models     likelihood (f = log p_phi(a|s), a language model) and head (the paper's linear head);
+                             Discriminator: D, and `token_rewards`, what the policy is trained on
     3. negatives             the policy's rollouts, old rollouts (replay), perturbed expert traces
     4. update                one discriminator step, experts and negatives weighing the same in total
-    5. token_rewards         what the policy is trained on
-    6. show                  a trace in the terminal, coloured token by token
+    5. show                  a trace in the terminal, coloured token by token
 
 The names: f is `scores`, the reward model's own opinion of each token. The discriminator says with probability
 D = sigmoid(logit) that a token is the expert's. For AIRL (Fu, Luo, Levine 2018, arXiv 1710.11248, section 4)
@@ -414,7 +414,7 @@ def update(
             value = value + penalty * share * gradient_penalty(
                 model, both[pair], both[count + torch.arange(len(chosen))]
             )
-        if nll_coef:
+        if nll_coef and model.scores_all_actions:  # a head's f is no likelihood
             value = value - nll_coef * (
                 trace_weights(both[:count].response_mask) * model.scores(both[:count])
             ).sum() * count / len(expert)
@@ -429,7 +429,7 @@ def update(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6. Seeing it
+# 5. Seeing it
 # ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """irl.py and baselines.py: the loop, stage by stage and as a whole."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ import reward
 
 def make_loop(shipped, settings, **changes):
     s = replace(settings, **changes)
-    model, tokenizer = policy.frozen_copy(shipped[0]).requires_grad_(True), shipped[1]
+    model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
     discriminator = reward.Discriminator(reward.load_reward(s.reward, "base"), s.logit, s.granularity, s.interval,
                                          reward.step_end_tokens(tokenizer, len(tokenizer)), s.reward_clip)  # fmt: skip
     experts = data.load_examples("words", "train", s.demonstrations)
@@ -188,9 +189,7 @@ def test_best_learns_from_the_winners_alone(shipped, settings):
 
 def test_sft_fits_its_demonstrations(shipped, settings):
     s = replace(settings, sft_steps=15, sft_lr=1e-3)
-    trainer = baselines.SFT(
-        s, shipped[1], policy.frozen_copy(shipped[0]).requires_grad_(True), data.load_examples("words", "train", 16)
-    )
+    trainer = baselines.SFT(s, shipped[1], copy.deepcopy(shipped[0]), data.load_examples("words", "train", 16))
     history = [trainer.step()["policy"]["loss"] for _ in range(15)]
     assert history[-1] < 0.5 * history[0]
 
@@ -199,7 +198,7 @@ def test_grpo_needs_the_verifier(shipped, settings):
     trainer = baselines.GRPO(
         settings,
         shipped[1],
-        policy.frozen_copy(shipped[0]).requires_grad_(True),
+        copy.deepcopy(shipped[0]),
         data.load_examples("words", "train", 8),
     )
     assert 0 <= trainer.step()["reward"]["mean"] <= 1

@@ -1,5 +1,6 @@
 """policy.py: sampling equals a forward pass; each loss equals what a hand or a plain loop computes."""
 
+import copy
 import math
 
 import pytest
@@ -103,7 +104,7 @@ def test_the_end_token_is_trained_and_the_prompt_is_not(shipped):
     batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 1))
     losses = policy.sft_loss(model, batch)
     assert len(losses) == int(batch.lengths - batch.prompt_lengths)
-    model = policy.frozen_copy(model).requires_grad_(True)
+    model = copy.deepcopy(model)
     policy.sft_loss(model, batch)[-1].backward()  # the end token's loss alone
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
 
@@ -204,7 +205,7 @@ def test_entropy_by_hand():
 
 
 def test_micro_batch_size_changes_no_gradient(shipped):
-    model, tokenizer = policy.frozen_copy(shipped[0]).requires_grad_(True), shipped[1]
+    model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
     batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 7))
     gradients, losses = [], []
     for micro_batch in (7, 3, 1):

@@ -239,6 +239,23 @@ def test_micro_batch_size_changes_no_gradient(shipped, comparison, loss, granula
         assert metrics["loss"] == pytest.approx(results[0][0]["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind, changes", [("likelihood", True), ("head", False)])
+def test_the_demonstrations_likelihood_is_for_a_likelihood_alone(shipped, comparison, kind, changes):
+    """-log p of the demonstrations joins the loss of a likelihood reward; a head's f is no log-probability."""
+    losses = []
+    for nll_coef in (0.0, 1.0):
+        discriminator = make_discriminator(shipped, kind)
+        torch.manual_seed(1)
+        if kind == "head":
+            torch.nn.init.normal_(discriminator.reward_model.model.score.weight)
+        optimizer = torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.0)
+        losses.append(reward.update(discriminator, optimizer, shipped[0], comparison, nll_coef=nll_coef)["loss"])
+    scores = policy.token_logprobs(shipped[0], comparison.expert)
+    nll = -float((reward.trace_weights(comparison.expert.response_mask) * scores).sum().detach())
+    assert losses[1] - losses[0] == pytest.approx(nll if changes else 0.0, abs=1e-4)
+    assert nll > 0.01
+
+
 @pytest.mark.parametrize("kind, logit, loss", [
     ("likelihood", "airl", "bce"), ("likelihood", "airl", "bt"), ("head", "gail", "bce"),
     ("likelihood", "gail", "wgan"), ("head", "gail", "wgan"),
