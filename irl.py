@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 import data
+import logprob
 import policy
 import reward
 from data import Example
@@ -56,8 +57,8 @@ class IRL:
             rollout, metrics["rollout"] = self.rollout(questions, s.group)  # G traces per question
             if not s.freeze_reward:
                 metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)  # D: expert or policy?
-            rewards, metrics["reward"] = self.rewards(rollout)  # [B, T]
-            metrics["policy"] = self.update_policy(rollout, rewards)
+            rewards, states, metrics["reward"] = self.rewards(rollout)  # [B, T], [B, T, H]
+            metrics["policy"] = self.update_policy(rollout, rewards, states)
         self.done += 1
         return metrics
 
@@ -101,28 +102,33 @@ class IRL:
                                     micro_batch=s.micro_batch, temperature=s.temperature)  # fmt: skip
         return metrics
 
-    def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, dict]:
-        """Stage 3. r_t for every response token: [B, T]. The same token ids that were sampled are scored."""
-        s, mask = self.settings, rollout.batch.response_mask
-        rewards = policy.in_chunks(lambda batch, log_pi: self.discriminator.token_rewards(batch, log_pi, s.entropy_coef),
-                                   rollout.batch, s.micro_batch, rollout.logprobs)  # fmt: skip
-        return rewards, {"mean": float(rewards.sum() / mask.sum()), "lowest": float(rewards.min(1).values.mean())}
+    def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Stage 3. r_t for every response token, [B, T], and the reward model's hidden states, [B, T, H], from which
+        stage 4 reads f of all other actions too. The same token ids that were sampled are scored."""
+        s, batch, reward_model = self.settings, rollout.batch, self.discriminator.reward_model
+        states = policy.in_chunks(reward_model.states, batch, s.micro_batch)
+        scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, states)  # f, [B, T]
+        rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
+        lowest = rewards.min(1).values.mean()
+        return rewards, states, {"mean": float(rewards.sum() / batch.response_mask.sum()), "lowest": float(lowest)}
 
-    def update_policy(self, rollout: Rollout, rewards: torch.Tensor) -> dict:
+    def update_policy(self, rollout: Rollout, rewards: torch.Tensor, states: torch.Tensor) -> dict:
         """Stage 4. Policy gradient on r_t: `epochs` passes over the rollout, one optimizer step each."""
         s, batch, old_logprobs = self.settings, rollout.batch, rollout.logprobs
-        advantages = self.advantages(batch, rewards)  # [B, T]
+        advantages = self.advantages(batch, rewards, states)  # [B, T]
         if s.policy_loss == "best":  # only the winners of their groups are learnt from
             winners = advantages.any(1).nonzero().squeeze(-1)
-            batch, old_logprobs, advantages = batch[winners], old_logprobs[winners], advantages[winners]
+            batch, old_logprobs, advantages, states = (x[winners] for x in (batch, old_logprobs, advantages, states))
         self.policy_model.train()
         for _ in range(s.epochs):
-            loss = policy.accumulate(lambda rows: self.policy_loss(batch[rows], old_logprobs[rows], advantages[rows]),
-                                     len(batch), s.micro_batch, float(batch.response_mask.sum()))  # fmt: skip
+            loss = policy.accumulate(
+                lambda rows: self.policy_loss(batch[rows], old_logprobs[rows], advantages[rows], states[rows]),
+                len(batch), s.micro_batch, float(batch.response_mask.sum()),
+            )  # fmt: skip
             norm = policy.optimizer_step(self.policy_optimizer)
         return {"loss": loss, "grad_norm": norm}
 
-    def advantages(self, batch: data.Batch, rewards: torch.Tensor) -> torch.Tensor:
+    def advantages(self, batch: data.Batch, rewards: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]"""
         s, mask = self.settings, batch.response_mask
         if s.policy_loss == "best":
@@ -133,34 +139,37 @@ class IRL:
         if s.policy_loss == "exact":  # the loss sums r_t over all actions itself: only what follows is left
             return future
         if s.baseline == "exact":
-            expected = policy.in_chunks(
-                lambda b: policy.spread(self.expected_reward(b), b.response_mask), batch, s.micro_batch
-            )
+            expected = policy.in_chunks(lambda b, x: policy.spread(self.expected_reward(b, x), b.response_mask),
+                                        batch, s.micro_batch, states)  # fmt: skip
             advantages = (rewards - expected) * mask + future
         return policy.normalise(advantages, mask)
 
-    def expected_reward(self, batch: data.Batch, all_logprobs: torch.Tensor | None = None) -> torch.Tensor:
-        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token: [N]. The gradient, if any, is through pi."""
-        s = self.settings
-        if all_logprobs is None:
-            all_logprobs = policy.response_logits(self.policy_model, batch, s.temperature).log_softmax(-1)  # [N, V]
-        with torch.no_grad():
-            all_scores = self.discriminator.reward_model.all_scores(batch)  # [N, V]
-        width = min(all_scores.shape[1], all_logprobs.shape[1])  # sizes of a family pad V by different amounts
-        return policy.expected_reward(all_logprobs[:, :width], all_scores[:, :width], s.entropy_coef)
+    def expected_reward(self, batch: data.Batch, reward_states, policy_states=None) -> torch.Tensor:
+        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token: [N]. The gradient, if any, is through pi.
+        reward_states [B, T, H] are those of stage 3; policy_states [N, H] are computed if they are not at hand."""
+        s, f = self.settings, self.discriminator.reward_model.model
+        if policy_states is None:
+            policy_states = policy.choosing_states(self.policy_model, batch)
+        (weight, softcap), (reward_weight, _) = policy.output_layer(self.policy_model), policy.output_layer(f)
+        reward_states = reward_states[:, : batch.tokens.shape[1]][batch.response_mask.bool()]  # [N, H]
+        with policy.half_precision(policy_states.device):
+            return logprob.expected_reward(policy_states, weight, reward_states, reward_weight, s.entropy_coef,
+                                           s.temperature, softcap)  # fmt: skip
 
-    def policy_loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    def policy_loss(self, batch: data.Batch, old_logprobs, advantages, reward_states) -> torch.Tensor:
         """The loss of each response token of some rows: [N], to be summed. See policy.py for the equations."""
-        s, chosen = self.settings, batch.response_mask.bool()
+        s, chosen, loss = self.settings, batch.response_mask.bool(), 0.0
         old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
-        all_logprobs = policy.response_logits(self.policy_model, batch, s.temperature).log_softmax(-1)  # [N, V]
-        logprobs = all_logprobs.gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1)  # [N]
-        if s.policy_loss == "ppo":
-            loss = policy.ppo_loss(logprobs, old_logprobs, advantages, s.ppo_clip)
-        else:
-            loss = policy.reinforce_loss(logprobs, advantages)
+        states = policy.choosing_states(self.policy_model, batch)  # [N, H]
         if s.policy_loss == "exact":
-            loss = loss - self.expected_reward(batch, all_logprobs)
+            loss = loss - self.expected_reward(batch, reward_states, states)
+        if s.policy_loss == "exact" and not s.gamma and not s.kl_coef:
+            return loss  # nothing hangs on the sampled tokens
+        logprobs = policy.logprobs_of(self.policy_model, states, batch, s.temperature)  # [N]
+        if s.policy_loss == "ppo":
+            loss = loss + policy.ppo_loss(logprobs, old_logprobs, advantages, s.ppo_clip)
+        else:
+            loss = loss + policy.reinforce_loss(logprobs, advantages)
         if s.kl_coef:
             with torch.no_grad():
                 reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]

@@ -222,6 +222,19 @@ def logprobs_chunked(hidden, weight, tokens, temperature=1.0, softcap=0.0, entro
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def expectation(policy_logprobs: torch.Tensor, all_scores: torch.Tensor, alpha: float) -> torch.Tensor:
+    """E_{a~pi}[f(s,a) - alpha log pi(a|s)] over the whole vocabulary: [N, V], [N, V] -> [N].
+
+    A likelihood reward scores every action at once, so the expectation that REINFORCE estimates from one sampled token
+    can be summed exactly. With a gradient through pi it is an objective (horizon: the next token); without, it is the
+    best baseline for the immediate reward, since no other knows the state as well.
+
+    >>> expectation(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 3.0]]), 0.0)
+    tensor([2.])
+    """
+    return (policy_logprobs.exp() * (all_scores - alpha * policy_logprobs)).sum(-1)
+
+
 def expected_reward_plain(hidden, weight, reward_hidden, reward_weight, alpha, temperature=1.0, softcap=0.0):
     """R = sum_v p_v (f_v - alpha log p_v), f = log softmax(reward logits): [N], with a gradient through pi only.
 
@@ -234,8 +247,7 @@ def expected_reward_plain(hidden, weight, reward_hidden, reward_weight, alpha, t
     logp = all_logprobs(hidden, weight, temperature, softcap)  # [N, V]
     f = all_logprobs(reward_hidden, reward_weight, 1.0, softcap).detach()  # [N, V']
     both = min(logp.shape[1], f.shape[1])
-    logp, f = logp[:, :both], f[:, :both]
-    return (logp.exp() * (f - alpha * logp)).sum(-1)
+    return expectation(logp[:, :both], f[:, :both], alpha)
 
 
 class _ExpectedReward(torch.autograd.Function):
@@ -432,25 +444,48 @@ def logprobs_triton(hidden, weight, tokens, temperature=1.0, softcap=0.0, entrop
 # ---------------------------------------------------------------------------------------------------------------
 
 SMALL = 2**22  # N * V up to which plain is as fast, on two CPU cores; it is 16 MB a tensor
+TRITON = False  # part 4 on CUDA: off until `python -m experiments.bench` has shown there that it pays
 
 
 def logprobs(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True):
-    """(log pi(tokens), entropy or None), both [N] float32: plain for few logits, else Triton on CUDA, else chunked.
-
-    Under autocast the inputs are first cast to its type, as a linear layer's would be; sums stay float32.
+    """(log pi(tokens), entropy or None), both [N] float32: plain for few logits, chunked or (if TRITON) fused for many.
 
     >>> logprobs(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]), entropy=False)
     (tensor([-0.6931]), None)
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden, weight = (t.to(torch.get_autocast_dtype(device)) for t in (hidden, weight))
-    method = logprobs_chunked
-    if len(hidden) * len(weight) <= SMALL and weight.dtype == sum_type(hidden):  # else plain copies all of the weight
-        method = logprobs_plain
-    elif triton is not None and device == "cuda" and {hidden.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}:
+    hidden, weight = as_autocast(hidden, weight)
+    method = logprobs_plain if few(hidden, weight) else logprobs_chunked
+    if (
+        TRITON
+        and triton is not None
+        and hidden.is_cuda
+        and {hidden.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
+    ):
         method = logprobs_triton
     return method(hidden, weight, tokens, temperature, softcap, entropy)
+
+
+def expected_reward(hidden, weight, reward_hidden, reward_weight, alpha, temperature=1.0, softcap=0.0):
+    """E_{a~pi}[f - alpha log pi], [N] float32: plain for few logits, chunked for many.
+
+    >>> expected_reward(torch.zeros(1, 3), torch.ones(2, 3), torch.zeros(1, 3), torch.ones(2, 3), alpha=1.0)
+    tensor([0.])
+    """
+    hidden, weight, reward_hidden, reward_weight = as_autocast(hidden, weight, reward_hidden, reward_weight)
+    method = expected_reward_plain if few(hidden, weight) else expected_reward_chunked
+    return method(hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap)
+
+
+def few(hidden, weight) -> bool:
+    """Whether [N, V] may be held. Not in half precision: plain would copy all of the weight."""
+    return len(hidden) * len(weight) <= SMALL and weight.dtype == sum_type(hidden)
+
+
+def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Cast to autocast's type where that is on, as a linear layer's inputs would be; sums stay float32."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return [tensor.to(dtype or tensor.dtype) for tensor in tensors]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
     1. load_policy                      a hub name, a short name (Qwen2.5-0.5B) or a folder -> model, tokenizer
     2. sample                           batched sampling with a key/value cache, written out
-    3. token_logprobs, response_logits  log pi(a_t | s_t) of given tokens
+    3. choosing_states, token_logprobs  hidden states, and log pi(a_t | s_t) of given tokens (logprob.py does the sums)
     4. returns, baselines, advantages   pure functions of rewards [B, T]
-    5. losses                           SFT, REINFORCE, PPO, the exact expectation; KL to a reference
+    5. losses                           SFT, REINFORCE, PPO; KL to a reference
     6. update                           one optimizer step in micro-batches, whose size changes no gradient
 
 Index t is the same everywhere: column t speaks of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
@@ -22,6 +22,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import logprob
 from data import Batch, UserError, make_batch, nearest
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -68,7 +69,8 @@ def load_policy(name: str, device="cpu", dtype=torch.float32):
     with loading(name):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     check_tokenizer(tokenizer, model, name)
-    return model.to(device), tokenizer
+    check_output_layer(model.to(device), name)
+    return model, tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -109,6 +111,19 @@ def check_tokenizer(tokenizer, model, name: str) -> None:
             f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only "
             f"{model.get_input_embeddings().num_embeddings} embeddings"
         )
+
+
+@torch.no_grad()
+def check_output_layer(model, name: str) -> None:
+    """Refuse a model whose logits are not softcap(W h), which is all that logprob.py knows: a bias or a scale after W
+    would make every log-probability wrong, silently."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    weight, softcap = output_layer(model)
+    logits = model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = model(tokens).logits.float()
+    if logits.shape != expected.shape or (logits - expected).norm() > 0.05 * expected.norm():
+        raise UserError(f"the output layer of '{name}' is not of the kind known here, a matrix without bias or scale")
 
 
 def context_length(model) -> int:
@@ -194,8 +209,8 @@ def sample(
     repeated = [prompt for prompt in prompts for _ in range(group)]
     batch = make_batch(repeated, responses, model.device)
     values = torch.zeros(batch.tokens.shape)
-    for row, (prompt, logprob) in enumerate(zip(repeated, logprobs)):
-        values[row, len(prompt) : len(prompt) + len(logprob)] = logprob
+    for row, (prompt, chosen) in enumerate(zip(repeated, logprobs)):
+        values[row, len(prompt) : len(prompt) + len(chosen)] = chosen
     finished = torch.tensor([response[-1] == end_token for response in responses])
     return Rollout(batch, values.to(model.device), finished.to(model.device))
 
@@ -250,44 +265,107 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def response_logits(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """The logits that chose each response token: [N, V] float32, N = number of response tokens of the batch, in row
-    order. Prompt and padding positions never meet the output matrix, which is where the memory goes when V is 151,936.
+def response_states(model, batch: Batch) -> torch.Tensor:
+    """The hidden states after the prompt and after each response token: [B, 1 + R, H], R the longest response.
+
+    State t chose response token t; state t + 1 has read it. Rows that share a prompt (a question's G samples, its
+    expert, its broken copies) have it read once: with G = 8, half of the tokens of a short problem.
     """
-    chosen_from = batch.response_mask[:, 1:].bool()  # the state before token t is read off column t-1
+    responses, columns = _response_columns(batch)  # [B, R]
+    decoder = model.get_decoder()
     with half_precision(batch.tokens.device):
-        hidden = model.get_decoder()(
-            input_ids=batch.tokens, attention_mask=batch.attention_mask
-        ).last_hidden_state  # [B, T, H]
-        logits = model.get_output_embeddings()(hidden[:, :-1][chosen_from])
-    return logits.float() / temperature
+        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+        if recomputed and model.training:  # gradient checkpointing allows no cache
+            hidden = decoder(input_ids=batch.tokens, attention_mask=batch.attention_mask).last_hidden_state  # [B, T, H]
+            columns = torch.cat([batch.prompt_lengths[:, None] - 1, columns], 1).clamp(max=hidden.shape[1] - 1)
+            return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
+        prompts, mask, which = _distinct_prompts(batch)  # [P, L], [P, L], [B]
+        prompt = decoder(input_ids=prompts, attention_mask=mask, position_ids=_positions(mask), use_cache=True)
+        cache = prompt.past_key_values
+        cache.batch_select_indices(which)  # the prompt's keys and values, once per row; gradients add up
+        mask = torch.cat([mask[which], (columns < batch.lengths[:, None]).long()], 1)  # [B, L + R]
+        rest = decoder(input_ids=responses, attention_mask=mask, position_ids=columns, past_key_values=cache,
+                       use_cache=True).last_hidden_state  # fmt: skip
+        return torch.cat([prompt.last_hidden_state[which, -1:], rest], 1)
+
+
+def _response_columns(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Responses moved to the left edge, [B, R], and the columns of batch.tokens they come from."""
+    longest = int((batch.lengths - batch.prompt_lengths).max())
+    columns = batch.prompt_lengths[:, None] + torch.arange(longest, device=batch.tokens.device)
+    return batch.tokens.gather(1, columns.clamp(max=batch.tokens.shape[1] - 1)), columns
+
+
+def _distinct_prompts(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The prompts without repeats, padded on the left, their mask, and which of them each row has."""
+    longest = int(batch.prompt_lengths.max())
+    columns = torch.arange(longest, device=batch.tokens.device) - (longest - batch.prompt_lengths[:, None])
+    prompts = batch.tokens.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)  # -1 is no token
+    prompts, which = torch.unique(prompts, dim=0, return_inverse=True)
+    return prompts.clamp(min=0), (prompts >= 0).long(), which
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions 0, 1, .. of the real tokens of rows padded on the left: [B, L]."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def choosing_states(model, batch: Batch) -> torch.Tensor:
+    """The hidden state that chose each response token: [N, H], N = number of response tokens, in row order. Prompt and
+    padding positions never meet the output matrix, which is where the memory goes when V is 151,936."""
+    return response_states(model, batch)[:, :-1][response_part(batch)]
+
+
+def response_part(batch: Batch) -> torch.Tensor:
+    """[B, R] bool: which columns of the responses, moved to the left edge, are tokens."""
+    lengths = batch.lengths - batch.prompt_lengths
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+def output_layer(model) -> tuple[torch.Tensor, float]:
+    """(output matrix [V, H], softcap): logits are softcap * tanh(W h / softcap), or W h where softcap is 0."""
+    return model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None) or 0.0
 
 
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Flat values of the masked positions, in row order, back to where they belong: [N] and [B, T] -> [B, T]."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask.bool(), values)
+    """Flat values of the masked positions, in row order, back to where they belong: [N, ..] and [B, T] -> [B, T, ..]."""
+    out = values.new_zeros(*mask.shape, *values.shape[1:])
+    return out.index_put((mask.bool(),), values) if values.ndim > 1 else out.masked_scatter(mask.bool(), values)
 
 
 def response_tokens(batch: Batch) -> torch.Tensor:
-    """The response tokens of all rows, one after another: [N], in the order of `response_logits`."""
+    """The response tokens of all rows, one after another: [N], in the order of `choosing_states`."""
     return batch.tokens[batch.response_mask.bool()]
 
 
 def token_logprobs(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """log pi(a_t | s_t) for each response token: [B, T], 0 elsewhere."""
-    logprobs = response_logits(model, batch, temperature).log_softmax(-1)  # [N, V]
-    return spread(logprobs.gather(-1, response_tokens(batch)[:, None]).squeeze(-1), batch.response_mask)
+    return spread(logprobs_of(model, choosing_states(model, batch), batch, temperature), batch.response_mask)
+
+
+def logprobs_of(model, states: torch.Tensor, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """log pi(a_t | s_t) from `choosing_states`: [N, H] -> [N]."""
+    weight, softcap = output_layer(model)
+    with half_precision(states.device):
+        return logprob.logprobs(states, weight, response_tokens(batch), temperature, softcap, entropy=False)[0]
+
+
+def token_entropies(model, batch: Batch) -> torch.Tensor:
+    """-sum_a pi(a|s_t) log pi(a|s_t) at each response token: [B, T]."""
+    states, (weight, softcap) = choosing_states(model, batch), output_layer(model)
+    with half_precision(states.device):
+        return spread(logprob.logprobs(states, weight, response_tokens(batch), 1.0, softcap)[1], batch.response_mask)
 
 
 @torch.no_grad()
 def in_chunks(function: Callable, batch: Batch, rows: int = 64, *aligned: torch.Tensor) -> torch.Tensor:
-    """function(batch, *aligned) -> [B, T] without a gradient, a few rows at a time, so that memory does not grow with
-    B. `aligned` are [B, T] tensors that belong to the batch; each call gets its rows of them."""
+    """function(batch, *aligned) -> [B, T] or [B, T, H] without a gradient, a few rows at a time, so that memory does not
+    grow with B. `aligned` are [B, T, ..] tensors that belong to the batch; each call gets its rows of them."""
     parts, width = [], batch.tokens.shape[1]
     for start in range(0, len(batch), rows):
         part = batch[start : start + rows]
         values = function(part, *(a[start : start + rows, : part.tokens.shape[1]] for a in aligned))
-        parts.append(torch.nn.functional.pad(values, (0, width - values.shape[1])))
+        parts.append(torch.nn.functional.pad(values, (0, 0) * (values.ndim - 2) + (0, width - values.shape[1])))
     return torch.cat(parts)
 
 
@@ -393,19 +471,6 @@ def ppo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: tor
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
-def expected_reward(policy_logprobs: torch.Tensor, all_scores: torch.Tensor, entropy_coef: float) -> torch.Tensor:
-    """E_{a~pi}[f(s,a) - alpha log pi(a|s)] over the whole vocabulary: [N, V], [N, V] -> [N].
-
-    A likelihood reward scores every action at once, so the expectation that REINFORCE estimates from one sampled token
-    can be summed exactly. With a gradient through pi it is an objective (horizon: the next token); without, it is the
-    best baseline for the immediate reward, since no other knows the state as well.
-
-    >>> expected_reward(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 3.0]]), 0.0)
-    tensor([2.])
-    """
-    return (policy_logprobs.exp() * (all_scores - entropy_coef * policy_logprobs)).sum(-1)
-
-
 def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
     """KL(pi || pi_ref) per token, estimated from the sampled one: exp(d) - d - 1 with d = log pi_ref - log pi.
 
@@ -418,19 +483,9 @@ def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Ten
     return d.exp() - d - 1
 
 
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """-sum_a pi(a|s) log pi(a|s): [N, V] -> [N].
-
-    >>> entropy(torch.zeros(1, 4)) / torch.tensor(4.0).log()
-    tensor([1.])
-    """
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
-
-
 def sft_loss(model, batch: Batch) -> torch.Tensor:
     """-log pi(expert's token | expert's prefix), per response token: [N]. The end token is one of them."""
-    return torch.nn.functional.cross_entropy(response_logits(model, batch), response_tokens(batch), reduction="none")
+    return -logprobs_of(model, choosing_states(model, batch), batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------

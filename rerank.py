@@ -478,12 +478,7 @@ def signals(candidates: Candidates, discriminator: reward.Discriminator | None, 
 
     def run(model, function) -> torch.Tensor:
         model.eval()
-        vocabulary = model.get_input_embeddings().num_embeddings
-        rows = max(1, min(64, 2**28 // max(1, vocabulary * batch.tokens.shape[1])))  # logits of about 1 GB
-        return policy.in_chunks(lambda part: function(part.to(model.device)).cpu(), batch, rows)
-
-    def entropies(part: Batch) -> torch.Tensor:  # [B', T]
-        return policy.spread(policy.entropy(policy.response_logits(policy_model, part)), part.response_mask)
+        return policy.in_chunks(lambda part: function(part.to(model.device)).cpu(), batch)
 
     def f(part: Batch) -> torch.Tensor:  # [B', T]
         scores = discriminator.reward_model.scores(part)
@@ -491,7 +486,7 @@ def signals(candidates: Candidates, discriminator: reward.Discriminator | None, 
         return segments * ends
 
     values = {"logprob": run(policy_model, lambda part: policy.token_logprobs(policy_model, part))}
-    values["entropy"] = run(policy_model, entropies)
+    values["entropy"] = run(policy_model, lambda part: policy.token_entropies(policy_model, part))
     if discriminator is not None:
         values["reward"] = run(discriminator.reward_model.model, f)
     if sft_model is not None:
@@ -704,7 +699,9 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
     values, ends = signals(shown, discriminator, policy_model), reward_ends(shown.batch, discriminator)
     places = predicted_place(values["reward"], ends, "lowest") - shown.batch.prompt_lengths
     batch = shown.batch.to(policy_model.device)
-    logits = discriminator.logits(batch, values["logprob"].to(policy_model.device))[0].cpu()
+    with torch.no_grad():
+        scores = discriminator.reward_model.scores(batch)
+    logits = discriminator.logits(batch, scores, values["logprob"].to(scores.device)).cpu()
     wrong = natural_errors(shown, tokenizer) if settings.data == "words" else torch.full((len(rows),), -1)
     traces = []
     for i, example in enumerate(shown.examples):

@@ -115,7 +115,7 @@ class LikelihoodReward(torch.nn.Module):
     """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart.
 
     It starts as a copy of the policy's starting point, so at first f - log pi = 0 and D = 1/2 everywhere, with all
-    that the base knows already in f. It scores every token of the vocabulary at once (`all_scores`).
+    that the base knows already in f. It scores every token of the vocabulary at once.
     """
 
     scores_all_actions = True
@@ -124,13 +124,14 @@ class LikelihoodReward(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def scores(self, batch: Batch) -> torch.Tensor:
-        """f(s_t, a_t): [B, T], 0 outside the response."""
-        return policy.token_logprobs(self.model, batch)
+    def states(self, batch: Batch) -> torch.Tensor:
+        """What f(s_t, .) is read off: [B, T, H], the hidden state that has read the tokens before t."""
+        return policy.spread(policy.choosing_states(self.model, batch), batch.response_mask)
 
-    def all_scores(self, batch: Batch) -> torch.Tensor:
-        """f(s_t, a) for every a: [N, V], in the order of policy.response_tokens."""
-        return policy.response_logits(self.model, batch).log_softmax(-1)
+    def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+        """f(s_t, a_t): [B, T], 0 outside the response."""
+        states, mask = self.states(batch) if states is None else states, batch.response_mask
+        return policy.spread(policy.logprobs_of(self.model, states[mask.bool()], batch), mask)
 
     def relaxed_scores(self, batch: Batch, soft_tokens: torch.Tensor) -> torch.Tensor:
         """f for tokens that are mixtures, soft_tokens [B, T, V]: what the gradient penalty differentiates. [B, T]"""
@@ -152,17 +153,16 @@ class HeadReward(torch.nn.Module):
         super().__init__()
         self.model = model  # ForTokenClassification with one label: transformers' name for just this head
 
-    def scores(self, batch: Batch) -> torch.Tensor:
-        """f(s_t, a_t): [B, T], 0 outside the response. Column t reads token t itself."""
-        with policy.half_precision(batch.tokens.device):
-            logits = self.model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
-        return logits.squeeze(-1).float() * batch.response_mask
+    def states(self, batch: Batch) -> torch.Tensor:
+        """What f(s_t, a_t) is read off: [B, T, H], the hidden state that has read token t itself."""
+        states = policy.response_states(self.model, batch)[:, 1:]
+        return policy.spread(states[policy.response_part(batch)], batch.response_mask)
 
-    def all_scores(self, batch: Batch) -> torch.Tensor:
-        raise UserError(
-            "the head reward scores only the token it has read: use --policy-loss reinforce or ppo with "
-            "--reward head, or --reward likelihood"
-        )
+    def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+        """f(s_t, a_t): [B, T], 0 outside the response."""
+        states = self.states(batch) if states is None else states
+        with policy.half_precision(states.device):
+            return self.model.score(states).squeeze(-1).float() * batch.response_mask
 
     def relaxed_scores(self, batch: Batch, soft_tokens: torch.Tensor) -> torch.Tensor:
         """f for mixed tokens, soft_tokens [B, T, V]: [B, T]."""
@@ -178,7 +178,9 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
     with policy.loading(path):
         if kind == "likelihood":
-            return LikelihoodReward(AutoModelForCausalLM.from_pretrained(where, **options)).to(device).eval()
+            model = AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
+            policy.check_output_layer(model, path)
+            return LikelihoodReward(model)
         model, info = AutoModelForTokenClassification.from_pretrained(
             where, num_labels=1, output_loading_info=True, **options
         )
@@ -216,19 +218,20 @@ class Discriminator:
         sums = segment_sums(scores, mask, ends) if self.reward_model.scores_all_actions else scores * ends
         return sums, segment_sums(policy_logprobs, mask, ends), ends
 
-    def logits(self, batch: Batch, policy_logprobs: torch.Tensor):
-        """(logit D, ends), each [B, T]: the logit where a score is read, 0 elsewhere."""
-        scores, log_pi, ends = self.segments(batch, self.reward_model.scores(batch), policy_logprobs)
-        return discriminator_logits(scores, log_pi, self.logit) * ends, ends
+    def logits(self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor) -> torch.Tensor:
+        """logit D from f and log pi of the tokens, each [B, T]: [B, T], where a score is read, 0 elsewhere."""
+        scores, log_pi, ends = self.segments(batch, scores, policy_logprobs)
+        return discriminator_logits(scores, log_pi, self.logit) * ends
 
-    @torch.no_grad()
-    def token_rewards(self, batch: Batch, policy_logprobs: torch.Tensor, entropy_coef: float = 1.0) -> torch.Tensor:
-        """r_t, what the policy is trained on: [B, T].
+    def token_rewards(
+        self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor, entropy_coef: float = 1.0
+    ) -> torch.Tensor:
+        """r_t from f and log pi of the tokens, each [B, T]: [B, T], what the policy is trained on.
 
         airl: f - alpha log pi. alpha = entropy_coef = 1 is AIRL's log D - log(1-D); less of it sharpens, because
         maximising E[f - alpha log pi] has its optimum at pi ~ exp(f / alpha). gail: f, which holds -log pi already.
         """
-        scores, log_pi, ends = self.segments(batch, self.reward_model.scores(batch), policy_logprobs)
+        scores, log_pi, ends = self.segments(batch, scores, policy_logprobs)
         rewards = discriminator_logits(scores, entropy_coef * log_pi, self.logit) * ends
         return rewards.clamp(-self.clip, self.clip) if self.clip else rewards
 
@@ -405,7 +408,8 @@ def update(
         both = data.cat_batches(expert[rows], negative[chosen])  # experts above, negatives below
         with torch.no_grad():
             log_pi = policy.token_logprobs(policy_model, both, temperature)
-        logits, _ = discriminator.logits(both, log_pi)  # [E + M, T]
+        scores = model.scores(both)
+        logits = discriminator.logits(both, scores, log_pi)  # [E + M, T]
         logits_e, logits_n = logits[:count], logits[count:]
         w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
         value = comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
@@ -415,9 +419,8 @@ def update(
                 model, both[pair], both[count + torch.arange(len(chosen))]
             )
         if nll_coef and model.scores_all_actions:  # a head's f is no likelihood
-            value = value - nll_coef * (
-                trace_weights(both[:count].response_mask) * model.scores(both[:count])
-            ).sum() * count / len(expert)
+            likelihood = (trace_weights(both.response_mask[:count]) * scores[:count]).sum()  # mean over these experts
+            value = value - nll_coef * likelihood * count / len(expert)
         value.backward()
         sums["loss"] += float(value.detach())
         with torch.no_grad():  # D > 1/2 on experts, < 1/2 on negatives

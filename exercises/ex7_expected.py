@@ -1,4 +1,4 @@
-"""Exercise 7: no sampling needed. In the repository: policy.py, `expected_reward`.
+"""Exercise 7: no sampling needed. In the repository: logprob.py, `expectation`.
 
 A reward that is itself a language model scores every token of the vocabulary at once. So the expectation that
 REINFORCE estimates from one sampled token can be summed, and we can write down which policy makes it greatest.

@@ -35,6 +35,13 @@ def qwen_tokenizer():
     return policy.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+def all_logprobs(model, batch):
+    """log pi(a|s_t) of every action at each response token, [N, V], by a forward pass of its own: no shared prompts, no
+    tiles. What the fast functions are compared with."""
+    logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
+    return logits[:, :-1][batch.response_mask[:, 1:].bool()].log_softmax(-1)
+
+
 @pytest.fixture
 def settings():
     """Settings small enough for a test: change with dataclasses.replace."""

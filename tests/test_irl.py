@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import all_logprobs
 from torch.testing import assert_close
 
 import baselines
@@ -119,18 +120,21 @@ def test_micro_batch_size_changes_no_policy_gradient(shipped, settings, loss, ga
             torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(1))
             * rollout.batch.response_mask
         )
-        loop.update_policy(rollout, rewards)
+        loop.update_policy(rollout, rewards, loop.discriminator.reward_model.states(rollout.batch).detach())
         results.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
     assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
     assert_close(results[2], results[0], atol=1e-5, rtol=1e-4)
 
 
-def test_exact_loss_equals_the_plain_loop(shipped, settings):
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma):
     """-(sum_a pi(a|s_t) (f(s_t,a) - alpha log pi(a|s_t))) - gamma A_{t+1} log pi(a_t|s_t), token by token."""
-    loop = make_loop(shipped, settings, policy_loss="exact")
+    loop = make_loop(shipped, settings, policy_loss="exact", gamma=gamma)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
     advantages = torch.randn(batch.tokens.shape) * batch.response_mask
-    fast = policy.spread(loop.policy_loss(batch, torch.zeros(batch.tokens.shape), advantages), batch.response_mask)
+    states = loop.discriminator.reward_model.states(batch).detach()
+    fast = loop.policy_loss(batch, torch.zeros(batch.tokens.shape), advantages, states)
+    fast = policy.spread(fast, batch.response_mask)
     for row in range(2):
         ids = batch.tokens[row : row + 1, : batch.lengths[row]]
         log_pi = loop.policy_model(ids).logits[0].log_softmax(-1)
@@ -140,7 +144,7 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings):
                 log_pi[t - 1, a].exp() * (f[t - 1, a] - loop.settings.entropy_coef * log_pi[t - 1, a])
                 for a in range(f.shape[1])
             )
-            expected = -expectation - advantages[row, t] * log_pi[t - 1, ids[0, t]]
+            expected = -expectation - (advantages[row, t] * log_pi[t - 1, ids[0, t]] if gamma else 0)
             assert_close(fast[row, t], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -150,16 +154,18 @@ def test_exact_baseline_leaves_no_advantage_on_average(shipped, settings):
     for parameter in loop.discriminator.reward_model.parameters():  # some reward that is not the policy's own
         parameter.data += 0.02 * torch.randn_like(parameter)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
-    log_pi = policy.response_logits(loop.policy_model, batch).log_softmax(-1)  # [N, V]
-    rewards = (
-        loop.discriminator.reward_model.all_scores(batch) - loop.settings.entropy_coef * log_pi
-    )  # r of every action
-    expected = loop.expected_reward(batch)
+    states = loop.discriminator.reward_model.states(batch).detach()  # [B, T, H]
+    log_pi = all_logprobs(loop.policy_model, batch)  # [N, V]
+    rewards = all_logprobs(loop.discriminator.reward_model.model, batch) - loop.settings.entropy_coef * log_pi
+    expected = loop.expected_reward(batch, states)
     assert_close((log_pi.exp() * (rewards - expected[:, None])).sum(-1), torch.zeros(len(expected)), atol=1e-5, rtol=0)
     chosen = policy.spread(rewards.gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1), batch.response_mask)
     unscaled = (chosen - policy.spread(expected, batch.response_mask)).detach()
     assert_close(
-        loop.advantages(batch, chosen.detach()), policy.normalise(unscaled, batch.response_mask), atol=1e-4, rtol=1e-4
+        loop.advantages(batch, chosen.detach(), states),
+        policy.normalise(unscaled, batch.response_mask),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -171,7 +177,7 @@ def test_the_end_token_is_paid(shipped, settings):
         rollout, _ = loop.rollout([loop.experts[0].question], 4)
         rewards = 0.1 * rollout.logprobs.clone()
         rewards[0, rollout.batch.lengths[0] - 1] += bonus
-        loop.update_policy(rollout, rewards)
+        loop.update_policy(rollout, rewards, loop.discriminator.reward_model.states(rollout.batch).detach())
         updates.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
     assert not torch.equal(updates[0], updates[1])
 
@@ -182,7 +188,8 @@ def test_best_learns_from_the_winners_alone(shipped, settings):
     rollout, _ = loop.rollout([loop.experts[0].question, loop.experts[1].question], 4)
     rewards = -torch.rand(8)[:, None] * rollout.batch.response_mask
     winners = (rewards.sum(1) / rollout.batch.response_mask.sum(1)).view(2, 4).argmax(1) + torch.tensor([0, 4])
-    loss = loop.update_policy(rollout, rewards)["loss"]
+    states = loop.discriminator.reward_model.states(rollout.batch).detach()
+    loss = loop.update_policy(rollout, rewards, states)["loss"]
     expected = policy.sft_loss(shipped[0], rollout.batch[winners]).mean()
     assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
 

@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 import logprob
+import policy
 
 # temperature and softcap: off, one, both
 SCALES = pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 0.0), (1.3, 5.0)])
@@ -274,3 +275,22 @@ def test_triton_kernels_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available() or logprob.triton is None, reason="needs CUDA and triton")
 def test_triton_kernels_on_a_gpu():
     check_triton("cuda")
+
+
+def test_expected_reward_by_hand_and_as_the_mean_of_samples():
+    logprobs, scores = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[2.0, -1.0]])
+    by_hand = 0.25 * (2 - 0.5 * math.log(0.25)) + 0.75 * (-1 - 0.5 * math.log(0.75))
+    assert_close(logprob.expectation(logprobs, scores, 0.5), torch.tensor([by_hand]))
+    actions = policy.choose(logprobs.expand(20_000, 2), 1.0, 1.0)
+    sampled = (scores[0] - 0.5 * logprobs[0])[actions].mean()
+    assert abs(sampled - by_hand) < 0.03
+
+
+def test_expected_reward_is_greatest_at_the_tempered_scores():
+    """max_pi E[f - alpha log pi] is at pi ~ exp(f / alpha): alpha < 1 sharpens, alpha = 1 imitates."""
+    scores, alpha = torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.5
+    best = (scores / alpha).log_softmax(-1)
+    value = logprob.expectation(best, scores, alpha)
+    for _ in range(50):
+        other = torch.randn(1, 3).log_softmax(-1)
+        assert logprob.expectation(other, scores, alpha) <= value + 1e-6

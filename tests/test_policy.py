@@ -90,6 +90,46 @@ def test_token_logprobs_equal_the_manual_sum(shipped):
         assert ids[-1] == tokenizer.eos_token_id and batch.response_mask[row, len(ids) - 1] == 1  # the end token counts
 
 
+def mixed_batch(tokenizer):
+    """Rows of three questions in mixed order: some share a prompt, their responses differ in length."""
+    examples = data.load_examples("words", "train", 3) + data.load_examples("words", "train", 1, steps=4)
+    rows = data.demonstration_batch(tokenizer, [examples[i] for i in (0, 3, 1, 0, 2, 0)])
+    cut = rows.lengths - torch.tensor([0, 4, 0, 9, 1, 2])
+    return data.Batch(rows.tokens, rows.prompt_lengths, cut)
+
+
+def test_shared_prompts_change_no_state_and_no_gradient(shipped):
+    """Every state equals that of a forward pass on its row alone, and so does the gradient, with and without
+    gradient checkpointing, which allows no cache."""
+    model, batch = copy.deepcopy(shipped[0]), mixed_batch(shipped[1])
+    alone, gradients = [], []
+    for row in range(len(batch)):
+        end, start = int(batch.lengths[row]), int(batch.prompt_lengths[row])
+        alone.append(model.get_decoder()(batch.tokens[row : row + 1, :end]).last_hidden_state[0, start - 1 :])
+    weights = [torch.randn_like(states) for states in alone]
+    sum((w * states).sum() for w, states in zip(weights, alone)).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.model.parameters()])
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        states = policy.response_states(model.train(), batch)
+        for row, s in enumerate(alone):
+            assert_close(states[row, : len(s)], s, atol=1e-4, rtol=1e-4)
+        sum((w * states[row, : len(w)]).sum() for row, w in enumerate(weights)).backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.model.parameters()])
+        assert (gradients - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_prompt_is_read_once(shipped, monkeypatch):
+    model, batch, read = shipped[0], mixed_batch(shipped[1]), []
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda **kw: read.append(kw["input_ids"].shape) or forward(**kw))
+    policy.response_states(model, batch)
+    longest = (batch.lengths - batch.prompt_lengths).max()
+    assert read == [(4, batch.prompt_lengths.max()), (6, longest)]  # 4 questions, 6 rows
+
+
 def test_padding_changes_nothing(shipped):
     model, tokenizer = shipped
     examples = data.load_examples("words", "train", 1) + data.load_examples("words", "train", 1, steps=4)
@@ -168,37 +208,11 @@ def test_ppo_clips_where_the_ratio_has_gone_far_enough(ratio, advantage, loss, h
     assert (logprobs.grad.abs().item() > 0) == has_gradient
 
 
-def test_expected_reward_by_hand_and_as_the_mean_of_samples():
-    logprobs, scores = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[2.0, -1.0]])
-    by_hand = 0.25 * (2 - 0.5 * math.log(0.25)) + 0.75 * (-1 - 0.5 * math.log(0.75))
-    assert_close(policy.expected_reward(logprobs, scores, 0.5), torch.tensor([by_hand]))
-    actions = policy.choose(logprobs.expand(20_000, 2), 1.0, 1.0)
-    sampled = (scores[0] - 0.5 * logprobs[0])[actions].mean()
-    assert abs(sampled - by_hand) < 0.03
-
-
-def test_expected_reward_is_greatest_at_the_tempered_scores():
-    """max_pi E[f - alpha log pi] is at pi ~ exp(f / alpha): alpha < 1 sharpens, alpha = 1 imitates."""
-    scores, alpha = torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.5
-    best = (scores / alpha).log_softmax(-1)
-    value = policy.expected_reward(best, scores, alpha)
-    for _ in range(50):
-        other = torch.randn(1, 3).log_softmax(-1)
-        assert policy.expected_reward(other, scores, alpha) <= value + 1e-6
-
-
 def test_k3_by_hand_and_unbiased():
     assert_close(policy.kl_k3(torch.tensor([-1.0]), torch.tensor([-1.5])), torch.tensor([math.exp(-0.5) + 0.5 - 1]))
     p, q = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])
     expectation = (p * policy.kl_k3(p.log(), q.log())).sum()
     assert_close(expectation, (p * (p / q).log()).sum())
-
-
-def test_entropy_by_hand():
-    assert_close(
-        policy.entropy(torch.tensor([[0.25, 0.75]]).log()),
-        torch.tensor([-0.25 * math.log(0.25) - 0.75 * math.log(0.75)]),
-    )
 
 
 # updates -------------------------------------------------------------------------------------------------------
@@ -254,3 +268,11 @@ def test_a_tokenizer_without_end_token_is_refused(shipped, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no end token"):
         policy.load_policy(str(tmp_path))
+
+
+def test_an_unknown_output_layer_is_refused(shipped):
+    model = copy.deepcopy(shipped[0])
+    policy.check_output_layer(model, "base")
+    model.lm_head.bias = torch.nn.Parameter(torch.full((66,), 5.0))
+    with pytest.raises(UserError, match="output layer of 'biased'"):
+        policy.check_output_layer(model, "biased")

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from conftest import all_logprobs
 from torch.testing import assert_close
 
 import data
@@ -105,8 +106,11 @@ def test_a_likelihood_reward_starts_undecided(shipped, comparison, granularity):
     """f starts as the policy's own log-probability: logit 0 and D = 1/2 for every token, step and trace."""
     discriminator = make_discriminator(shipped, granularity=granularity)
     with torch.no_grad():
-        logits, ends = discriminator.logits(comparison.negative, policy.token_logprobs(shipped[0], comparison.negative))
-    assert ends.sum() > 0 and logits.abs().max() < 1e-4
+        scores = discriminator.reward_model.scores(comparison.negative)
+        logits = discriminator.logits(
+            comparison.negative, scores, policy.token_logprobs(shipped[0], comparison.negative)
+        )
+    assert scores.abs().max() > 1 and logits.abs().max() < 1e-4
 
 
 # reward models -------------------------------------------------------------------------------------------------
@@ -133,13 +137,17 @@ def test_padding_and_neighbours_change_no_score(shipped, comparison, kind):
         assert_close(together[row : row + 1, : alone.shape[1]], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_all_scores_hold_the_scores(shipped, comparison):
-    model = reward.load_reward("likelihood", "base")
-    batch = comparison.negative
-    chosen = model.all_scores(batch).gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1)
-    assert_close(policy.spread(chosen, batch.response_mask), model.scores(batch))
-    with pytest.raises(UserError, match="head reward scores only"):
-        reward.load_reward("head", "base").all_scores(batch)
+def test_a_likelihood_is_a_log_probability(shipped, comparison):
+    model, batch = reward.load_reward("likelihood", "base"), comparison.negative
+    chosen = all_logprobs(model.model, batch).gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1)
+    assert_close(policy.spread(chosen, batch.response_mask), model.scores(batch), atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_reads_the_hidden_state(shipped, comparison):
+    model, batch = reward.load_reward("head", "base"), comparison.negative
+    torch.nn.init.normal_(model.model.score.weight)
+    logits = model.model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits.squeeze(-1)
+    assert_close(model.scores(batch), logits * batch.response_mask, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "head"])
@@ -156,9 +164,10 @@ def test_rewards_are_clipped_and_sharpened(shipped, comparison):
     batch = comparison.negative
     log_pi = policy.in_chunks(lambda b: policy.token_logprobs(shipped[0], b), batch)
     discriminator = make_discriminator(shipped)
-    assert_close(discriminator.token_rewards(batch, log_pi, 0.3), 0.7 * log_pi, atol=1e-4, rtol=1e-3)  # f = log pi here
+    scores = discriminator.reward_model.scores(batch).detach()  # f = log pi at the start
+    assert_close(discriminator.token_rewards(batch, scores, log_pi, 0.3), 0.7 * log_pi, atol=1e-4, rtol=1e-3)
     discriminator.clip = 0.1
-    assert discriminator.token_rewards(batch, log_pi, 0.3).abs().max() <= 0.1 + 1e-6
+    assert discriminator.token_rewards(batch, scores, log_pi, 0.3).abs().max() <= 0.1 + 1e-6
 
 
 def test_reward_models_survive_saving(shipped, comparison, tmp_path):
