@@ -3,6 +3,7 @@
     python train.py                                          the demo: every method on the embedded problems, minutes
     python train.py --model Qwen2.5-0.5B --data gsm8k        IRL on a real model, on a GPU
     python train.py --method sft --demonstrations 1024       one method, other settings (python train.py --help)
+    python train.py --explain                                one iteration in numbers, stage by stage; writes nothing
 
 A run writes runs/<name>/: settings.json, metrics.jsonl (a line per step), results.json, traces.json, report.html, and
 models that `from_pretrained` loads: policy/, reward/, and with SFT and GRPO sft/ and grpo/.
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 import baselines
 import data
+import explain
 import irl
 import policy
 import report
@@ -47,6 +49,7 @@ class Settings:
     name: str = setting("demo", "the run is written to runs/<name>")
     seed: int = setting(0, "seed of the data's order, of sampling and of perturbations")
     device: str = setting("auto", "auto, cpu, cuda or mps")
+    explain: bool = setting(False, "print one iteration of IRL in numbers, stage by stage, and write nothing")
     # Data
     demonstrations: int = setting(256, "expert traces to learn from")
     extra_questions: int = setting(None, "training questions without a demonstration, for the policies of IRL and GRPO")
@@ -159,6 +162,8 @@ def check(s: Settings) -> None:
         raise UserError(
             f"--name '{s.name}' must be a plain folder name (letters, digits, . _ -): the run goes to runs/<name>"
         )
+    if s.explain and (s.method in ("sft", "grpo") or s.start == "sft"):
+        raise UserError("--explain shows one iteration of IRL from the base: leave out --method and --start")
     if s.device not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"no device '{s.device}': auto, cpu, cuda or mps")
 
@@ -225,13 +230,15 @@ class Run:
     def __init__(self, settings: Settings):
         self.s = s = settings
         self.folder = Path("runs") / s.name
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if not s.explain and self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} already holds a run: give another --name, or remove that folder")
         self.device = policy.pick_device(s.device)
         torch.manual_seed(s.seed)
         base, self.tokenizer = policy.load_policy(s.model, self.device)
         self.context = policy.context_length(base)
         self.load_data()
+        if s.explain:  # a lecture leaves nothing behind
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
@@ -298,8 +305,8 @@ class Run:
         folder = str(self.folder / trained) if trained else self.s.model
         return policy.load_policy(folder, self.device)[0]
 
-    def train_irl(self) -> reward.Discriminator:
-        """Warm the discriminator up, run the loop, save policy and reward."""
+    def make_loop(self, kind: type[irl.IRL] = irl.IRL) -> irl.IRL:
+        """The loop with all it needs, before its first update; `kind` may be explain.Lecture."""
         s, start = self.s, "sft" if self.s.start == "sft" else None
         policy.check_same_tokenizer(self.tokenizer, s.reward_model)
         reward_model = reward.load_reward(s.reward, s.reward_model, self.device)
@@ -308,13 +315,17 @@ class Run:
         discriminator = reward.Discriminator(reward_model, s.logit, s.granularity, s.interval, ends_step, s.reward_clip)
         reference = self.load(start).requires_grad_(False) if s.kl_coef else None
         extra = [example.question for example in self.extra]
-        loop = irl.IRL(s, self.tokenizer, self.load(start), discriminator, self.experts, extra, reference)
+        return kind(s, self.tokenizer, self.load(start), discriminator, self.experts, extra, reference)
+
+    def train_irl(self) -> reward.Discriminator:
+        """Warm the discriminator up, run the loop, save policy and reward."""
+        s, loop = self.s, self.make_loop()
         warm_up_seconds = run_steps("warm-up", loop, s.warm_up, self.log)
         self.train("irl", loop, s.max_steps)
         self.results["methods"]["irl"]["seconds"] += warm_up_seconds
-        reward_model.model.save_pretrained(self.folder / "reward")
+        loop.discriminator.reward_model.model.save_pretrained(self.folder / "reward")
         self.tokenizer.save_pretrained(self.folder / "reward")
-        return discriminator
+        return loop.discriminator
 
     def use_reward(self, discriminator: reward.Discriminator) -> None:
         """Rerank the base's samples, find first errors, keep some traces for the report."""
@@ -361,6 +372,9 @@ def main(arguments: list[str] | None = None) -> int:
     def program():
         policy.quiet()
         run = Run(parse_settings(sys.argv[1:] if arguments is None else arguments))
+        if run.s.explain:
+            run.make_loop(explain.Lecture).give()
+            return
         run.all_methods()
         run.finish()
 
