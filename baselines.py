@@ -3,6 +3,8 @@
 SFT imitates the demonstrations: it sees what IRL sees and never samples. GRPO (Shao et al. 2024, arXiv 2402.03300)
 samples and asks a verifier about each answer: it sees what IRL may not see, and is the upper bound. It is the only
 place where the answer check enters training, and the reason why these two live outside irl.py.
+
+Run `python baselines.py` for a few updates of each on the shipped base.
 """
 
 import random
@@ -93,3 +95,29 @@ class GRPO:
         logprobs = policy.token_logprobs(self.policy_model, batch, self.settings.temperature)
         loss = policy.ppo_loss(logprobs, old_logprobs[:, :width], advantages[:, :width], self.settings.ppo_clip)
         return loss * batch.response_mask
+
+
+def main() -> None:
+    import train
+
+    policy.quiet()
+    flags = "--demonstrations 64 --questions 16 --group 4 --max-steps 3 --sft-steps 15 --device cpu"
+    settings = train.parse_settings(flags.split())
+    examples = data.load_examples("words", "train", 64)
+    print("SFT: -log pi of the demonstrations' tokens")
+    trainer = SFT(settings, *reversed(policy.load_policy("base")), examples)
+    for update in range(1, settings.sft_steps + 1):
+        metrics = trainer.step()
+        if update % 5 == 0:
+            print(f"  update {update:2d}  loss {metrics['policy']['loss']:.3f}")
+    print("GRPO: the mean reward is the share of samples that the answer check accepts")
+    trainer = GRPO(settings, *reversed(policy.load_policy("base")), examples)
+    for step in range(1, settings.max_steps + 1):
+        metrics = trainer.step()
+        print(
+            f"  step {step}  " + ", ".join(f"{k} {v:.3f}" for k, v in (metrics["reward"] | metrics["policy"]).items())
+        )
+
+
+if __name__ == "__main__":
+    main()

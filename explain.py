@@ -8,11 +8,12 @@ It is a file of its own because nothing in it trains: `Lecture` is `irl.IRL` wit
 one, called by the inherited `step`; only the printing around it is new. So what is shown is what training does, and
 tests/test_explain.py checks that a lecture leaves behind the very weights that a silent iteration would have left.
 
-Nothing is written to runs/. The output is plain text of at most 110 columns.
+Nothing is written to runs/. The output is plain text, at most WIDTH columns wide.
 """
 
 import random
 import sys
+import textwrap
 
 import torch
 
@@ -24,6 +25,7 @@ from data import Batch, Example
 from policy import Rollout
 
 WARM_UP = 10  # updates of the discriminator before the lecture: at a fresh reward's D = 1/2 there is nothing to see
+WIDTH = 110  # columns of the output
 MOST_ROWS = 48  # of a table; a longer trace is shown in part
 
 
@@ -270,7 +272,7 @@ class Lecture(irl.IRL):
         if s.policy_loss == "best":
             return "1 on the sample of its group with the highest mean r_t, 0 on the others"
         if s.policy_loss == "exact":
-            return f"gamma A_(t+1), gamma {s.gamma:g}: only what follows, as the loss sums r_t over all actions itself"
+            return f"gamma A_(t+1), gamma {s.gamma:g}: what follows; the loss itself sums r_t over all actions"
         return f"return - {s.baseline} baseline, divided by their root mean square"
 
     def table(self, batch: Batch, row: int, columns: dict[str, torch.Tensor], ends: torch.Tensor,
@@ -325,16 +327,18 @@ def shape(name: str, tensor: torch.Tensor, note: str) -> None:
 
 
 def heading(title: str, functions: str) -> None:
-    say(f"\n{title:20s}{functions}\n" + "-" * 100)
+    say(f"\n{title:20s}{functions}")
+    say("-" * 100)
 
 
 def say(line: str = "") -> None:
-    """Print, with a trace's own newlines as bars, whatever the terminal's encoding can hold."""
-    lead = "\n" * (len(line) - len(line.lstrip("\n")))
-    rule = line.endswith("-" * 100)
-    text = line if rule else lead + line.lstrip("\n").replace("\n", " | ")
+    """Print one line: a trace's own newlines as bars, folded at WIDTH, in what the terminal's encoding can hold."""
+    if line.startswith("\n"):
+        print()
+    line = line.lstrip("\n").rstrip("\n").replace("\n", " | ")
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    text = line.encode(encoding, "backslashreplace").decode(encoding)
+    print("\n".join(textwrap.wrap(text, WIDTH, subsequent_indent=" " * 13, drop_whitespace=False)))
 
 
 if __name__ == "__main__":

@@ -531,13 +531,13 @@ def demonstrate() -> None:
     import irl
     import train
 
-    settings = train.parse_settings(["--demonstrations", "64", "--device", "cpu"])
+    settings = train.parse_settings("--demonstrations 64 --questions 16 --device cpu".split())
     base, tokenizer = policy.load_policy("base")
     discriminator = Discriminator(
         load_reward("likelihood", "base"), "airl", "dense", 0, step_end_tokens(tokenizer, len(tokenizer))
     )
     loop = irl.IRL(settings, tokenizer, base, discriminator, data.load_examples("words", "train", 64))
-    for update_number in range(1, 31):
+    for update_number in range(1, 21):
         metrics = loop.warm_up()
         if update_number % 10 == 0:
             print(f"discriminator update {update_number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
