@@ -19,6 +19,7 @@ import torch
 
 import data
 import irl
+import logprob
 import policy
 import reward
 from data import Batch, Example
@@ -131,17 +132,17 @@ class Lecture(irl.IRL):
             say(f"    {name:11s}{before[name]:9.4f} -> {after[name]:9.4f}   {note}")
         return metrics
 
-    def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, dict]:
+    def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Stage 3: from f to r_t to returns to advantages, token by token."""
-        rewards, metrics = super().rewards(rollout)
+        rewards, states, metrics = super().rewards(rollout)
         s, batch = self.settings, rollout.batch
         f, log_pi, logits, ends = self.view(batch, rollout.logprobs)
-        advantages = self.advantages(batch, rewards)
+        advantages = self.advantages(batch, rewards, states)
         columns = {"log pi": log_pi, "f": f, "f - log pi" if s.logit == "airl" else "logit": logits,
                    "D": logits.sigmoid(), "r_t": rewards}  # fmt: skip
         if s.policy_loss == "exact":
             columns["E_pi[r]"] = policy.in_chunks(
-                lambda b: policy.spread(self.expected_reward(b), b.response_mask), batch, s.micro_batch
+                lambda b, x: policy.spread(self.expected_reward(b, x), b.response_mask), batch, s.micro_batch, states
             )
         columns |= {"return": policy.returns_to_go(rewards, batch.response_mask, s.gamma), "advantage": advantages}
         self.shown_rewards = rewards
@@ -159,16 +160,16 @@ class Lecture(irl.IRL):
         say(f"\n  Row {self.row}; the last line is the end token, which has an f and a reward like any other")
         whole = {"return", "advantage"}  # these two exist on tokens between the scores, too
         self.table(batch, self.row, columns, ends, whole)
-        return rewards, metrics
+        return rewards, states, metrics
 
-    def update_policy(self, rollout: Rollout, rewards: torch.Tensor) -> dict:
+    def update_policy(self, rollout: Rollout, rewards: torch.Tensor, states: torch.Tensor) -> dict:
         """Stage 4: the loss, the gradient, and log pi before and after the step."""
         s, batch, row = self.settings, rollout.batch, self.row
-        advantages = self.advantages(batch, rewards)
-        before, states = self.mean_loss(rollout, advantages), self.actions(batch, row)
-        metrics = super().update_policy(rollout, rewards)
+        advantages = self.advantages(batch, rewards, states)
+        before, actions = self.mean_loss(rollout, advantages, states), self.actions(batch, row)
+        metrics = super().update_policy(rollout, rewards, states)
         self.policy_model.eval()
-        after = self.mean_loss(rollout, advantages)
+        after = self.mean_loss(rollout, advantages, states)
         new = policy.in_chunks(
             lambda b: policy.token_logprobs(self.policy_model, b, s.temperature), batch, s.micro_batch
         )
@@ -188,8 +189,8 @@ class Lecture(irl.IRL):
         say(f"\n  Row {row}: the tokens whose log pi moved most")
         most = sorted(moved.topk(min(8, len(moved))).indices.tolist())
         self.table(batch, row, columns, batch.response_mask, only=most)
-        if states is not None:
-            self.tell_actions(*states, self.actions(batch, row)[1])
+        if actions is not None:
+            self.tell_actions(*actions, self.actions(batch, row)[1])
         return metrics
 
     # -------------------------------------------------------------------------------------------------------------
@@ -198,11 +199,9 @@ class Lecture(irl.IRL):
 
     def view(self, batch: Batch, log_pi: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(f, log pi, logit D, ends), each [B, T], by the functions and in the chunks of training."""
-        rows, model = self.settings.micro_batch, self.discriminator.reward_model
-        scores = policy.in_chunks(model.scores, batch, rows)
-        logits = policy.in_chunks(lambda b, p: self.discriminator.logits(b, p)[0], batch, rows, log_pi)
-        with torch.no_grad():
-            f, segment_log_pi, ends = self.discriminator.segments(batch, scores, log_pi)
+        scores = policy.in_chunks(self.discriminator.reward_model.scores, batch, self.settings.micro_batch)
+        f, segment_log_pi, ends = self.discriminator.segments(batch, scores, log_pi)
+        logits = self.discriminator.logits(batch, scores, log_pi)
         return f, segment_log_pi, logits, ends
 
     def choose_row(self) -> None:
@@ -227,13 +226,14 @@ class Lecture(irl.IRL):
                              s.discriminator_loss, s.label_smoothing, s.reward_nll, micro_batch=s.micro_batch,
                              temperature=s.temperature)  # fmt: skip
 
-    def mean_loss(self, rollout: Rollout, advantages: torch.Tensor) -> float:
+    def mean_loss(self, rollout: Rollout, advantages: torch.Tensor, states: torch.Tensor) -> float:
         """`irl.IRL.policy_loss` over all rows, per response token, as `policy.accumulate` adds it up."""
         s, batch, total = self.settings, rollout.batch, 0.0
         for start in range(0, len(batch), s.micro_batch):
             rows = slice(start, start + s.micro_batch)
             with torch.no_grad():
-                total += float(self.policy_loss(batch[rows], rollout.logprobs[rows], advantages[rows]).sum())
+                loss = self.policy_loss(batch[rows], rollout.logprobs[rows], advantages[rows], states[rows])
+            total += float(loss.sum())
         return total / float(batch.response_mask.sum())
 
     def actions(self, batch: Batch, row: int):
@@ -243,9 +243,16 @@ class Lecture(irl.IRL):
             return None
         one, first = batch[row : row + 1], int(batch.prompt_lengths[row])
         at = int(self.shown_rewards[row].argmin()) - first
-        with torch.no_grad():
-            pi = policy.response_logits(self.policy_model, one, self.settings.temperature)[at].softmax(-1)
-            return first + at, pi, self.discriminator.reward_model.all_scores(one)[at]
+
+        @torch.no_grad()
+        def all_logprobs(model, temperature: float) -> torch.Tensor:
+            weight, softcap = policy.output_layer(model)
+            return logprob.all_logprobs(policy.choosing_states(model, one)[at : at + 1], weight, temperature, softcap)[
+                0
+            ]
+
+        pi = all_logprobs(self.policy_model, self.settings.temperature).exp()
+        return first + at, pi, all_logprobs(self.discriminator.reward_model.model, 1.0)
 
     def tell_actions(self, column: int, pi: torch.Tensor, scores: torch.Tensor, pi_after: torch.Tensor) -> None:
         """The likeliest actions at one state, before and after the step."""
