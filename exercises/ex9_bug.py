@@ -54,7 +54,7 @@ def train(alpha: float = 1.0, steps: int = 300, count: int = 512, seed: int = 0)
 
 if __name__ == "__main__":
     probabilities, f, reward = train()
-    print("expert    ", EXPERT.tolist())
+    print("expert    ", [[round(x, 2) for x in row] for row in EXPERT.tolist()])
     print("exp f     ", [[round(x, 2) for x in row] for row in f.exp().tolist()])
     print("policy    ", [[round(x, 2) for x in row] for row in probabilities.tolist()])
     print(f"reward     {reward:.2f}")
