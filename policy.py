@@ -461,7 +461,7 @@ def ppo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: tor
     """-min(ratio A, clip(ratio, 1-clip, 1+clip) A), ratio = pi / pi_old (Schulman et al. 2017, eq. 7).
 
     On the first epoch ratio = 1: the loss is -A, whose mean is 0 for centred advantages, yet the gradient is
-    REINFORCE's. A loss of zero is no sign of a dead run; `clipped` in metrics.jsonl says how often the clip bites.
+    REINFORCE's. A loss of zero is no sign of a dead run.
 
     >>> ppo_loss(torch.tensor([0.5]).log(), torch.tensor([0.25]).log(), torch.tensor([1.0]), 0.2)
     tensor([-1.2000])

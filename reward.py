@@ -265,7 +265,7 @@ class Comparison:
 
 class Replay:
     """Old rollouts, a few per question: the discriminator keeps seeing errors that the policy has given up, so that the
-    policy has no reason to come back to them. (method.md of AIRL: section 5 mixes in the last 20 iterations.)"""
+    policy has no reason to come back to them. (AIRL, section 5, mixes in the last 20 iterations.)"""
 
     def __init__(self, per_question: int):
         self.past: dict[str, deque] = defaultdict(lambda: deque(maxlen=per_question))

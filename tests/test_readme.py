@@ -1,0 +1,66 @@
+"""What README.md and docs/ say about the code is there: files, anchors, functions, flags, metrics."""
+
+import importlib
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import baselines
+import train
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def anchor(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    anchors = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (page.parent / link.split("#")[0]).exists(), link
+
+
+def test_functions_named_in_the_text_exist():
+    names = set(re.findall(r"`(data|policy|reward|irl|logprob|rerank|explain|train)\.([A-Za-z_]\w*(?:\.\w+)?)`", TEXT))
+    names = {(module, path) for module, path in names if path not in ("py", "jsonl")}
+    assert len(names) >= 20
+    for module, path in names:
+        found = importlib.import_module(module)
+        for part in path.split("."):
+            assert hasattr(found, part) or part in getattr(found, "__dataclass_fields__", {}), f"{module}.{path}"
+            found = getattr(found, part, None)
+
+
+def test_flags_named_in_the_text_exist():
+    known = {"--" + f.name.replace("_", "-") for f in fields(train.Settings)} | {"--help"}
+    flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
+    assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
+
+
+def test_every_metric_is_explained():
+    """What the four kinds of steps log, against README's table."""
+    flags = "--demonstrations 8 --extra-questions 0 --questions 2 --group 2 --warm-up 1 --device cpu --explain"
+    run = train.Run(train.parse_settings(flags.split()))  # --explain: no folder
+    loop, s = run.make_loop(), run.s
+    lines = [{"discriminator": loop.warm_up()}, loop.step(), {"validation": {"t1": 0.5}}]
+    lines += [method(s, run.tokenizer, run.load(), run.experts).step() for method in (baselines.SFT, baselines.GRPO)]
+    keys = {(stage, name) for line in lines for stage, metrics in line.items() for name in metrics}
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## How to read a run")[1].split("\n## ")[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert len(keys) >= 12
+    for stage, name in keys:  # `stage/name`, or `stage/other`, `name`
+        full = any(f"`{stage}/{name}`" in cell for cell in cells)
+        assert full or any(f"`{stage}/" in cell and f" `{name}`" in cell for cell in cells), f"{stage}/{name}"
