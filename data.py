@@ -17,9 +17,12 @@ Run `python data.py` to see one example of each.
 import argparse
 import difflib
 import json
+import math
+import os.path
 import random
 import re
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,13 +41,37 @@ class UserError(Exception):
 
 
 def exit_status(program: Callable[[], object]) -> int:
-    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the input."""
+    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the input.
+
+    What the terminal's encoding lacks (ASCII, Windows code pages) is printed as an escape instead of raising.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams have none, and need none
+            stream.reconfigure(errors="backslashreplace")
     try:
         program()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = " ".join(str(error).splitlines())  # a file's name or content may hold newlines
+        print(f"error: {printable(line)}", file=sys.stderr)
         return 2
     return 0
+
+
+def printable(text: str) -> str:
+    r"""`text` with its control characters in hex, newlines excepted: a trace must not move the cursor, ring, or retitle
+    the window of whoever prints it.
+
+    >>> printable("1\n2\x1b[2J")
+    '1\n2\\x1b[2J'
+    """
+    return text.translate(CONTROL)
+
+
+# Control characters, and those that turn the direction of writing round (the rest of a line could seem another text).
+CONTROL = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (*range(10), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 def nearest(word: str, choices) -> str:
@@ -290,7 +317,7 @@ def load_examples(
         return [solve(problem) for problem in problems]
     if source in ("gsm8k", "medreason"):
         examples = from_hub(source, split)
-    elif Path(source).exists():
+    elif os.path.exists(source):  # unlike Path.exists, False for a name that no file can have
         examples = from_files(Path(source), split)
     else:
         raise UserError(
@@ -321,19 +348,55 @@ def from_files(path: Path, split: str) -> list[Example]:
 def read_jsonl(path: Path) -> list[Example]:
     """Every record of a JSON-lines file. Broken lines and missing fields are named by file and line number."""
     examples = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                examples.append(from_record(json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: {error}") from None
+    for number, line in text_lines(path):
+        try:
+            examples.append(from_record(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: {error}") from None
     if not examples:
         raise UserError(f"{path} is empty: it needs one JSON object per line, with question, trace and answer")
     return examples
+
+
+def text_lines(path: Path) -> list[tuple[int, str]]:
+    """(line number, line) of each line of a UTF-8 file that is not empty. A byte order mark, which Windows likes to
+    write, is no part of the first."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+        raise UserError(f"cannot read {path}: {error}") from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def check_text(text: str) -> str:
+    r"""`text` as it is; ValueError if it holds half a surrogate pair: legal JSON, but no text that has tokens or bytes.
+
+    >>> check_text("\ud800")
+    Traceback (most recent call last):
+    ValueError: the text holds '\ud800', half of a surrogate pair, which no UTF-8 can say
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text holds {text[error.start]!a}, half of a surrogate pair, which no UTF-8 can say") from None
+    return text
+
+
+def field(record: dict, name: str) -> str | None:
+    """One field of a record as text, without the space around it: a string or a finite number; None if it is missing."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"field '{name}' must be a string, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"field '{name}' is {value}, not a finite number")
+    try:
+        return check_text(str(value)).strip()
+    except ValueError as error:
+        raise ValueError(f"field '{name}': {error}") from None
 
 
 def from_record(record) -> Example:
@@ -344,17 +407,23 @@ def from_record(record) -> Example:
     """
     if not isinstance(record, dict):
         raise ValueError('not a JSON object: each line needs {"question": .., "trace": .., "answer": ..}')
-    for field in ("question", "answer"):
-        if record.get(field) is None or not str(record[field]).strip():
-            raise ValueError(f"field '{field}' is missing or empty")
-    question, trace, answer = str(record["question"]).strip(), record.get("trace"), str(record["answer"]).strip()
+    question, trace, answer = (field(record, name) for name in ("question", "trace", "answer"))
+    for name, value in (("question", question), ("answer", answer)):
+        if not value:
+            raise ValueError(f"field '{name}' is missing or empty")
     if trace is None and "####" in answer:
         trace, answer = answer.rsplit("####", 1)
+        if not answer.strip():
+            raise ValueError("field 'answer' has nothing after its '####'")
     if trace is None:
         raise ValueError("field 'trace' is missing (the reasoning, without the answer)")
-    # A question that reads as a fraction keeps its '<<' if it is no calculator annotation: only <<...=...>> goes.
-    trace = re.sub(r"<<[^<>]{0,200}>>", "", str(trace)).strip()
-    return Example(question, trace, answer.strip(), tuple(map(str, record.get("options") or ())))
+    options = record.get("options") or []
+    if not isinstance(options, list):
+        raise ValueError(f"field 'options' must be a list of strings, not {type(options).__name__}")
+    # GSM8K's calculator annotations go; a lone '<<' of the text stays.
+    trace = re.sub(r"<<[^<>]{0,200}>>", "", trace).strip()
+    options = tuple(field({"options": option}, "options") or "" for option in options)
+    return Example(question, trace, answer.strip(), options)
 
 
 def from_hub(source: str, split: str) -> list[Example]:
@@ -370,7 +439,10 @@ def from_hub(source: str, split: str) -> list[Example]:
             f"cannot fetch {name} from the hub ({type(error).__name__}). Without a network, give a folder "
             "that holds train.jsonl and test.jsonl: --data DIR"
         ) from None
-    examples = [from_medreason(row) if source == "medreason" else from_record(row) for row in rows]
+    try:
+        examples = [from_medreason(row) if source == "medreason" else from_record(row) for row in rows]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{name} on the hub is not what it was: {error}") from None
     if hub_split == "test":
         return examples
     if source == "gsm8k":  # it has a test split of its own: train keeps what would be split_of's test share
@@ -385,7 +457,8 @@ def from_medreason(row: dict) -> Example:
     ...                 "answer": "B. C. Explanation: scurvy.", "reasoning": "Scurvy is lack of C."})
     Example(question='Which vitamin?\\nA. B12\\nB. C\\nC. D', trace='Scurvy is lack of C.', answer='C', options=('B12', 'C', 'D'))
     """
-    options = tuple(re.findall(r"^[A-Z][.)]\s*(\S.*?)\s*$", str(row.get("options") or ""), re.MULTILINE))
+    listed = [line.strip() for line in str(row.get("options") or "").split("\n")]
+    options = tuple(line[2:].strip() for line in listed if re.match(r"[A-Z][.)]\s*\S", line))
     listed = "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(options))
     answer = re.split(r"\bExplanation:", str(row["answer"]), maxsplit=1)[0].strip()
     answer = re.sub(r"^[A-Z][.)]\s+", "", answer).strip().rstrip(".")
@@ -405,11 +478,50 @@ def prompt_ids(tokenizer, question: str) -> list[int]:
     """The prompt's tokens. With a chat template: one user turn, question and instruction. Without: question, newline
     (after the beginning token, for a tokenizer that has one)."""
     if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": question + INSTRUCTION}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        text = chat_text(tokenizer, question + INSTRUCTION)
     else:
         text = (tokenizer.bos_token or "") + question + "\n"
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
+    if not ids:
+        raise UserError(f"the tokenizer makes no token of the question {question[:100]!r}: there is nothing to answer")
+    return ids
+
+
+def chat_text(tokenizer, message: str, seconds: float = 10.0) -> str:
+    """One user turn in the tokenizer's chat template, up to where the answer begins.
+
+    A chat template is a program that comes with the model. transformers runs it in Jinja's sandbox, where it can reach
+    neither Python nor files; but it may fail, drop the question, or never end, so it has `seconds` in a thread of its own.
+    """
+    turn, found = [{"role": "user", "content": message}], {}
+
+    def render():
+        try:
+            found["text"] = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # Jinja's own, and whatever Python raises inside a template
+            found["error"] = error
+
+    thread = threading.Thread(target=render, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    text = found.get("text")
+    if thread.is_alive():
+        problem = f"takes more than {seconds:g} seconds for one question"
+    elif text is None:
+        problem = f"fails: {type(found['error']).__name__}: {found['error']}"
+    else:
+        problem = "" if message.strip() in text else "leaves the question out"
+    if problem:
+        raise UserError(f"the tokenizer's chat template {problem}. Mend or remove chat_template in the model's folder")
+    return text
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a text, with nothing added."""
+    try:
+        return tokenizer(check_text(text), add_special_tokens=False)["input_ids"]
+    except ValueError as error:
+        raise UserError(f"cannot tokenise: {error}") from None
 
 
 def response_text(trace: str, answer: str) -> str:
@@ -419,7 +531,7 @@ def response_text(trace: str, answer: str) -> str:
 
 def response_ids(tokenizer, text: str) -> list[int]:
     """The response's tokens and the end token. The end token is part of the response: it is trained, scored, paid."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return token_ids(tokenizer, text) + [tokenizer.eos_token_id]
 
 
 def decode(tokenizer, ids) -> str:
@@ -440,6 +552,7 @@ def token_at(tokenizer, ids, offset: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 
 NUMBER = r"[-+−]?[$€£]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30})(?:\.\d{1,30})?(?:\s?/\s?\d{1,30})?"
+ONLY_NUMBER = rf"\s*{NUMBER}\s*(?:[%.]\s*)?"  # a text that states a number and nothing else
 
 
 def extract_answer(response: str) -> str | None:
@@ -485,7 +598,7 @@ def same_answer(predicted: str | None, truth: str) -> bool:
     """
     if predicted is None:
         return False
-    if re.fullmatch(rf"\s*{NUMBER}\s*[%.]?\s*", truth[:1000]):
+    if re.fullmatch(ONLY_NUMBER, truth[:1000]):
         value = parse_number(truth)
         return value is not None and parse_number(predicted) == value
     return normalise_text(predicted) == normalise_text(truth)
@@ -532,14 +645,16 @@ PERTURBATIONS = ("number", "operator", "answer", "swap")
 
 
 def other_number(digits: str, rng: random.Random) -> str:
-    """A different number with as many digits: near (one digit off by one) or far, with equal chance."""
+    """A different number with as many digits: near (one digit off by one) or far, with equal chance.
+
+    Compared as text, since Python makes no integer of more than 4,300 digits."""
     if rng.random() < 0.5:
         place = rng.randrange(len(digits))
         near = (int(digits[place]) + rng.choice((1, 9))) % 10
         changed = digits[:place] + str(near) + digits[place + 1 :]
     else:
         changed = "".join(rng.choice("0123456789") for _ in digits)
-    same = int(changed) == int(digits)
+    same = changed == digits
     leading_zero = len(changed) > 1 and changed[0] == "0" and digits[0] != "0"
     return other_number(digits, rng) if same or leading_zero else changed
 
@@ -565,7 +680,7 @@ def perturb(example: Example, rng: random.Random, kind: str | None = None) -> tu
 
 def _perturb(example: Example, rng: random.Random, kind: str) -> Example | None:
     trace = example.trace
-    numbers = [match.span() for match in re.finditer(r"\d+", trace)]
+    numbers = [match.span() for match in re.finditer("[0-9]+", trace)]
     if kind == "number" and numbers:
         start, end = rng.choice(numbers)
         return replace(example, trace=trace[:start] + other_number(trace[start:end], rng) + trace[end:])
@@ -578,7 +693,7 @@ def _perturb(example: Example, rng: random.Random, kind: str) -> Example | None:
         others = [o for o in example.options if normalise_text(o) != normalise_text(example.answer)]
         if others:
             return replace(example, answer=rng.choice(others))
-        match = re.search(r"\d+", example.answer)
+        match = re.search("[0-9]+", example.answer)
         if match:
             changed = other_number(match.group(), rng)
             return replace(example, answer=example.answer[: match.start()] + changed + example.answer[match.end() :])
@@ -588,7 +703,7 @@ def _perturb(example: Example, rng: random.Random, kind: str) -> Example | None:
                 break
             (a, b), (c, d) = sorted(rng.sample(numbers, 2))
             commutes = re.fullmatch(r"\s*[+*×]\s*", trace[b:c])
-            if int(trace[a:b]) != int(trace[c:d]) and not commutes:
+            if trace[a:b].lstrip("0") != trace[c:d].lstrip("0") and not commutes:
                 return replace(example, trace=trace[:a] + trace[c:d] + trace[b:c] + trace[a:b] + trace[d:])
     return None
 

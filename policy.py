@@ -13,6 +13,7 @@ Equations are numbered after arXiv 2510.01857 (v2) and the papers named beside t
 Run `python policy.py` to sample the shipped base and see that its log-probabilities are those of a fresh forward pass.
 """
 
+import os.path
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def resolve_model(name: str) -> str:
     """
     if name == "base":
         return BASE
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # unlike Path.is_dir, False for a name that no folder can have
         if not (Path(name) / "config.json").exists():
             raise UserError(f"folder {name} holds no model: config.json is missing")
         return name
@@ -88,7 +89,7 @@ def loading(name: str):
         raise
     except Exception as error:  # OSError, ValueError, SafetensorError; tokenizers raises bare ones
         first_line = str(error).strip().split("\n")[0]
-        hint = "" if Path(resolve_model(name)).is_dir() else ". Without a network, give a folder: --model DIR"
+        hint = "" if os.path.isdir(resolve_model(name)) else ". Without a network, give a folder: --model DIR"
         raise UserError(f"cannot load model '{name}': {first_line}{hint}") from None
 
 

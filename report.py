@@ -19,7 +19,7 @@ import sys
 from html import escape
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from data import Parser, UserError, exit_status
+from data import Parser, UserError, exit_status, printable
 
 # key: (name, what it learns from). A method has one colour on the whole page: the CSS variable of its key.
 METHODS = {
@@ -110,6 +110,8 @@ def read_run(run: Path) -> dict:
             found = parse_lines(text) if key == "metrics" else json.loads(text)
         except (ValueError, OSError, RecursionError) as error:
             raise UserError(f"cannot read {run / name}: {error}") from None
+        if not shallow(found):
+            raise UserError(f"{run / name}: its JSON is nested too deeply to show")
         if not isinstance(found, type(parts[key])):
             raise UserError(f"{run / name}: expected a JSON {'object' if parts[key] == {} else 'list'}")
         parts[key] = found
@@ -130,6 +132,17 @@ def parse_lines(text: str) -> list[dict]:
             if number < len(lines):
                 raise ValueError(f"line {number}: {error}") from None
     return [record for record in records if isinstance(record, dict)]
+
+
+def shallow(value, levels: int = 20) -> bool:
+    """Whether JSON is nested at most `levels` deep: what comes after walks it by recursion.
+
+    >>> shallow([{"a": [1]}], 3), shallow([{"a": [1]}], 2)
+    (True, False)
+    """
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    nested = [child for child in children if isinstance(child, (dict, list))]
+    return (levels > 0 or not isinstance(value, (dict, list))) and all(shallow(child, levels - 1) for child in nested)
 
 
 def mapping(value) -> dict:
@@ -304,7 +317,7 @@ def draw(name: str, label: str, paint, size: tuple[float, float]) -> str:
         if lines > 1:
             columns = lines if lines <= 4 else 3
             figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.2, handlelength=2.0)
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return inline(text.getvalue(), name, label)
 
 
@@ -312,7 +325,7 @@ def inline(svg: str, name: str, label: str) -> str:
     """An SVG file made fit for an HTML page: no prologue, no links, ids of its own, the page's colours."""
     box = re.search(r'viewBox="[^"]*"', svg).group()
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    body = re.sub(r"(?s)<metadata>.*?</metadata>|<style.*?</style>", "", body)
+    body = re.sub(r"<style[^<]*</style>", "", body)
     body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", body.replace("xlink:href", "href"))
     for colour, stand_in in PAINT.items():
         body = body.replace(stand_in, f"var(--{colour})")
@@ -378,7 +391,9 @@ def histograms(right: list[float], wrong: list[float]) -> str:
         return ""
     edge = len(pooled) // 200  # half a percent on either side goes into the outermost bins
     low, high = pooled[edge], pooled[-1 - edge]
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    if high - low < 1e-6 * max(abs(low), abs(high), 1.0):  # too near each other to make bins of
+        margin = 0.5 * max(abs(low), abs(high), 1.0)
+        low, high = low - margin, high + margin
     look = {"bins": 30, "range": (low, high), "density": True, "histtype": "stepfilled"}
 
     def paint(axes):
@@ -530,8 +545,7 @@ def visible(text: str) -> str:
     >>> visible("<b>\n"), visible("\r"), visible("")
     ('&lt;b&gt;⏎<br>', '\\x0d', '∅')
     """
-    codes = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != 10}
-    return escape(str(text).translate(codes)).replace("\n", "⏎<br>") or "∅"
+    return escape(printable(str(text))).replace("\n", "⏎<br>") or "∅"
 
 
 def token_span(index: int, token: str, reward: float | None, scale: float, first: bool,
@@ -709,10 +723,11 @@ def picture(trace: dict, scale: float, cell: float = 9.6, height: float = 26.0) 
 
     Lines are those of the trace. The first wrong token is outlined, the predicted one underlined.
     """
-    shapes, x, y, widest = [], 16.0, 2.4 * height, 9.6 * len(str(trace.get("question", "")))
-    shapes.append(f'<text x="16" y="{height}" fill="#5b6676">{escape(str(trace.get("question", "")))}</text>')
+    question = printable(str(trace.get("question", ""))).replace("\n", " ")
+    shapes, x, y, widest = [], 16.0, 2.4 * height, 9.6 * len(question)
+    shapes.append(f'<text x="16" y="{height}" fill="#5b6676">{escape(question)}</text>')
     for index, (token, value) in enumerate(zip(items(trace.get("tokens")), items(trace.get("rewards")))):
-        shown = str(token).replace("\n", "⏎") or "∅"
+        shown = printable(str(token)).replace("\n", "⏎") or "∅"
         width, depth = cell * len(shown), max(-1.0, min((finite(value) or 0.0) / scale, 1.0))
         fill = f'"rgb({"58 134 226" if depth > 0 else "244 136 22"})" fill-opacity="{0.8 * abs(depth):.2f}"'
         edge = ' stroke="#1b2230" stroke-width="2"' * (index == trace.get("first_wrong"))
@@ -736,10 +751,14 @@ def main() -> None:
     print(write_report(args.run))
     if args.picture:
         traces = read_run(args.run)["traces"]
-        wrong = [trace for trace in traces if trace.get("first_wrong") is not None]
+        wrong = [trace for trace in traces if dig(trace, "first_wrong") is not None]
         if not wrong:
             raise UserError(f"{args.run} holds no wrong trace to draw")
-        args.picture.write_text(picture(wrong[0], reward_scale(traces)), encoding="utf-8")
+        scale = reward_scale([trace for trace in traces if isinstance(trace, dict)])
+        try:  # "replace": a trace may hold half a surrogate pair
+            args.picture.write_text(picture(wrong[0], scale), encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UserError(f"cannot write {args.picture}: {error}") from None
         print(args.picture)
 
 

@@ -136,8 +136,8 @@ def canonical_answers(answers: list[str | None]) -> list[str | None]:
     >>> canonical_answers(["vitamin B12", "The vitamin B12.", "B6", ""])
     ['vitamin b12', 'vitamin b12', 'b6', None]
     """
-    only_number = rf"\s*{data.NUMBER}\s*[%.]?\s*"  # what same_answer takes for a number when it is the truth
-    numeric = any(answer is not None and re.fullmatch(only_number, answer[:1000]) for answer in answers)
+    # What same_answer takes for a number when it is the truth.
+    numeric = any(answer is not None and re.fullmatch(data.ONLY_NUMBER, answer[:1000]) for answer in answers)
     keys: list[str | None] = []
     for answer in answers:
         value = data.parse_number(answer) if numeric and answer else None
@@ -417,14 +417,8 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[Example], lis
 
     All lines hold as many candidates as the first one; of more than `n`, the first n are used.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
     examples, texts, width, known = [], [], None, False
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in data.text_lines(path):
         try:
             example, candidates = candidates_record(json.loads(line))
             if width is None:
@@ -779,7 +773,7 @@ def show_choices(candidates: Candidates, scores: torch.Tensor) -> str:
         answer = candidates.answers[i][best]
         found = f"candidate {best + 1} of {candidates.n}, score {row[best]:.3f}, answer {answer}"
         parts.append(f"{example.question}\n{found}:\n{candidates.texts[i * candidates.n + best].strip()}")
-    return "\n\n".join(parts)
+    return data.printable("\n\n".join(parts))
 
 
 def check_context(candidates: Candidates, context: int) -> None:

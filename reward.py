@@ -441,14 +441,14 @@ def colour(text: str, value: float, scale: float) -> str:
     strength = max(-1.0, min(1.0, value / scale)) if scale > 0 else 0.0
     faded = int(255 * (1 - abs(strength)))
     red, green = (255, faded) if strength < 0 else (faded, 255)
-    visible = text.replace("\n", "⏎\n")
+    visible = data.printable(text).replace("\n", "⏎\n")
     return f"\x1b[48;2;{red};{green};{faded}m\x1b[38;2;0;0;0m{visible}\x1b[0m"
 
 
 def explain(reward_model, tokenizer, question: str, response: str) -> list[tuple[str, float]]:
     """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
     prompt = data.prompt_ids(tokenizer, question)
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    ids = data.token_ids(tokenizer, response)
     if (
         tokenizer.unk_token_id is not None
         and tokenizer.unk_token_id in prompt + ids
@@ -485,6 +485,7 @@ SETTINGS = {
     "granularity": ("dense", "interval", "sparse"), "interval": int, "words_steps": int, "words_largest": int,
     "max_new_tokens": int,
 }  # fmt: skip
+LIMITS = {"interval": (0, 10**6), "words_steps": (1, 100), "words_largest": (8, 10**6), "max_new_tokens": (1, 10**6)}
 
 
 def read_settings(run: Path) -> dict:
@@ -500,11 +501,14 @@ def read_settings(run: Path) -> dict:
         raise UserError(f"{path} holds no settings: a JSON object was expected")
     for key, kind in SETTINGS.items():
         value = settings.get(key)
-        if value not in kind if isinstance(kind, tuple) else not isinstance(value, kind):
+        if value not in kind if isinstance(kind, tuple) else type(value) is not kind:  # True is no integer
             names = {str: "a string", int: "an integer"}
             expected = names.get(kind) or "one of " + ", ".join(kind)
             found = "missing" if value is None else repr(value)
             raise UserError(f"{path}: '{key}' is {found}, expected {expected}")
+    for key, (low, high) in LIMITS.items():
+        if not low <= settings[key] <= high:
+            raise UserError(f"{path}: '{key}' is {settings[key]}, expected {low} to {high}")
     return settings
 
 
