@@ -13,6 +13,7 @@ Equations are numbered after arXiv 2510.01857 (v2) and the papers named beside t
 Run `python policy.py` to sample the shipped base and see that its log-probabilities are those of a fresh forward pass.
 """
 
+import json
 import os.path
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -68,10 +69,30 @@ def load_policy(name: str, device="cpu", dtype=torch.float32):
     """
     path, tokenizer = resolve_model(name), load_tokenizer(name)
     with loading(name):
+        check_weights(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     check_tokenizer(tokenizer, model, name)
     check_output_layer(model.to(device), name)
     return model, tokenizer
+
+
+def check_weights(folder: str) -> None:
+    """Refuse a model folder whose weights are not safetensors: a pickle (.bin, .pt) can run code when it is opened.
+
+    An index is read too, since transformers opens whatever file it names. A hub name is not looked at here.
+    """
+    if not os.path.isdir(folder):
+        return
+    index = Path(folder, "model.safetensors.index.json")
+    if not index.is_file():
+        if not Path(folder, "model.safetensors").is_file():
+            raise UserError(f"folder {folder} holds no model.safetensors: other weights (.bin, .pt) are not opened, they "
+                            "can run code. Save them anew with transformers: save_pretrained")  # fmt: skip
+        return
+    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    odd = next((file for file in files if not str(file).endswith(".safetensors") or os.path.basename(file) != file), None)
+    if odd is not None:
+        raise UserError(f"{index} names {odd!r}: weights must be .safetensors files beside it")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:

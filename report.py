@@ -14,6 +14,7 @@ Run `python report.py runs/demo`.
 
 import io
 import json
+import os.path
 import re
 import sys
 from html import escape
@@ -99,7 +100,7 @@ def read_run(run: Path) -> dict:
     names = {"settings": "settings.json", "metrics": "metrics.jsonl", "results": "results.json",
              "traces": "traces.json"}  # fmt: skip
     parts: dict = {"settings": {}, "metrics": [], "results": {}, "traces": []}
-    missing = [name for name in names.values() if not (run / name).is_file()]
+    missing = [name for name in names.values() if not os.path.isfile(run / name)]
     if len(missing) == len(names):
         raise UserError(f"{run} is not the folder of a run: none of {', '.join(missing)} is there")
     for key, name in names.items():
@@ -336,8 +337,11 @@ def as_share(axes, highest: float) -> None:
     """A vertical axis in percent, from 0 to a round number that is not far above `highest`."""
     from matplotlib.ticker import PercentFormatter
 
-    top = next((top for top in (0.1, 0.25, 0.5, 0.75, 1.0) if top >= highest), highest)
-    axes.set_ylim(-0.02 * top, 1.03 * top)
+    steps = {0.1: 5, 0.2: 4, 0.4: 4, 0.6: 3, 0.8: 4, 1.0: 4}  # so that the top one has its number
+    top = next((top for top in steps if top >= highest), None)
+    if top is not None:
+        axes.set_ylim(-0.02 * top, 1.03 * top)
+        axes.set_yticks([top * step / steps[top] for step in range(steps[top] + 1)])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
@@ -662,6 +666,7 @@ details { margin-top:16px; } summary { cursor:pointer; width:fit-content; }
 .first { outline:2px solid var(--ink); outline-offset:1px; border-radius:1px; }
 .pointed { text-decoration:underline 3px; text-underline-offset:5px; }
 @media (max-width:600px) { body { padding:24px 16px 48px; } section { margin-top:40px; }
+  th, td { padding:8px 10px; } small { display:block; line-height:1.3; }
   figure table { font-size:.85rem; } figure th, figure td { padding-right:8px; }
   figure small { font-size:.7rem; } }
 @media print { body { max-width:none; } figure, article { break-inside:avoid; } }
@@ -702,7 +707,7 @@ def write_report(run: Path) -> Path:
                 fold("Show all", pairs(settings, "Settings"))),
     ]  # fmt: skip
     body = "\n".join(filter(None, sections))
-    links = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', body)
+    links = re.findall(r'<section id="(\w+)"><h2>([^<]*)</h2>', body)
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'

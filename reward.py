@@ -21,6 +21,7 @@ Run `python reward.py` for a small demonstration, or
 """
 
 import json
+import os.path
 import random
 import sys
 from collections import defaultdict, deque
@@ -177,6 +178,7 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
     where = policy.resolve_model(path)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
     with policy.loading(path):
+        policy.check_weights(where)
         if kind == "likelihood":
             model = AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
             policy.check_output_layer(model, path)
@@ -490,7 +492,7 @@ LIMITS = {"interval": (0, 10**6), "words_steps": (1, 100), "words_largest": (8, 
 
 def read_settings(run: Path) -> dict:
     """The settings that train.py left in the run's folder, checked."""
-    if not run.is_dir():
+    if not os.path.isdir(run):
         raise UserError(f"no run folder {run}: make one with train.py")
     path = run / "settings.json"
     try:

@@ -15,6 +15,19 @@ from train import parse_settings
 SHARED = Path(__file__).parents[2] / "shared"  # real data beside the project, where there is any
 
 
+LINES = pytest.StashKey[list]()
+
+
+def report_line(config, text: str) -> None:
+    """Have pytest print this line after the tests: for figures that a reader of the log should see, such as counts."""
+    config.stash.setdefault(LINES, []).append(text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in terminalreporter.config.stash.get(LINES, []):
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -1,0 +1,400 @@
+"""Files from elsewhere cannot slow us down, run code, or confuse a terminal.
+
+Regular expressions in linear time; weights from safetensors alone; no code of a model's author; any output encoding.
+"""
+
+import ast
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import policy
+import report
+import rerank
+import reward
+from data import Example, UserError
+
+ROOT = Path(data.__file__).parent
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+SOURCES = sorted(path for path in ROOT.rglob("*.py") if not {".venv", "runs"} & set(path.relative_to(ROOT).parts))
+
+# Regular expressions -------------------------------------------------------------------------------------------
+
+SIZE = 100_000
+UNITS = ("1", "1,", ",111", "1,111", "-", "$1", "1.", "1/", "1 / ", " ", "\t", "\n", "\r\n", "a", "A. ", "A.\n", "A) x ",
+         "(A) ", "####", "<answer>", "</answer>", "<think>\n", "\\boxed{", "{", "}", "{}", "<", "<<", ">>", "<<1", "<<1=1>>",
+         "+", "1+", "1*1=", "3*12=36\n", "(1)*", "٣", "²", "é", "_", "the ", "Explanation:", "<style", "<style>", "<metadata>",
+         ' id="', 'viewBox="', '<section id="a"><h2>', "url(#", "\x00", "\u2028", "\u3000", "😀")  # fmt: skip
+ADVERSARIES = [unit * (SIZE // len(unit)) for unit in UNITS]
+ADVERSARIES += [end + text + end for text in ("1" * SIZE, " " * SIZE, "1 " * (SIZE // 2)) for end in ("x", "1", "!")]
+ADVERSARIES += ["A. " + "x " * (SIZE // 2) + "\x00", "1" + " " * SIZE + "x", "A. x" + " " * SIZE + "y", "<<" + "1" * SIZE,
+                "1,111" + ",111" * (SIZE // 4) + "1", "\n".join(["A. x" + " " * 300 + "y"] * (SIZE // 300))]  # fmt: skip
+LIMIT = 0.1  # seconds of processor time
+
+
+def seconds(function, text: str) -> float:
+    """Processor time of function(text): the best of three where the first was slow, since this machine may be busy."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.process_time()
+        function(text)
+        best = min(best, time.process_time() - start)
+        if best < LIMIT / 2:
+            break
+    return best
+
+
+@cache
+def constants(module: str) -> dict[str, ast.expr]:
+    """What each name in a module's source is set to (the last of them), local names included."""
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    return {target.id: node.value for node in ast.walk(tree) if isinstance(node, ast.Assign)
+            for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+
+
+def text_of(module: str, node: ast.expr) -> str:
+    """The string that an expression of the source stands for, as far as patterns need it."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(module, part) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return text_of(module, node.value)
+    if isinstance(node, ast.Name):
+        return text_of(module, constants(module)[node.id])
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return getattr(import_module(node.value.id), node.attr)
+    raise AssertionError(f"{module}.py:{node.lineno}: what pattern is this? Make it a plain string or a constant")
+
+
+def patterns() -> list:
+    """(place, method, compiled pattern) of every call of `re` in the modules, and of every compiled pattern they keep."""
+    found = []
+    for module in MODULES:
+        for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                called = node.func
+                if isinstance(called.value, ast.Name) and called.value.id == "re" and called.attr != "escape":
+                    flags = re.MULTILINE if "MULTILINE" in ast.dump(node) else 0
+                    pattern = re.compile(text_of(module, node.args[0]), flags)
+                    method = "search" if called.attr == "compile" else called.attr
+                    found.append(pytest.param(method, pattern, id=f"{module}.py:{node.lineno}"))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Regex":
+                pattern = re.compile(text_of(module, node.args[0]))
+                found.append(pytest.param("findall", pattern, id=f"{module}.py:{node.lineno}"))
+    return found
+
+
+def test_every_regular_expression_is_found():
+    calls = sum(len(re.findall(r"\bre\.[a-z]+\(|\bRegex\(", (ROOT / f"{m}.py").read_text(encoding="utf-8"))) for m in MODULES)
+    assert len(patterns()) == calls > 15
+    assert not any(re.search(r"from re import|import re as", (ROOT / f"{m}.py").read_text(encoding="utf-8")) for m in MODULES)
+
+
+@pytest.mark.parametrize("method, pattern", patterns())
+def test_regular_expressions_take_linear_time(method, pattern):
+    def apply(text):
+        found = pattern.sub("", text) if method == "sub" else getattr(pattern, method)(text)
+        return list(found) if method == "finditer" else found
+
+    for text in ADVERSARIES:
+        took = seconds(apply, text)
+        assert took < LIMIT, f"{took:.2f} s for {text[:30]!r}... with {pattern.pattern}"
+
+
+def medreason(text):
+    return data.from_medreason({"question": "?", "options": text, "reasoning": "", "answer": text})
+
+
+def broken(text):
+    for kind in data.PERTURBATIONS:
+        data.perturb(Example("?", text, text), random.Random(0), kind)
+
+
+USES = {
+    "extract_answer": data.extract_answer,
+    "same_answer": lambda text: (data.same_answer(text, text), data.same_answer("1", text), data.same_answer(text, "1")),
+    "is_correct": lambda text: data.is_correct(Example("?", "", text), text),
+    "from_record": lambda text: data.from_record({"question": "?", "trace": text, "answer": f"1{text}"}),
+    "from_gsm8k": lambda text: data.from_record({"question": "?", "answer": f"{text}#### 1"}),
+    "from_medreason": medreason,
+    "perturb": broken,
+    "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2"), text),
+    "canonical_answers": lambda text: rerank.canonical_answers([text, None]),
+    "printable": data.printable,
+    "visible": report.visible,
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_functions_take_linear_time(name):
+    for text in ADVERSARIES:
+        took = seconds(USES[name], text)
+        assert took < LIMIT, f"{took:.2f} s for {text[:30]!r}..."
+
+
+# Weights and code ----------------------------------------------------------------------------------------------
+
+
+def copy_of_base(tmp_path) -> Path:
+    return Path(shutil.copytree(policy.BASE, tmp_path / "model"))
+
+
+def one_line(call, *arguments) -> str:
+    """The message of the UserError that a call must raise."""
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def no_pickle(monkeypatch):
+    """Opening a pickle fails the test, even with torch's restricted unpickler."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a pickle was opened")
+
+    for module, name in ((torch, "load"), (torch.serialization, "load"), (pickle, "load"), (pickle, "loads")):
+        monkeypatch.setattr(module, name, refuse)
+
+
+LOADERS = (policy.load_policy, lambda name: reward.load_reward("likelihood", name),
+           lambda name: reward.load_reward("head", name))  # fmt: skip
+
+
+class Touch:
+    """Unpickling one of these creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pytorch_model.pt", "model.pkl"])
+def test_pickled_weights_are_refused_and_never_opened(tmp_path, no_pickle, name):
+    folder, mark = copy_of_base(tmp_path), tmp_path / "HACKED"
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps({"weight": Touch(mark)}))
+    for load in LOADERS:
+        message = one_line(load, str(folder))
+        assert "no model.safetensors" in message and "save_pretrained" in message
+    assert not mark.exists()
+
+
+def test_an_index_cannot_lead_to_pickles(tmp_path, no_pickle):
+    folder, mark = copy_of_base(tmp_path), tmp_path / "HACKED"
+    (folder / "model.safetensors").unlink()
+    (folder / "part.bin").write_bytes(pickle.dumps({"weight": Touch(mark)}))
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "part.bin"}}
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (folder / name).write_text(json.dumps(index))
+    for load in LOADERS:
+        assert "names 'part.bin'" in one_line(load, str(folder))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 5}}',
+                                   '{"weight_map": {"a": "../model.safetensors"}}'])  # fmt: skip
+def test_a_broken_index_is_one_line(tmp_path, index):
+    folder = copy_of_base(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(index)
+    for load in LOADERS:
+        one_line(load, str(folder))
+
+
+def test_weights_in_several_files_load(tmp_path, shipped):
+    folder = copy_of_base(tmp_path)
+    (folder / "model.safetensors").unlink()
+    shipped[0].save_pretrained(folder, max_shard_size="200KB")
+    assert (folder / "model.safetensors.index.json").exists() and not (folder / "model.safetensors").exists()
+    again = policy.load_policy(str(folder))[0]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), shipped[0].parameters()))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "evil"])
+def test_code_in_a_model_folder_is_not_run(tmp_path, model_type):
+    """Whether transformers knows the architecture (then its own class is taken) or not (then it is refused)."""
+    folder, mark = copy_of_base(tmp_path), tmp_path / "HACKED"
+    source = f"open({str(mark)!r}, 'w')\nclass EvilConfig: pass\nclass EvilModel: pass\nclass EvilTokenizer: pass\n"
+    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py", "__init__.py"):
+        (folder / name).write_text(source)
+    config = json.loads((folder / "config.json").read_text())
+    classes = ("AutoModel", "AutoModelForCausalLM", "AutoModelForTokenClassification")
+    config |= {"model_type": model_type, "architectures": ["EvilModel"], "auto_map": {
+        "AutoConfig": "configuration_evil.EvilConfig"} | dict.fromkeys(classes, "modeling_evil.EvilModel")}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_evil.EvilTokenizer"] * 2}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    before = list(sys.path)
+    for load in LOADERS:
+        if model_type == "evil":
+            assert "cannot load" in one_line(load, str(folder))
+        else:
+            load(str(folder))
+    assert not mark.exists() and sys.path == before
+    assert not [name for name in sys.modules if name.endswith("_evil")]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_cut_off_weights_are_one_line(tmp_path, keep):
+    folder = copy_of_base(tmp_path)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:keep])
+    for load in LOADERS:
+        assert str(folder) in one_line(load, str(folder))
+
+
+@pytest.mark.parametrize("head", [b"\xff" * 8, b"\x10" + b"\x00" * 7 + b"{" * 16, (2**40).to_bytes(8, "little")])
+def test_broken_weights_are_one_line(tmp_path, head):
+    folder = copy_of_base(tmp_path)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(head + content[len(head) :])
+    for load in LOADERS:
+        assert str(folder) in one_line(load, str(folder))
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path):
+    folder = copy_of_base(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    done = run("train.py", "--model", str(folder), "--data", "words", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot load") and done.stderr.count("\n") == 1
+
+
+# Calls that turn data into code, and libraries whose files are code.
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
+FORBIDDEN_ATTRIBUTES = {("torch", "load"), ("torch", "jit"), ("torch", "hub"), ("np", "load"), ("numpy", "load"),
+                        ("os", "system"), ("os", "popen"), ("pd", "read_pickle")}  # fmt: skip
+
+
+def dangers(source: str) -> list[str]:
+    """The calls and imports in a Python source that could run what a file says."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            named = {((node.module or "").split(".")[0], alias.name) for alias in node.names}
+            found += [module for module, name in named if module in FORBIDDEN_MODULES or (module, name) in FORBIDDEN_ATTRIBUTES]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
+            found.append(node.func.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [f"{node.value.id}.{node.attr}"] * ((node.value.id, node.attr) in FORBIDDEN_ATTRIBUTES)
+        elif isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "shell", "allow_pickle", "weights_only"):
+            safe = isinstance(node.value, ast.Constant) and node.value.value is (node.arg == "weights_only")
+            found += [] if safe else [node.arg]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_runs_what_a_file_says(path):
+    excused = {"tests/test_hostile.py": ["pickle"],  # made here, to show that nobody opens it
+               "exercises/solutions/test_hints.py": ["exec"]}  # of our own source, with a mistake put in
+    assert dangers(path.read_text(encoding="utf-8")) == excused.get(path.relative_to(ROOT).as_posix(), [])
+
+
+def test_the_search_for_such_calls_finds_them():
+    for source in ("eval('1')", "import pickle", "from yaml import load", "torch.load('x')", "from torch import load",
+                   "f(trust_remote_code=True)", "f(shell=True)", "f(weights_only=False)", "os.system('ls')"):  # fmt: skip
+        assert dangers(source), source
+    assert not dangers("model.eval(); re.compile('a'); f(trust_remote_code=False)")
+
+
+def test_every_model_is_loaded_from_safetensors_without_remote_code():
+    for module in ("policy", "reward"):
+        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+        assert source.count("use_safetensors=True") == source.count("trust_remote_code=False") >= 1
+
+
+# Terminals -----------------------------------------------------------------------------------------------------
+
+
+def run(*command: str, cwd=ROOT, encoding="utf-8"):
+    """Run one of our programs in a process of its own, with this encoding of its output."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=cwd, env=environment, timeout=120,
+                          capture_output=True, text=True, encoding=encoding, check=False)  # fmt: skip
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Run one of our programs in this process, on a terminal of some encoding: (status, what it printed, its errors)."""
+
+    def program(main, *flags: str, encoding="utf-8"):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="") for _ in range(2)]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["program.py", *flags])
+            patch.setattr(sys, "stdout", streams[0])
+            patch.setattr(sys, "stderr", streams[1])
+            status = data.exit_status(main)
+            for stream in streams:
+                stream.flush()
+        return status, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
+
+    return program
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of a run whose reward and policy are the base."""
+    from test_fuzz import SETTINGS
+
+    folder = tmp_path_factory.mktemp("terminal") / "ré⏎"
+    for name in ("reward", "policy"):
+        shutil.copytree(policy.BASE, folder / name)
+    (folder / "settings.json").write_text(json.dumps(SETTINGS))
+    return folder
+
+
+QUESTION = "Ava has 24 pens. Ava loses 9. How many pens?"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_output_fits_any_terminal(finished_run, inside, encoding):
+    newline = "⏎" if encoding == "utf-8" else "\\u23ce"
+    flags = ("--run", str(finished_run), "--question", QUESTION, "--trace", "24-9=15")
+    status, shown, _ = inside(reward.main, *flags, encoding=encoding)
+    assert status == 0 and "most suspicious" in shown and newline in shown
+    status, shown, _ = inside(report.main, str(finished_run), encoding=encoding)
+    assert status == 0 and newline in shown  # the folder's name
+    status, _, said = inside(rerank.main, "--run", str(finished_run), "--candidates", "⏎.jsonl", encoding=encoding)
+    assert status == 2 and said.startswith("error: cannot read") and newline in said and said.count("\n") == 1
+    assert inside(data.main, encoding=encoding)[0] == 0
+
+
+def test_an_ascii_terminal_from_the_command_line(finished_run):
+    flags = ("--run", str(finished_run), "--question", QUESTION, "--trace", "24-9=15")
+    shown = run("reward.py", *flags, encoding="ascii")
+    assert shown.returncode == 0 and "\\u23ce" in shown.stdout, shown.stderr
+
+
+def test_a_candidate_cannot_command_the_terminal(finished_run, inside, tmp_path):
+    text = "\x1b]0;owned\x07\x1b[2J\u202e<think>\n1+1=2\n</think>\n<answer>2</answer>"
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "Ava has 2 pens. How many pens?", "candidates": [text]}))
+    status, shown, _ = inside(rerank.main, "--run", str(finished_run), "--candidates", str(tmp_path / "mine.jsonl"))
+    assert status == 0 and "\\x1b]0;owned\\x07" in shown and "\\u202e" in shown
+    assert not set("\x1b\x07\u202e") & set(shown)
+
+
+def test_a_trace_cannot_command_the_terminal():
+    shown = reward.show([("\x1b[2J", -1.0), ("\u202e", 0.5), ("\n", 1.0)])
+    assert "\\x1b[2J" in shown and "\u202e" not in shown and "⏎\n" in shown
+    assert re.fullmatch(r"[^\x1b]*", re.sub(r"\x1b\[[0-9;]*m", "", shown))
