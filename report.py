@@ -299,7 +299,7 @@ STYLE = {
     "text.usetex": False, "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "report",  # ids do not depend on the day
 }  # fmt: skip
-SMALL, LARGE = (3.7, 2.4), (4.7, 3.3)  # inches
+SMALL, LARGE = (3.7, 2.4), (4.4, 3.1)  # inches
 
 
 def draw(name: str, label: str, paint, size: tuple[float, float]) -> str:
@@ -663,7 +663,7 @@ details { margin-top:16px; } summary { cursor:pointer; width:fit-content; }
   -webkit-box-decoration-break:clone; box-decoration-break:clone; }
 .up { background:rgb(var(--up) / calc(var(--d) * var(--full))); }
 .down { background:rgb(var(--down) / calc(var(--d) * var(--full))); }
-.first { outline:2px solid var(--ink); outline-offset:1px; border-radius:1px; }
+.first { outline:2px solid var(--ink); outline-offset:1px; border-radius:1px; margin:0 3px; }
 .pointed { text-decoration:underline 3px; text-underline-offset:5px; }
 @media (max-width:600px) { body { padding:24px 16px 48px; } section { margin-top:40px; }
   th, td { padding:8px 10px; } small { display:block; line-height:1.3; }
