@@ -62,7 +62,8 @@ def poisoned(texts: list[str]) -> dict:
     files = {name: poison(content) for name, content in files.items()}
     whole = {"question": "all", "tokens": texts, "rewards": [0.1] * len(texts)}
     cut = {"question": "cut in two", "tokens": [half for text in texts for half in (text[:4], text[4:])]}
-    files["traces.json"] += [whole, cut] + [{"question": text, "answer": text, "source": text, "tokens": [text]} for text in texts]
+    files["traces.json"] += [whole, cut]
+    files["traces.json"] += [{"question": text, "answer": text, "source": text, "tokens": [text]} for text in texts]
     files["settings.json"] |= {text: text for text in texts}
     files["results.json"]["methods"] |= {text: {"t1": 0.5, "seconds": 1} for text in texts}
     return files

@@ -63,7 +63,7 @@ texts = st.lists(st.sampled_from(PIECES) | anything, max_size=8).map("".join)
 scalars = (st.none() | st.booleans() | st.integers() | st.floats() | texts
            | st.sampled_from([10**4000, -(10**30), 1e308, float("nan")]))  # fmt: skip
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(texts, v, max_size=3), max_leaves=6)
-LITERALS = (b'{"question": "1+1?", "trace": "1+1=2", "answer": "2"}\n', b'{"question": ', b'"answer": ', b"[" * 100_000,
+LITERALS = (b'{"question": "1+1?", "trace": "1+1=2", "answer": "2"}\n', b'{"question": ', b'"answer": ', b"[" * 20_000,
             b'{"a":' * 5000, b"1" * 5000, b"NaN", b"-Infinity", b"1e999", b'"\\ud800"', b"\xef\xbb\xbf", b"\xff\xfe",
             b"\xed\xa0\x80", b"\x00", b"\r\n", b"\n\n", b"}", b"]", b",", b'"', b"null", b"\xc3")  # fmt: skip
 raw = st.lists(st.sampled_from(LITERALS) | st.binary(max_size=20), max_size=6).map(b"".join)
@@ -98,7 +98,7 @@ def file(tmp_path_factory) -> Path:
 
 
 def test_demonstration_files(survives, file):
-    @inputs(500)
+    @inputs(300)
     @given(lines_of(records(("question", "trace", "answer", "options"))), st.sampled_from(data.SPLITS))
     def check(content, split):
         file.write_bytes(content)
@@ -112,7 +112,7 @@ def test_demonstration_files(survives, file):
 
 
 def test_records(survives):
-    @inputs(500)
+    @inputs(300)
     @given(st.dictionaries(st.sampled_from(["question", "trace", "answer", "options"]), values | texts) | values)
     def check(record):
         survives(data.from_record, record, allowed=ValueError)  # read_jsonl adds file and line
@@ -121,7 +121,7 @@ def test_records(survives):
 
 
 def test_medreason_rows(survives):
-    @inputs(300)
+    @inputs(200)
     @given(texts, texts, texts, texts)
     def check(question, options, reasoning, answer):
         row = {"question": question, "options": options, "reasoning": reasoning, "answer": answer}
@@ -131,7 +131,7 @@ def test_medreason_rows(survives):
 
 
 def test_candidate_files(survives, file):
-    @inputs(300)
+    @inputs(200)
     @given(lines_of(records(("question", "candidates", "answer"))), st.none() | st.integers(1, 3))
     def check(content, n):
         file.write_bytes(content)
@@ -144,7 +144,7 @@ def test_candidate_files(survives, file):
 
 
 def test_names_that_no_file_can_have(survives):
-    @inputs(150)
+    @inputs(100)
     @given(texts | st.sampled_from(["a" * 5000, "a\x00b", "/dev/full/x", "~", "..", "\\\\?\\nul"]))
     def check(name):
         survives(data.load_examples, name, "train")
@@ -160,7 +160,7 @@ def test_names_that_no_file_can_have(survives):
 
 
 def test_answers(survives):
-    @inputs(800)
+    @inputs(500)
     @given(texts, texts)
     def check(response, truth):
         answer = survives(data.extract_answer, response)
@@ -174,7 +174,7 @@ def test_answers(survives):
 
 
 def test_a_number_agrees_with_itself_however_it_is_written(survives):
-    @inputs(300)
+    @inputs(200)
     @given(st.integers(-(10**12), 10**12))
     def check(number):
         for form in (f"{number}", f"{number:,}", f" {number}.", f"{number}.00", f"{number} pens"):
@@ -185,7 +185,7 @@ def test_a_number_agrees_with_itself_however_it_is_written(survives):
 
 
 def test_first_errors(survives):
-    @inputs(500)
+    @inputs(300)
     @given(examples(), texts)
     def check(expert, response):
         place = survives(data.first_error, expert, response)
@@ -196,7 +196,7 @@ def test_first_errors(survives):
 
 
 def test_perturbations(survives):
-    @inputs(800)
+    @inputs(500)
     @given(examples(), st.integers(0, 2**32), st.none() | st.sampled_from(data.PERTURBATIONS))
     def check(example, seed, kind):
         found = survives(data.perturb, example, random.Random(seed), kind)
@@ -216,7 +216,7 @@ def test_tokens(survives, shipped):
     model, tokenizer = shipped
     judge = reward.LikelihoodReward(model)
 
-    @inputs(400)
+    @inputs(250)
     @given(texts, texts)
     def check(question, response):
         prompt = survives(data.prompt_ids, tokenizer, question)
@@ -248,7 +248,7 @@ def test_chat_templates(survives, shipped):
     tokenizer = copy.deepcopy(shipped[1])
     question = "Ava has 24 pens. How many pens?"
 
-    @inputs(400)
+    @inputs(250)
     @given(st.lists(st.sampled_from(TEMPLATE_PIECES) | texts, max_size=5).map("".join))
     def check(template):
         tokenizer.chat_template = template
@@ -300,7 +300,7 @@ SETTINGS = {"model": "base", "data": "words", "reward": "likelihood", "logit": "
 def test_settings_of_a_run(survives, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
 
-    @inputs(500)
+    @inputs(300)
     @given(st.dictionaries(st.sampled_from(list(SETTINGS)), values | st.integers(), max_size=3).map(
         lambda odd: json.dumps(SETTINGS | odd).encode()) | raw | st.integers(1, 2000).map(
         lambda deep: b'{"model": ' + b"[" * deep + b"]" * deep + b"}"))  # fmt: skip
@@ -325,7 +325,7 @@ def test_a_damaged_model_folder(survives, tmp_path_factory):
     (run / "settings.json").write_text(json.dumps(SETTINGS))
     whole = {name: (run / "reward" / name).read_bytes() for name in os.listdir(run / "reward")}
 
-    @inputs(60)
+    @inputs(40)
     @given(st.sampled_from(sorted(whole)), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8), st.booleans())
     def check(name, place, what, cut):
         content = whole[name]
@@ -359,7 +359,7 @@ def odd_runs(draw):
 def test_reports_of_odd_runs(survives, tmp_path_factory):
     run = tmp_path_factory.mktemp("report")
 
-    @inputs(500)
+    @inputs(300)
     @given(odd_runs() | st.dictionaries(st.sampled_from(list(full_run())), raw, min_size=1, max_size=2))
     def check(files):
         for name in full_run():
@@ -383,18 +383,18 @@ finite = st.floats(-1e30, 1e30, exclude_min=True, exclude_max=True)
 
 
 def test_figures_of_odd_numbers(survives):
-    @inputs(12)
+    @inputs(6)
     @given(st.lists(finite, max_size=5), st.lists(finite, max_size=5))
     def check_histogram(right, wrong):
         survives(report.histograms, right, wrong)
 
-    @inputs(12)
+    @inputs(6)
     @given(st.lists(st.tuples(finite, finite), min_size=1, max_size=5), st.booleans())
     def check_curves(points, share):
         steps, heights = zip(*points)
         survives(report.curves, "c", "t", share, [("irl", "IRL", list(steps), list(heights))])
 
-    @inputs(12)
+    @inputs(6)
     @given(st.dictionaries(st.integers(1, 999_999), st.tuples(finite, finite, finite), max_size=4))
     def check_against(points):
         survives(report.against, "a", "t", "N", [("irl", "-", "o", "IRL", True, points)])
@@ -403,7 +403,7 @@ def test_figures_of_odd_numbers(survives):
 
 
 def test_an_error_is_one_line_whatever_it_quotes(survives, capsys):
-    @inputs(400)
+    @inputs(250)
     @given(texts)
     def check(text):
         def program():

@@ -271,13 +271,6 @@ def test_broken_weights_are_one_line(tmp_path, head):
         assert str(folder) in one_line(load, str(folder))
 
 
-def test_the_command_line_says_it_in_one_line(tmp_path):
-    folder = copy_of_base(tmp_path)
-    (folder / "model.safetensors").write_bytes(b"no weights")
-    done = run("train.py", "--model", str(folder), "--data", "words", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: cannot load") and done.stderr.count("\n") == 1
-
-
 # Calls that turn data into code, and libraries whose files are code.
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
@@ -327,13 +320,6 @@ def test_every_model_is_loaded_from_safetensors_without_remote_code():
 # Terminals -----------------------------------------------------------------------------------------------------
 
 
-def run(*command: str, cwd=ROOT, encoding="utf-8"):
-    """Run one of our programs in a process of its own, with this encoding of its output."""
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-    return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=cwd, env=environment, timeout=120,
-                          capture_output=True, text=True, encoding=encoding, check=False)  # fmt: skip
-
-
 @pytest.fixture
 def inside(monkeypatch):
     """Run one of our programs in this process, on a terminal of some encoding: (status, what it printed, its errors)."""
@@ -380,10 +366,16 @@ def test_output_fits_any_terminal(finished_run, inside, encoding):
     assert inside(data.main, encoding=encoding)[0] == 0
 
 
-def test_an_ascii_terminal_from_the_command_line(finished_run):
-    flags = ("--run", str(finished_run), "--question", QUESTION, "--trace", "24-9=15")
-    shown = run("reward.py", *flags, encoding="ascii")
-    assert shown.returncode == 0 and "\\u23ce" in shown.stdout, shown.stderr
+def test_an_error_on_an_ascii_terminal_is_one_line(tmp_path):
+    """The whole way: a process of its own, a model folder with a name that ASCII lacks, weights that are none."""
+    folder = copy_of_base(tmp_path).rename(tmp_path / "⏎")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    flags = ("--model", str(folder), "--data", "words", "--device", "cpu")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, env=environment, timeout=300,
+                          capture_output=True, text=True, encoding="ascii", check=False)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot load model") and "\\u23ce" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_candidate_cannot_command_the_terminal(finished_run, inside, tmp_path):
