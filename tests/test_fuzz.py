@@ -71,11 +71,12 @@ raw = st.lists(st.sampled_from(LITERALS) | st.binary(max_size=20), max_size=6).m
 
 @st.composite
 def records(draw, fields: tuple[str, ...]):
-    """An object with these fields: some missing, some doubled, of any type, half of them what they should be."""
-    pairs = []
-    for field in draw(st.lists(st.sampled_from(fields + ("extra",)), max_size=6)) + list(fields[: draw(st.integers(0, 9))]):
-        value = draw(texts | values)
-        pairs.append(f"{json.dumps(field)}: {json.dumps(value)}")
+    """An object with these fields, filled with texts; in half of them some are missing, doubled, or of any type."""
+    pairs = [(field, [draw(texts)] if field in ("options", "candidates") else draw(texts) + "1") for field in fields]
+    if draw(st.booleans()):
+        pairs = draw(st.lists(st.sampled_from(pairs), max_size=5))
+        pairs.insert(0, (draw(st.sampled_from(fields + ("extra",))), draw(values)))
+    pairs = [f"{json.dumps(field)}: {json.dumps(value)}" for field, value in pairs]
     return ("{" + ", ".join(pairs) + "}").encode()
 
 
@@ -209,6 +210,14 @@ def test_perturbations(survives):
     check()
 
 
+def test_a_swap_of_equal_numbers_is_none():
+    """However they are written, and however long: Python makes no integer of more than 4,300 digits."""
+    long = "9" * 5000
+    for trace in ("7-07", f"{long}-0{long}"):
+        assert data.perturb(Example("?", trace, "x"), random.Random(0), "swap") is None
+    assert data.perturb(Example("?", f"{long}-{long}1", "x"), random.Random(0), "swap") is not None
+
+
 # Tokens and templates ------------------------------------------------------------------------------------------
 
 
@@ -312,6 +321,17 @@ def test_settings_of_a_run(survives, tmp_path_factory):
         survives(reward.load_run, run)
 
     check()
+
+
+@pytest.mark.parametrize("key, value", [("interval", -1), ("interval", True), ("words_steps", 0), ("words_steps", 10**9),
+                                        ("words_largest", 7), ("max_new_tokens", 0), ("max_new_tokens", 10**12),
+                                        ("reward", "other"), ("model", None)])  # fmt: skip
+def test_settings_out_of_range_are_refused(tmp_path, key, value):
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+    assert reward.read_settings(tmp_path) == SETTINGS
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | {key: value}))
+    with pytest.raises(UserError, match=key):
+        reward.read_settings(tmp_path)
 
 
 def damage(content: bytes, place: float, what: bytes) -> bytes:
