@@ -26,6 +26,8 @@ class SFT:
     policy_model: torch.nn.Module
     experts: list[data.Example]
 
+    changes = ("policy_model", "optimizer", "rng", "done")  # what a checkpoint keeps
+
     def __post_init__(self):
         self.optimizer = policy.make_optimizer(self.policy_model, self.settings.sft_lr)
         self.rng = random.Random(f"sft {self.settings.seed}")
@@ -41,9 +43,9 @@ class SFT:
         self.policy_model.train()
         loss = policy.accumulate(lambda rows: policy.sft_loss(self.policy_model, batch[rows]), len(batch),
                                  s.micro_batch, float(batch.response_mask.sum()))  # fmt: skip
-        norm = policy.optimizer_step(self.optimizer)
+        metrics = policy.optimizer_step(self.optimizer, loss)
         self.done += 1
-        return {"policy": {"loss": loss, "grad_norm": norm}}
+        return {"policy": metrics}
 
 
 @dataclass
@@ -54,6 +56,8 @@ class GRPO:
     tokenizer: object
     policy_model: torch.nn.Module
     examples: list[data.Example]  # all questions that IRL's policy sees, and their answers, which IRL does not have
+
+    changes = ("policy_model", "optimizer", "rng", "generator", "done")  # what a checkpoint keeps
 
     def __post_init__(self):
         self.optimizer = policy.make_optimizer(self.policy_model, self.settings.grpo_lr)
@@ -77,7 +81,7 @@ class GRPO:
         for _ in range(s.epochs):
             loss = policy.accumulate(lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
                                      len(batch), s.micro_batch, float(mask.sum()))  # fmt: skip
-            norm = policy.optimizer_step(self.optimizer)
+            metrics = policy.optimizer_step(self.optimizer, loss)
         self.done += 1
         return {
             "rollout": {
@@ -86,7 +90,7 @@ class GRPO:
                 "entropy": float(-rollout.logprobs.sum() / mask.sum()),
             },
             "reward": {"mean": float(outcomes.mean())},
-            "policy": {"loss": loss, "grad_norm": norm},
+            "policy": metrics,
         }
 
     def loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

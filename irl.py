@@ -37,6 +37,9 @@ class IRL:
     extra: list[str] = field(default_factory=list)  # questions without a demonstration: only the policy sees them
     reference: torch.nn.Module | None = None  # pi_ref, the frozen start of the policy; None without a KL term
 
+    changes = ("policy_model", "discriminator.reward_model", "policy_optimizer", "reward_optimizer", "replay", "rng",
+               "generator", "done")  # what a checkpoint keeps  # fmt: skip
+
     def __post_init__(self):
         s = self.settings
         self.policy_optimizer = policy.make_optimizer(self.policy_model, s.policy_lr)
@@ -125,8 +128,8 @@ class IRL:
                 lambda rows: self.policy_loss(batch[rows], old_logprobs[rows], advantages[rows], states[rows]),
                 len(batch), s.micro_batch, float(batch.response_mask.sum()),
             )  # fmt: skip
-            norm = policy.optimizer_step(self.policy_optimizer)
-        return {"loss": loss, "grad_norm": norm}
+            metrics = policy.optimizer_step(self.policy_optimizer, loss)
+        return metrics
 
     def advantages(self, batch: data.Batch, rewards: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]"""

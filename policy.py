@@ -14,6 +14,7 @@ Run `python policy.py` to sample the shipped base and see that its log-probabili
 """
 
 import json
+import math
 import os.path
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -536,13 +537,22 @@ def set_constant_rate(optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def optimizer_step(optimizer, max_norm: float = 1.0) -> float:
-    """Clip the gradient's norm, step, clear. Returns the norm before clipping."""
+def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
+    """Clip the gradient's norm, step, clear. Returns {"loss", "grad_norm" (before clipping), "skipped"}.
+
+    If the loss or the gradient is not finite, no step is made: one NaN in AdamW's averages would stay there for ever.
+    "skipped" counts such steps since the optimizer was made; train.py stops the run when they come in a row.
+    """
+    first = optimizer.param_groups[0]
+    first.setdefault("skipped", 0)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.step()
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    else:
+        first["skipped"] += 1
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return {"loss": loss, "grad_norm": norm, "skipped": first["skipped"]}
 
 
 def accumulate(loss_of_rows: Callable[[slice], torch.Tensor], count: int, micro_batch: int, total: float) -> float:

@@ -280,6 +280,16 @@ class Replay:
         past = list(self.past[question])
         return rng.sample(past, min(count, len(past)))
 
+    def state_dict(self) -> dict:
+        """For a checkpoint."""
+        return {question: list(past) for question, past in self.past.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """What a checkpoint kept."""
+        self.past.clear()
+        for question, past in state.items():
+            self.add(question, past)
+
 
 def perturbed_negatives(
     tokenizer, example: data.Example, count: int, rng: random.Random
@@ -429,8 +439,7 @@ def update(
             sums["d_expert"] += float((w_e * logits_e.sigmoid()).sum())
             sums["d_negative"] += float((w_n * logits_n.sigmoid()).sum())
             sums["accuracy"] += 0.5 * float((w_e * (logits_e > 0)).sum() + (w_n * (logits_n < 0)).sum())
-    sums["grad_norm"] = policy.optimizer_step(optimizer)
-    return dict(sums)
+    return dict(sums) | policy.optimizer_step(optimizer, sums["loss"])
 
 
 # ---------------------------------------------------------------------------------------------------------------

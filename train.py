@@ -4,15 +4,24 @@
     python train.py --model Qwen2.5-0.5B --data gsm8k        IRL on a real model, on a GPU
     python train.py --method sft --demonstrations 1024       one method, other settings (python train.py --help)
     python train.py --explain                                one iteration in numbers, stage by stage; writes nothing
+    python train.py --resume --name demo                     go on with runs/demo, which was stopped or killed
 
 A run writes runs/<name>/: settings.json, metrics.jsonl (a line per step), results.json, traces.json, report.html, and
-models that `from_pretrained` loads: policy/, reward/, and with SFT and GRPO sft/ and grpo/.
+models that `from_pretrained` loads: policy/, reward/, and with SFT and GRPO sft/ and grpo/. Until it is finished also
+checkpoints/, from which --resume goes on. On one machine the same settings give the same numbers, bit for bit, with or
+without interruptions. Across machines they do not: the number of threads, the BLAS library, the processor and CUDA's
+kernels decide in which order sums are taken, and a sampled token that falls otherwise makes another run.
 """
 
+import errno
 import json
+import math
+import os
 import re
 import sys
 import time
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -20,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import baselines
+import checkpoint
 import data
 import explain
 import irl
@@ -104,6 +114,8 @@ class Settings:
     rerank_n: int = setting(16, "candidates per question for reranking")
     rerank_questions: int = setting(None, "test questions to rerank")
     rule: str = setting("mean", "how a trace's token rewards become its score", rerank.RULES)
+    # Interruptions
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: by the clock, in at most 2% of the time")
 
 
 # What depends on the size of the model. Rates for large models are the customary ones, not tuned here.
@@ -117,25 +129,83 @@ PRESETS = {
 }  # fmt: skip
 
 
-def parse_settings(arguments: list[str]) -> Settings:
-    """Flags to Settings, with what the model's size decides filled in."""
+# What may change when a run goes on: where and how it computes, and what is turned when a loss is not finite.
+MAY_CHANGE = ("device", "micro_batch", "checkpoint_every", "warm_up_lr", "reward_lr", "policy_lr", "grpo_lr", "sft_lr",
+              "reward_clip")  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """max_steps -> --max-steps"""
+    return "--" + name.replace("_", "-")
+
+
+def parse_flags(arguments: list[str]) -> dict:
+    """The settings that were given, and no others; {"resume": True} among them for --resume."""
     parser = data.Parser(__doc__)
+    parser.add_argument("--resume", action="store_true", help="go on with runs/<name>, with the settings it has")
     for f in fields(Settings):
-        flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        help = f.metadata["help"]
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=help)
+            parser.add_argument(flag(f.name), action="store_true", help=help)
             continue
         preset = ", ".join(f"{size}: {values[f.name]}" for size, values in PRESETS.items() if f.name in values)
-        parser.add_argument(flag, type=f.type, default=f.default, choices=f.metadata["choices"] or None,
+        parser.add_argument(flag(f.name), type=f.type, choices=f.metadata["choices"] or None,
                             help=f"{help} (default: {preset or f.default})".replace("%", "%%"), metavar=f.type.__name__
                             if not f.metadata["choices"] else None)  # fmt: skip
-    settings = Settings(**vars(parser.parse(arguments)))
+    return {
+        name: value for name, value in vars(parser.parse(arguments)).items() if value is not None and value is not False
+    }
+
+
+def parse_settings(arguments: list[str]) -> Settings:
+    """Flags to Settings."""
+    return complete(parse_flags(arguments))
+
+
+def complete(given: dict) -> Settings:
+    """Settings from those that were given, with what the model's size decides filled in."""
+    settings = Settings(**given)
     for name, value in PRESETS["small" if settings.model == "base" else "large"].items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.reward_model = settings.reward_model or settings.model
     check(settings)
     return settings
+
+
+def saved_settings(given: dict) -> Settings:
+    """The settings of the run that is to go on. Flags beside --resume may repeat them; only MAY_CHANGE may differ."""
+    path = run_folder(given.get("name", Settings.name)) / "settings.json"
+    if not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}. Without --resume a run is started")
+    saved = reward.read_settings(path.parent)
+    names = {f.name for f in fields(Settings)}
+    if names != set(saved):
+        other = ", ".join(sorted(names ^ set(saved)))
+        raise UserError(f"{path} is of another version of train.py (they differ in {other}): it cannot go on")
+    for name, value in given.items():
+        if name not in (*MAY_CHANGE, "name") and saved[name] != value:
+            raise UserError(
+                f"{flag(name)} {value} contradicts {path}, which says {saved[name]}: leave it out to go on with that "
+                "run, or start another one under a new --name"
+            )
+    settings = Settings(**saved | given)
+    check(settings)
+    return settings
+
+
+def run_folder(name: str) -> Path:
+    """Where a run is written."""
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise UserError(
+            f"--name '{name}' must be a plain folder name (letters, digits, . _ -): the run goes to runs/<name>"
+        )
+    return Path("runs") / name
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end: the results are there, the checkpoints are not there any more."""
+    return (folder / "results.json").exists() and not (folder / "checkpoints").exists()
 
 
 def check(s: Settings) -> None:
@@ -145,7 +215,7 @@ def check(s: Settings) -> None:
               "rollouts_per_expert")  # fmt: skip
     for name in counts:
         if getattr(s, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+            raise UserError(f"{flag(name)} must be at least 1, not {getattr(s, name)}")
     if s.words_largest < 8:
         raise UserError(f"--words-largest must be at least 8, not {s.words_largest}")
     if s.group < 2:
@@ -158,12 +228,9 @@ def check(s: Settings) -> None:
             f"{sums} sums f over the whole vocabulary, which takes --reward likelihood, --logit airl and "
             "--granularity dense: with others use --policy-loss ppo and --baseline group"
         )
-    if not re.fullmatch(r"[\w.-]+", s.name) or s.name.startswith("."):
-        raise UserError(
-            f"--name '{s.name}' must be a plain folder name (letters, digits, . _ -): the run goes to runs/<name>"
-        )
     if s.explain and (s.method in ("sft", "grpo") or s.start == "sft"):
         raise UserError("--explain shows one iteration of IRL from the base: leave out --method and --start")
+    run_folder(s.name)
     if s.device not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"no device '{s.device}': auto, cpu, cuda or mps")
 
@@ -191,32 +258,27 @@ def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dic
 class Log:
     """metrics.jsonl and the progress bar."""
 
-    def __init__(self, folder: Path):
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+    def __init__(self, path: Path, size: int = 0):
+        """Go on after `size` bytes: what a killed run wrote after its last checkpoint will be written again."""
+        self.file = open(path, "ab", buffering=0)
+        if self.size() < size:
+            raise UserError(f"{path} is shorter than when it was last saved: remove {path.parent} and start again")
+        self.file.truncate(size)
 
     def write(self, method: str, step: int, metrics: dict, bar: tqdm) -> None:
         """One line {"method", "step", "stage/metric": value, ...}, and the few numbers that matter beside the bar."""
         flat = {f"{stage}/{name}": value for stage, values in metrics.items() for name, value in values.items()}
-        self.file.write(json.dumps({"method": method, "step": step} | flat) + "\n")
-        self.file.flush()
+        known = {name: value if math.isfinite(value) else None for name, value in flat.items()}  # JSON has no NaN
+        line = json.dumps({"method": method, "step": step} | known).encode() + b"\n"
+        if self.file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         shown = ("validation/t1", "reward/mean", "discriminator/accuracy", "rollout/entropy", "policy/loss")
         bar.set_postfix({name.split("/")[1]: f"{flat[name]:.3f}" for name in shown if name in flat})
 
-
-def run_steps(method: str, trainer, steps: int, log: Log, validate=None, every: int = 0) -> float:
-    """Call trainer.step `steps` times, looking at the validation questions now and then. Returns seconds of training."""
-    seconds = 0.0
-    bar = tqdm(range(1, steps + 1), desc=f"{method:8s}", dynamic_ncols=True)
-    for step in bar:
-        start = time.perf_counter()
-        metrics = trainer.warm_up() if method == "warm-up" else trainer.step()
-        seconds += time.perf_counter() - start
-        if method == "warm-up":
-            metrics = {"discriminator": metrics}
-        if validate is not None and every and (step % every == 0 or step == steps):
-            metrics["validation"] = {"t1": validate()}
-        log.write(method, step, metrics, bar)
-    return seconds
+    def size(self) -> int:
+        """Bytes that the disk holds by now."""
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -224,14 +286,32 @@ def run_steps(method: str, trainer, steps: int, log: Log, validate=None, every: 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Run:
-    """One call of train.py: loads, trains each method from the same base on the same demonstrations, compares."""
+@dataclass
+class Progress:
+    """How far a run is. A checkpoint holds this and the state of what is being trained."""
 
-    def __init__(self, settings: Settings):
+    finished: list[str] = field(default_factory=list)  # phases, by name
+    steps: dict[str, int] = field(default_factory=dict)  # of each method
+    seconds: dict[str, float] = field(default_factory=dict)  # of training, by method
+    skipped: dict[str, list[int]] = field(default_factory=dict)  # updates left out: [in all, steps in a row]
+    results: dict = field(default_factory=lambda: {"methods": {}, "reward": {}, "rerank": {}, "localise": {}})
+    metrics_size: int = 0  # bytes of metrics.jsonl
+
+
+class Run:
+    """One call of train.py: loads, trains each method from the same base on the same demonstrations, compares.
+
+    A run is a list of phases. After each, and now and then within one, it is saved; a run that goes on leaves out the
+    phases that are finished, and enters the one that was cut off where its last checkpoint was written.
+    """
+
+    def __init__(self, settings: Settings, signals: checkpoint.Signals, resume: bool = False):
         self.s = s = settings
-        self.folder = Path("runs") / s.name
-        if not s.explain and self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} already holds a run: give another --name, or remove that folder")
+        self.signals, self.folder = signals, run_folder(s.name)
+        self.command = f"python train.py --resume --name {s.name}"
+        if not (resume or s.explain) and self.folder.exists() and any(not f.name.startswith(".") for f in self.folder.iterdir()):
+            how = "" if is_finished(self.folder) else f"go on with it ({self.command}), "
+            raise UserError(f"{self.folder} already holds a run: {how}give another --name, or remove that folder")
         self.device = policy.pick_device(s.device)
         torch.manual_seed(s.seed)
         base, self.tokenizer = policy.load_policy(s.model, self.device)
@@ -239,13 +319,69 @@ class Run:
         self.load_data()
         if s.explain:  # a lecture leaves nothing behind
             return
+        self.progress, self.saved = Progress(), None
+        if resume:
+            self.restore()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "settings.json").write_text(json.dumps(asdict(s), indent=1))
-            self.log = Log(self.folder)
+            checkpoint.write_text(self.folder / "settings.json", json.dumps(asdict(s), indent=1))
+            self.log = Log(self.folder / "metrics.jsonl", self.progress.metrics_size)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
-        self.results = {"methods": {}, "reward": {}, "rerank": {}, "localise": {}, "settings": asdict(s)}
+        self.results = self.progress.results
+        self.results["settings"] = asdict(s)
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+
+    def restore(self) -> None:
+        """Go back to the newest checkpoint; to the beginning if the run was killed before its first."""
+        self.saved, name = checkpoint.load(self.folder / "checkpoints")
+        if self.saved is None:
+            print(f"{self.folder} has no checkpoint yet: from the beginning")
+            return
+        if self.saved["device"] != self.device.type:
+            raise UserError(f"{self.folder} was trained on {self.saved['device']}, whose random numbers "
+                            f"{self.device.type} cannot go on with: --device {self.saved['device']}")  # fmt: skip
+        if self.saved["data"] != self.data_sum:
+            raise UserError(f"the examples of {self.s.data} are not those that {self.folder} was started with")
+        self.progress = Progress(**self.saved["progress"])
+        self.note_changes()
+        steps = ", ".join(f"{method} {step}" for method, step in self.progress.steps.items())
+        print(f"{self.folder} goes on from checkpoint {name} (steps done: {steps or 'none'})")
+
+    def note_changes(self) -> None:
+        """Settings that were turned when the run went on are told here and kept in results.json."""
+        before, now = self.progress.results["settings"], asdict(self.s)
+        changed = {name: [before[name], value] for name, value in now.items() if before[name] != value}
+        if changed:
+            after = dict(self.progress.steps)
+            self.progress.results.setdefault("changed", []).append({"after_steps": after, "settings": changed})
+            print("; ".join(f"{flag(name)} is now {new}, was {old}" for name, (old, new) in changed.items()))
+
+    def save(self, trainer=None) -> None:
+        """Write a checkpoint: in the middle of training with all that changes in `trainer`."""
+        start = time.monotonic()
+        self.progress.metrics_size = self.log.size()
+        state = {"progress": asdict(self.progress), "device": self.device.type, "data": self.data_sum}
+        state["random"] = checkpoint.random_state()
+        state["trainer"] = checkpoint.trainer_state(trainer) if trainer is not None else None
+        checkpoint.save(self.folder / "checkpoints", state)
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - start
+
+    def resumed(self, trainer):
+        """The trainer of a phase: as it is, or as the checkpoint has it that this run goes on from."""
+        saved, self.saved = self.saved, None
+        if saved is not None:
+            if saved["trainer"] is not None:
+                checkpoint.load_trainer(trainer, saved["trainer"])
+            checkpoint.set_random_state(saved["random"])  # last: loading models may have drawn from it
+        return trainer
+
+    def save_is_due(self, step: int) -> bool:
+        """Every so many steps; or by the clock, fifty times as long after a checkpoint as it took to write."""
+        if self.s.checkpoint_every:
+            return step % self.s.checkpoint_every == 0
+        return time.monotonic() - self.saved_at > max(15, 50 * self.save_seconds)
 
     def load_data(self) -> None:
         """Demonstrations, extra questions, validation and test, all of them short enough for the model's context."""
@@ -263,6 +399,7 @@ class Run:
         if len(self.experts) < s.demonstrations:
             print(f"only {len(self.experts)} demonstrations are there, not {s.demonstrations}")
         self.validation, self.test = load("validation", 100), load("test", s.eval_questions)
+        self.data_sum = zlib.crc32(repr((self.experts, self.extra, self.validation, self.test)).encode())
         if dropped:
             print(f"{dropped} examples are longer than the model's context of {self.context} tokens: skipped")
 
@@ -275,73 +412,158 @@ class Run:
             .mean()
         )
 
-    def train(self, method: str, trainer, steps: int) -> None:
-        """Train, evaluate on the test questions, save."""
-        model = trainer.policy_model
-        seconds = run_steps(method, trainer, steps, self.log, lambda: self.validate(model), self.s.validate_every)
-        self.results["methods"][method] = evaluate(model, self.tokenizer, self.test, self.s) | {"seconds": seconds}
-        folder = self.folder / ("policy" if method in ("irl", self.s.method) else method)
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def phases(self) -> dict[str, Callable]:
+        """What was asked for, in order: base, SFT, IRL, GRPO, then what the reward is worth at inference.
 
-    def all_methods(self) -> None:
-        """Base, SFT, IRL, GRPO, as far as asked for; then what the reward is worth at inference.
-
-        Every model is loaded when it is needed and dropped after: at 0.5B each one counts.
+        Every phase loads the models that it needs and drops them: at 0.5B each one counts.
         """
-        s = self.s
-        wanted = ("sft", "irl", "grpo") if s.method == "all" else (s.method,)
-        self.results["methods"]["base"] = evaluate(self.load(), self.tokenizer, self.test, s)
-        if "sft" in wanted or ("irl" in wanted and s.start == "sft"):
-            self.train("sft", baselines.SFT(s, self.tokenizer, self.load(), self.experts), s.sft_steps)
-        discriminator = self.train_irl() if "irl" in wanted else None
+        wanted = ("sft", "irl", "grpo") if self.s.method == "all" else (self.s.method,)
+        phases = {"test base": lambda: self.test_method("base")}
+        if "sft" in wanted or ("irl" in wanted and self.s.start == "sft"):
+            phases |= {"train sft": self.train_sft, "test sft": lambda: self.test_method("sft")}
+        if "irl" in wanted:
+            phases |= {"train irl": self.train_irl, "test irl": lambda: self.test_method("irl")}
         if "grpo" in wanted:
-            self.train("grpo", baselines.GRPO(s, self.tokenizer, self.load(), self.experts + self.extra), s.max_steps)
-        if discriminator is not None:
-            self.use_reward(discriminator)
+            phases |= {"train grpo": self.train_grpo, "test grpo": lambda: self.test_method("grpo")}
+        if "irl" in wanted:
+            phases["use reward"] = self.use_reward
+        return phases
+
+    def go(self) -> None:
+        """Every phase that is not finished yet, then the results."""
+        for name, phase in self.phases().items():
+            if name not in self.progress.finished:
+                phase()
+                self.progress.finished.append(name)
+                self.save()
+                self.signals.check()
+        self.finish()
+
+    def run_steps(self, method: str, trainer, steps: int, validate: bool = False) -> None:
+        """Call trainer.step (warm_up) until `steps` are done, looking at the validation questions now and then."""
+        progress, every = self.progress, self.s.validate_every if validate else 0
+        done = progress.steps.get(method, 0)
+        with tqdm(range(done + 1, steps + 1), f"{method:8s}", steps, initial=done, dynamic_ncols=True) as bar:
+            for step in bar:
+                start = time.perf_counter()
+                metrics = {"discriminator": trainer.warm_up()} if method == "warm-up" else trainer.step()
+                progress.seconds[method] = progress.seconds.get(method, 0.0) + time.perf_counter() - start
+                if every and (step % every == 0 or step == steps):
+                    metrics["validation"] = {"t1": self.validate(trainer.policy_model)}
+                self.log.write(method, step, metrics, bar)
+                progress.steps[method] = step
+                broken = self.count_skipped(method, metrics)
+                if broken or self.signals.received or self.save_is_due(step):
+                    self.save(trainer)
+                if broken:
+                    raise UserError(self.diagnosis(method, broken, step, metrics[broken]))
+                self.signals.check()
+
+    def count_skipped(self, method: str, metrics: dict) -> str:
+        """Follow the updates that were left out because they were not finite. Returns the stage, policy or
+        discriminator, that did not move in three steps in a row; normally ''."""
+        for stage in ("discriminator", "policy"):
+            skipped = metrics.get(stage, {}).get("skipped", 0)
+            before, in_a_row = self.progress.skipped.get(f"{method} {stage}", (0, 0))
+            in_a_row = in_a_row + 1 if skipped > before else 0
+            self.progress.skipped[f"{method} {stage}"] = [skipped, in_a_row % 3]
+            if in_a_row == 3:
+                return stage
+        return ""
+
+    def diagnosis(self, method: str, stage: str, step: int, values: dict) -> str:
+        """What was not finite, and what to turn: the rate, and with sampled rewards their clip."""
+        rates = {"sft": "sft_lr", "grpo": "grpo_lr", "warm-up": "warm_up_lr"}
+        rate = rates.get(method) or ("policy_lr" if stage == "policy" else "reward_lr")
+        sampled = rate == "policy_lr" and self.s.policy_loss in ("reinforce", "ppo")
+        turn = f"{flag(rate)} {getattr(self.s, rate) / 2:g}{' --reward-clip 10' * sampled}"
+        return (
+            f"{method}: the {stage}'s loss or gradient was not finite in three steps in a row (step {step}: loss "
+            f"{values['loss']:.3g}, norm of the gradient {values['grad_norm']:.3g}). What is saved is as it was after the "
+            f"last good update. Go on with something turned, for instance: {self.command} {turn}"
+        )
 
     def load(self, trained: str | None = None):
         """The base, or what this run has trained under that name."""
         folder = str(self.folder / trained) if trained else self.s.model
         return policy.load_policy(folder, self.device)[0]
 
+    def load_discriminator(self, name: str) -> reward.Discriminator:
+        """The discriminator on a reward model: the one to start from, or what this run has trained."""
+        s = self.s
+        reward_model = reward.load_reward(s.reward, name, self.device)
+        vocabulary = reward_model.model.get_input_embeddings().num_embeddings
+        ends_step = reward.step_end_tokens(self.tokenizer, vocabulary).to(self.device)
+        return reward.Discriminator(reward_model, s.logit, s.granularity, s.interval, ends_step, s.reward_clip)
+
+    def save_model(self, model, name: str) -> None:
+        """A folder that from_pretrained loads: complete, or not there."""
+        with checkpoint.new_folder(self.folder / name) as folder:
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def folder_of(self, method: str) -> str:
+        """The folder's name of a trained policy: policy/ for IRL, or for the only method."""
+        return "policy" if method in ("irl", self.s.method) else method
+
+    def test_method(self, method: str) -> None:
+        """Evaluate the base or a trained policy on the test questions."""
+        with self.signals.at_once():
+            model = self.load(None if method == "base" else self.folder_of(method))
+            found = evaluate(model, self.tokenizer, self.test, self.s)
+        if method != "base":
+            stages = ("warm-up", "irl") if method == "irl" else (method,)
+            found["seconds"] = sum(self.progress.seconds.get(stage, 0.0) for stage in stages)
+        self.results["methods"][method] = found
+
+    def train_sft(self) -> None:
+        """Imitate the demonstrations."""
+        trainer = self.resumed(baselines.SFT(self.s, self.tokenizer, self.load(), self.experts))
+        self.run_steps("sft", trainer, self.s.sft_steps, validate=True)
+        self.save_model(trainer.policy_model, self.folder_of("sft"))
+
+    def train_grpo(self) -> None:
+        """Train on the true answers."""
+        trainer = self.resumed(baselines.GRPO(self.s, self.tokenizer, self.load(), self.experts + self.extra))
+        self.run_steps("grpo", trainer, self.s.max_steps, validate=True)
+        self.save_model(trainer.policy_model, self.folder_of("grpo"))
+
     def make_loop(self, kind: type[irl.IRL] = irl.IRL) -> irl.IRL:
         """The loop with all it needs, before its first update; `kind` may be explain.Lecture."""
         s, start = self.s, "sft" if self.s.start == "sft" else None
         policy.check_same_tokenizer(self.tokenizer, s.reward_model)
-        reward_model = reward.load_reward(s.reward, s.reward_model, self.device)
-        vocabulary = reward_model.model.get_input_embeddings().num_embeddings
-        ends_step = reward.step_end_tokens(self.tokenizer, vocabulary).to(self.device)
-        discriminator = reward.Discriminator(reward_model, s.logit, s.granularity, s.interval, ends_step, s.reward_clip)
+        discriminator = self.load_discriminator(s.reward_model)
         reference = self.load(start).requires_grad_(False) if s.kl_coef else None
         extra = [example.question for example in self.extra]
         return kind(s, self.tokenizer, self.load(start), discriminator, self.experts, extra, reference)
 
-    def train_irl(self) -> reward.Discriminator:
+    def train_irl(self) -> None:
         """Warm the discriminator up, run the loop, save policy and reward."""
-        s, loop = self.s, self.make_loop()
-        warm_up_seconds = run_steps("warm-up", loop, s.warm_up, self.log)
-        self.train("irl", loop, s.max_steps)
-        self.results["methods"]["irl"]["seconds"] += warm_up_seconds
-        loop.discriminator.reward_model.model.save_pretrained(self.folder / "reward")
-        self.tokenizer.save_pretrained(self.folder / "reward")
-        return loop.discriminator
+        loop = self.resumed(self.make_loop())
+        self.run_steps("warm-up", loop, self.s.warm_up)
+        self.run_steps("irl", loop, self.s.max_steps, validate=True)
+        self.save_model(loop.policy_model, self.folder_of("irl"))
+        self.save_model(loop.discriminator.reward_model.model, "reward")
 
-    def use_reward(self, discriminator: reward.Discriminator) -> None:
+    def use_reward(self) -> None:
         """Rerank the base's samples, find first errors, keep some traces for the report."""
-        s, test, base = self.s, self.test[: self.s.rerank_questions], self.load()
-        sft_model = self.load("sft") if (self.folder / "sft").exists() else None
-        generator = torch.Generator(self.device).manual_seed(s.seed + 1)
-        candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator)
-        self.results |= rerank.assess(candidates, discriminator, base, sft_model, self.tokenizer, s)
-        self.results["reward"]["auroc"] = self.results["rerank"]["auroc"]["reward"]
-        traces = rerank.show_traces(candidates, discriminator, base, self.tokenizer, s)
-        (self.folder / "traces.json").write_text(json.dumps(traces))
+        with self.signals.at_once():
+            s, test, base = self.s, self.test[: self.s.rerank_questions], self.load()
+            discriminator = self.load_discriminator(str(self.folder / "reward"))
+            sft_model = self.load("sft") if (self.folder / "sft").exists() else None
+            generator = torch.Generator(self.device).manual_seed(s.seed + 1)
+            candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator)
+            found = rerank.assess(candidates, discriminator, base, sft_model, self.tokenizer, s)
+            traces = rerank.show_traces(candidates, discriminator, base, self.tokenizer, s)
+        checkpoint.write_text(self.folder / "traces.json", json.dumps(traces))
+        self.results |= found
+        self.results["reward"]["auroc"] = found["rerank"]["auroc"]["reward"]
 
     def finish(self) -> None:
-        """results.json, report.html and the table."""
-        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        """results.json, report.html and the table. The checkpoints have done their work."""
+        checkpoint.write_text(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
         page = report.write_report(self.folder)
+        checkpoint.remove(self.folder / "checkpoints")
         print("\n" + table(self.results) + f"\n\nresults: {self.folder / 'results.json'}\nreport:  {page}")
 
 
@@ -367,18 +589,39 @@ def table(results: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run with these flags (by default the command line's); returns the exit status."""
+    """Run with these flags (by default the command line's); returns the exit status: 0, 2 after one line that says what
+    was wrong, 130 or 143 when a signal has stopped the run."""
+    command, begun, signals = "python train.py --resume", False, checkpoint.Signals()
 
     def program():
+        nonlocal command, begun
         policy.quiet()
-        run = Run(parse_settings(sys.argv[1:] if arguments is None else arguments))
-        if run.s.explain:
-            run.make_loop(explain.Lecture).give()
-            return
-        run.all_methods()
-        run.finish()
+        given = parse_flags(sys.argv[1:] if arguments is None else arguments)
+        resume = begun = given.pop("resume", False)
+        s = saved_settings(given) if resume else complete(given)
+        folder, command = run_folder(s.name), f"{command} --name {s.name}"
+        if resume and is_finished(folder):
+            checkpoint.remove(folder / "checkpoints")
+            return print(f"{folder} is finished: its results are in {folder / 'results.json'}")
+        disk = f"what was saved before stands. When there is room, go on with {command}"
+        memory = (f"in training a smaller --micro-batch helps ({s.micro_batch} now), and {command} takes a new one; in "
+                  f"sampling a smaller --group ({s.group}), --questions ({s.questions}) or --max-new-tokens "
+                  f"({s.max_new_tokens}), in a new run")  # fmt: skip
+        with checkpoint.in_one_line(folder, disk, memory):
+            with signals.at_once():
+                run = Run(s, signals, resume)
+            if s.explain:
+                return run.make_loop(explain.Lecture).give()
+            begun = True
+            run.go()
 
-    return data.exit_status(program)
+    try:
+        with signals:
+            return data.exit_status(program)
+    except checkpoint.Stopped as stopped:
+        how = f"; what was done is saved. Go on with: {command}" if begun else " before anything was done"
+        print(f"\nstopped by {stopped}{how}", file=sys.stderr)
+        return stopped.status
 
 
 if __name__ == "__main__":
