@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -63,8 +64,10 @@ def new_folder(path: Path):
             shutil.rmtree(path)
         os.rename(temporary, path)
         sync(path.parent)
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        raise OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error)) from None
+    except SafetensorError as error:  # of a full disk safetensors says "... (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
