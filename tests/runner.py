@@ -2,7 +2,8 @@
 
 Reads lines {"cwd": .., "arguments": [..]} from standard input. For each it forks a process that calls train.main there,
 answers "<pid>", and when that process has ended "<status>" (negative: the signal that killed it). What the run prints
-goes to <cwd>/output. The report's figures are left out: they take longer than all the rest. Forking is safe because no thread has been started and no tensor computed before it.
+goes to <cwd>/output. The report's figures are left out: they take longer than the rest.
+Forking is safe because no thread has been started and no tensor computed before it.
 """
 
 import json
