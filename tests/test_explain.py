@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import explain
 import train
 
@@ -29,7 +30,7 @@ def in_a_new_folder(tmp_path, monkeypatch):
 
 
 def lecture(flags: str = "") -> explain.Lecture:
-    return train.Run(train.parse_settings([*SMALL, *flags.split()])).make_loop(explain.Lecture)
+    return train.Run(train.parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop(explain.Lecture)
 
 
 def tables(printed: str) -> list[tuple[list[str], dict[int, list[float | None]]]]:
@@ -73,7 +74,7 @@ def test_a_lecture_is_an_iteration(flags, capsys):
     has said in between adds up."""
     told = lecture(flags)
     told.give()
-    silent = train.Run(train.parse_settings([*SMALL, *flags.split()])).make_loop()
+    silent = train.Run(train.parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop()
     for _ in range(min(explain.WARM_UP, silent.settings.warm_up)):
         silent.warm_up()
     metrics = silent.step()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import baselines
+import checkpoint
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,7 @@ def test_functions_named_in_the_text_exist():
 
 
 def test_flags_named_in_the_text_exist():
-    known = {"--" + f.name.replace("_", "-") for f in fields(train.Settings)} | {"--help"}
+    known = {"--" + f.name.replace("_", "-") for f in fields(train.Settings)} | {"--help", "--resume"}
     flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
     assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
 
@@ -53,7 +54,7 @@ def test_flags_named_in_the_text_exist():
 def test_every_metric_is_explained():
     """What the four kinds of steps log, against README's table."""
     flags = "--demonstrations 8 --extra-questions 0 --questions 2 --group 2 --warm-up 1 --device cpu --explain"
-    run = train.Run(train.parse_settings(flags.split()))  # --explain: no folder
+    run = train.Run(train.parse_settings(flags.split()), checkpoint.Signals())  # --explain: no folder
     loop, s = run.make_loop(), run.s
     lines = [{"discriminator": loop.warm_up()}, loop.step(), {"validation": {"t1": 0.5}}]
     lines += [method(s, run.tokenizer, run.load(), run.experts).step() for method in (baselines.SFT, baselines.GRPO)]
