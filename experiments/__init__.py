@@ -1,0 +1,1 @@
+"""Measurements that are not part of the method: `python -m experiments.bench` and what else stands here."""
