@@ -2,9 +2,10 @@
 
     1. logprobs_plain     the specification, in four lines
     2. logprobs_chunked   the same tile by tile, with its own backward: any device, float32, bf16 or float64
-    3. expected_reward_*  E_{a~pi}[f - alpha log pi] over the whole vocabulary: plain and tile by tile
-    4. logprobs_triton    part 2 as fused CUDA kernels
-    5. logprobs           picks one of them
+    3. loss_by_rows       a loss of them, its gradient computed during forward
+    4. expected_reward_*  E_{a~pi}[f - alpha log pi] over the whole vocabulary: plain and tile by tile
+    5. logprobs_triton    part 2 as fused CUDA kernels
+    6. logprobs           picks one of them
 
 With N = 8,192 response tokens and V = 151,936 one [N, V] tensor is 5 GB, and autograd keeps several. Here a tile of it
 lives at a time. What must be kept for backward is one number per row, the log-sum-exp; backward multiplies each tile of
@@ -12,7 +13,7 @@ logits again. That makes four matrix products where plain autograd needs three: 
 a CPU, N = 512, V = 65,536, H = 896: 0.75 times plain's time with the entropy, 1.15 times without. Beyond the two
 gradients, 34 MB at N = 8,192.)
 (Gradients computed during forward would save the fourth, but forward does not know yet what each row's log-probability
-will be multiplied by, and the gradient of the output matrix mixes all rows.)
+will be multiplied by, and the gradient of the output matrix mixes all rows. Part 3 is told the loss, and does.)
 
 hidden [N, H], weight [V, H], tokens [N]. Sums are float32 whatever the inputs are, float64 if those are; a gradient is
 rounded to its input's type once, at the end. No second derivatives. The Triton kernels are tested in Triton's
@@ -30,7 +31,7 @@ import time
 import torch
 from torch.autograd.function import once_differentiable
 
-try:  # no Triton on Windows, macOS and most CPU installations: part 4 is then left out
+try:  # no Triton on Windows, macOS and most CPU installations: part 5 is then left out
     import triton
     import triton.language as tl
 except ImportError:
@@ -177,21 +178,25 @@ class _Logprobs(torch.autograd.Function):
             return (None,) * 7
 
         def tile_gradient(x, rows, columns):
-            x -= lse[rows, None]  # log p
-            if grad_entropy is None:
-                g = x.exp_()
-                g *= -grad_logprob[rows, None]
-            else:
-                factor = (x + entropy[rows, None]).mul_(grad_entropy[rows, None])
-                if grad_logprob is not None:
-                    factor += grad_logprob[rows, None]
-                g = x.exp_().mul_(factor).neg_()
-            if grad_logprob is not None:
-                column, here = tokens_in(tokens, rows, columns)
-                g.scatter_add_(-1, column, (grad_logprob[rows] * here)[:, None])
-            return g
+            per_row = (None if t is None else t[rows] for t in (lse, entropy, grad_logprob, grad_entropy))
+            return logprob_gradient(x, *per_row, *tokens_in(tokens, rows, columns))
 
         return *gradients(hidden, weight, *ctx.settings, ctx.needs_input_grad, tile_gradient), *[None] * 5
+
+
+def logprob_gradient(x, lse, entropy, grad_logprob, grad_entropy, column, here):
+    """dL/dx of a tile, in the memory of x. Either gradient may be None; column and here are those of `tokens_in`."""
+    x -= lse[:, None]  # log p
+    if grad_entropy is None:
+        g = x.exp_().mul_(-grad_logprob[:, None])
+    else:
+        factor = (x + entropy[:, None]).mul_(grad_entropy[:, None])
+        if grad_logprob is not None:
+            factor += grad_logprob[:, None]
+        g = x.exp_().mul_(factor).neg_()
+    if grad_logprob is not None:
+        g.scatter_add_(-1, column, (grad_logprob * here)[:, None])
+    return g
 
 
 def tokens_in(tokens, rows, columns):
@@ -218,7 +223,67 @@ def logprobs_chunked(hidden, weight, tokens, temperature=1.0, softcap=0.0, entro
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. The exact expectation of a likelihood reward
+# 3. A loss of them, its gradient computed during forward
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, loss, temperature, softcap, entropy, tile_rows):
+        (wants_hidden, wants_weight), kind = ctx.needs_input_grad[:2], sum_type(hidden)
+        total, w = torch.zeros((), dtype=kind, device=hidden.device), weight.to(kind)
+        grad_hidden = torch.zeros_like(hidden, dtype=kind) if wants_hidden else None
+        grad_weight = torch.zeros_like(w) if wants_weight else None
+        for rows in spans(len(hidden), tile_rows or max(1, 2**25 // len(weight))):
+            h, softmax = hidden[rows].to(kind), OnlineSoftmax(len(hidden[rows]), int(entropy), total)
+            x = tile_logits(h, w, temperature, softcap)  # [R, V]
+            column, here = tokens_in(tokens, rows, slice(0, len(w)))
+            softmax.add(x, *[x] * entropy)
+            lse, *mean = softmax.result()
+            outputs = [x.gather(-1, column).squeeze(-1) - lse] + [lse - m for m in mean]  # log pi, entropy: [R] each
+            with torch.enable_grad():
+                outputs = [output.requires_grad_() for output in outputs]
+                part = loss(*(outputs if entropy else (outputs[0], None)), rows).sum()
+            total += part.detach()
+            if not (wants_hidden or wants_weight):
+                continue
+            grads = torch.autograd.grad(part, outputs, allow_unused=True)
+            if grads[0] is None and grads[-1] is None:
+                continue
+            slope = 1 - (x * (temperature / softcap)) ** 2 if softcap else None
+            ent, grad_entropy = (outputs[1].detach(), grads[1]) if entropy else (None, None)
+            g = logprob_gradient(x, lse, ent, grads[0], grad_entropy, column, here)
+            if softcap:
+                g *= slope
+            if wants_hidden:
+                torch.addmm(grad_hidden[rows], g, w, beta=0, alpha=1 / temperature, out=grad_hidden[rows])
+            if wants_weight:
+                grad_weight.addmm_(g.T, h, alpha=1 / temperature)
+        ctx.save_for_backward(*(None if g is None else g.to(hidden.dtype) for g in (grad_hidden, grad_weight)))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        # In place: a second copy of the matrix would cost as much as all tiles. (A second backward is then an error.)
+        return *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors), *[None] * 6
+
+
+def loss_by_rows(hidden, weight, tokens, loss, temperature=1.0, softcap=0.0, entropy=False, rows=None):
+    """sum_n loss(log pi, entropy or None, rows)_n, a few rows of [N, V] at a time: a number, with its gradients.
+
+    loss([R], [R] or None, slice of 0..N) -> [R], row by row: REINFORCE's, PPO's. It is asked during forward, as soon as
+    its rows' logits are there, and so they need not be multiplied again in backward: three products, as in plain
+    autograd, and the loss must be known at once. Part 2 hands out log pi, and may be told any loss later.
+
+    >>> loss_by_rows(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]), lambda logp, entropy, rows: -2 * logp)
+    tensor(1.3863)
+    """
+    return _Loss.apply(hidden, weight, tokens, loss, temperature, softcap, entropy, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. The exact expectation of a likelihood reward
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -300,7 +365,7 @@ def expected_reward_chunked(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. The same as fused CUDA kernels: a tile of logits lives in a multiprocessor and never reaches the GPU's memory
+# 5. The same as fused CUDA kernels: a tile of logits lives in a multiprocessor and never reaches the GPU's memory
 # ---------------------------------------------------------------------------------------------------------------
 
 if triton is not None:
@@ -440,7 +505,7 @@ def logprobs_triton(hidden, weight, tokens, temperature=1.0, softcap=0.0, entrop
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. Which one
+# 6. Which one
 # ---------------------------------------------------------------------------------------------------------------
 
 SMALL = 2**22  # N * V up to which plain is as fast, on two CPU cores; it is 16 MB a tensor
@@ -489,7 +554,7 @@ def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 6. What it saves
+# 7. What it saves
 # ---------------------------------------------------------------------------------------------------------------
 
 

@@ -190,6 +190,59 @@ def test_chunked_holds_no_tensor_as_large_as_the_logits():
     assert max(watch.sizes) == weight.numel() == 4096 * 8  # the matrix and its gradient; the tile has 64 * 128
 
 
+# a loss, by rows -------------------------------------------------------------------------------------------------
+
+
+def row_losses(entropy):
+    """A loss that is not linear, and differs by row: PPO's ratio, and the entropy where it is asked for."""
+    old, weights = torch.linspace(-6, -1, 37), torch.linspace(-1, 2, 37)
+    ratio = lambda logp, ent, rows: weights[rows] * (logp - old[rows].to(logp)).exp().clamp(max=1.2)
+    return (lambda logp, ent, rows: ratio(logp, ent, rows) - 0.3 * weights[rows] * ent) if entropy else ratio
+
+
+@SCALES
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("rows", [1, 10, None])
+def test_loss_by_rows_equals_plain(temperature, softcap, entropy, rows):
+    hidden, weight, tokens = draw()
+    loss, everything = row_losses(entropy), slice(0, 37)
+    inputs = [t.double().requires_grad_() for t in (hidden, weight)]
+    exact = loss(*logprob.logprobs_plain(*inputs, tokens, temperature, softcap, entropy), everything).sum() * 3
+    exact.backward()
+    actual = [t.clone().requires_grad_() for t in (hidden, weight)]
+    value = logprob.loss_by_rows(*actual, tokens, loss, temperature, softcap, entropy, rows) * 3
+    value.backward()
+    assert_near([value.detach(), *(t.grad for t in actual)], [exact.detach(), *(t.grad for t in inputs)])
+
+
+def test_loss_by_rows_multiplies_no_logits_twice():
+    hidden, weight, tokens = draw()
+    loss = row_losses(False)
+    for frozen, products in ((False, 3), (True, 2)):
+        with Watch() as watch:
+            run(lambda h, w: logprob.loss_by_rows(h, w, tokens, loss)[None], hidden, weight, frozen=frozen)
+        assert watch.products() == products
+    with Watch() as watch, torch.no_grad():
+        logprob.loss_by_rows(hidden, weight, tokens, loss)
+    assert watch.products() == 1
+
+
+def test_loss_by_rows_of_what_nothing_is_learnt_from():
+    hidden, weight, tokens = draw()
+    zero = lambda logp, entropy, rows: 0 * entropy
+    assert all(not t.any() for t in run(lambda h, w: logprob.loss_by_rows(h, w, tokens, zero, entropy=True)[None],
+                                        hidden, weight))  # fmt: skip
+    assert logprob.loss_by_rows(hidden[:0], weight, tokens[:0], zero, entropy=True) == 0
+
+
+def test_loss_by_rows_refuses_a_second_backward():
+    hidden, weight, tokens = draw()
+    loss = logprob.loss_by_rows(hidden.requires_grad_(), weight, tokens, row_losses(False))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
 # expected reward ------------------------------------------------------------------------------------------------
 
 
