@@ -1,6 +1,7 @@
 """What this code costs beside its neighbours: ratios measured in one run, in turn, with their spread.
 
-    1. log-probabilities   chunked (and fused kernels on CUDA) against plain PyTorch, torch.compile, Liger: time, memory
+    1. log-probabilities   chunked, loss_by_rows (whose "forward" computes the gradients, too) and the fused kernels on
+                           CUDA, against plain PyTorch, torch.compile and Liger: time, memory
     2. sampling            policy.sample against transformers' generate: tokens per second
     3. a policy step       baselines.GRPO.step against TRL's GRPOTrainer, and irl.IRL.step beside them
     4. growth              with rows, length and vocabulary
@@ -121,6 +122,10 @@ def logprob_ways(device="cpu", entropy: bool = False, compiled: bool = False) ->
     elif compiled:
         ways["compiled"] = torch.compile(logprob.logprobs_plain)
     ways = {name: lambda *inputs, f=f: f(*inputs, entropy=entropy) for name, f in ways.items()}
+    mean = lambda logp, ent, rows: logp if ent is None else logp + ent  # told beforehand: the same loss by rows
+    ways["loss_by_rows"] = lambda hidden, weight, tokens: (
+        logprob.loss_by_rows(hidden, weight, tokens, mean, entropy=entropy) / len(hidden),
+    )
     if torch.device(device).type != "cuda":
         absent.append("Triton kernels, Liger: no CUDA here, left out")
         return ways, absent
@@ -221,8 +226,9 @@ def available_bytes(device="cpu") -> int:
 def logprob_memory(names: list[str], N: int, V: int, H: int, entropy: bool, device="cpu") -> dict:
     """Peak bytes of each way at [N, V], and chunked / plain beyond the gradients.
 
-    Where [N, V] several times over does not fit, plain's peak is extrapolated in a line from N/32 and N/16 rows and
-    flagged: every tensor of plain's but the gradient of the matrix has N rows.
+    Where [N, V] several times over does not fit, plain's peak is extrapolated in a line from N/8 and N/4 rows and
+    flagged. (From fewer, the line would be too flat: there the peak is the gradient of the matrix and one [N, V], later
+    it is three of those.)
     """
     gradients, extrapolated = 4 * (N + V) * H, False
     peaks = {name: in_a_child("logprob_peak", name, N, V, H, entropy, device) for name in names if name != "plain"}
@@ -230,7 +236,7 @@ def logprob_memory(names: list[str], N: int, V: int, H: int, entropy: bool, devi
     if 6 * 4 * N * V < 0.7 * available_bytes(device):  # plain holds at most five, and somebody else may want some
         plain = in_a_child("logprob_peak", "plain", N, V, H, entropy, device)
     if plain is None:
-        small, large = N // 32, N // 16
+        small, large = N // 8, N // 4
         low, high = (in_a_child("logprob_peak", "plain", rows, V, H, entropy, device) for rows in (small, large))
         if low and high:
             plain, extrapolated = high + (high - low) / (large - small) * (N - large), True
@@ -252,7 +258,7 @@ def bench_logprob(quick: bool, rounds: int, device="cpu") -> dict:
     for entropy in (False, True):
         forward, times, absent = logprob_times(**sizes, entropy=entropy, rounds=rounds, seconds=4 if quick else 240,
                                                device=device, compiled=not quick)  # fmt: skip
-        # Forward has one product, backward two; chunked multiplies a tile again instead of keeping it.
+        # Forward has one product, backward two; chunked multiplies a tile again instead of keeping it: four.
         part = {
             "time_ratio": ratio(times["chunked"], times["plain"])["ratio"],
             "flop_per_product": 2 * sizes["N"] * sizes["V"] * sizes["H"],
@@ -268,7 +274,7 @@ def bench_logprob(quick: bool, rounds: int, device="cpu") -> dict:
             },
         }
         if not (quick and entropy):
-            names = [name for name in forward if name != "compiled"]
+            names = ["plain", "chunked"] if quick else [name for name in forward if name != "compiled"]
             memory = logprob_memory(names, **memory_sizes, entropy=entropy, device=device)
             part |= {"memory": memory} | ({"memory_ratio": memory["memory_ratio"]} if "memory_ratio" in memory else {})
         result |= {"with_entropy": part} if entropy else part

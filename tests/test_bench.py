@@ -39,7 +39,6 @@ def test_every_way_has_the_gradients_of_plain(entropy):
     gradients = {}
     for name, way in ways.items():
         hidden, weight, tokens = bench.logprob_inputs(**SMALL)
-        assert sum(o is not None for o in way(hidden, weight, tokens)) == 1 + entropy
         bench.forward_backward(way, hidden, weight, tokens)
         gradients[name] = hidden.grad, weight.grad
     for name, pair in gradients.items():
@@ -79,7 +78,7 @@ def test_plain_is_extrapolated_where_it_does_not_fit_and_only_there(monkeypatch,
     monkeypatch.setattr(bench, "in_a_child", lambda *a: asked.append(a[2]) or line(*a))
     monkeypatch.setattr(bench, "available_bytes", lambda device: free)
     result = bench.logprob_memory(["plain", "chunked"], 1024, 4096, 8, False)
-    assert result["extrapolated"] == (not free) and asked == ([1024, 1024] if free else [1024, 32, 64])
+    assert result["extrapolated"] == (not free) and asked == ([1024, 1024] if free else [1024, 128, 256])
     gradients = 4 * (1024 + 4096) * 8
     assert result["bytes"]["plain"] == pytest.approx(gradients + 1000 * 1024)
     assert result["memory_ratio"] == pytest.approx(gradients / (1000 * 1024))
