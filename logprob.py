@@ -10,8 +10,8 @@
 With N = 8,192 response tokens and V = 151,936 one [N, V] tensor is 5 GB, and autograd keeps several. Here a tile of it
 lives at a time. What must be kept for backward is one number per row, the log-sum-exp; backward multiplies each tile of
 logits again. That makes four matrix products where plain autograd needs three: the price, in time, of the memory. (On
-a CPU, N = 512, V = 65,536, H = 896: 0.75 times plain's time with the entropy, 1.15 times without. Beyond the two
-gradients, 34 MB at N = 8,192.)
+one CPU thread, N = 512, V = 32,768, H = 896: 1.16 times plain's time without the entropy, 1.04 times with; the products
+alone would be 4/3. `loss_by_rows`, which needs three, 0.90 and 0.85 times. `python -m experiments.bench` measures it.)
 (Gradients computed during forward would save the fourth, but forward does not know yet what each row's log-probability
 will be multiplied by, and the gradient of the output matrix mixes all rows. Part 3 is told the loss, and does.)
 
@@ -88,8 +88,9 @@ def spans(total: int, size: int) -> list[slice]:
 
 
 def tile_size(chunk: tuple[int, int] | None, device: torch.device) -> tuple[int, int]:
-    """(rows, columns) of a tile: on a CPU it should stay in the cache, on a GPU be worth a kernel launch."""
-    return chunk or ((1024, 1024) if device.type == "cpu" else (4096, 4096))
+    """(rows, columns) of a tile: worth waking the threads of a CPU, which on a busy machine wait for each other at every
+    operation, and worth a kernel launch on a GPU."""
+    return chunk or ((512, 2048) if device.type == "cpu" else (4096, 4096))
 
 
 def tile_logits(hidden, weight, temperature, softcap):
