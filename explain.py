@@ -49,6 +49,8 @@ class Lecture(irl.IRL):
             f"  The discriminator has had {updates} updates; a run gives it {s.warm_up} before the policy's first step."
         )
         say("  Without any, a likelihood has D = 1/2 everywhere and a head f = 0: nothing to look at.")
+        if s.start == "reward":
+            say("  A run would now let the policy start as a copy of the reward, at f = log pi; here it stays the base.")
         self.speaking = True
         self.step()
         say()

@@ -48,6 +48,8 @@ class IRL:
         self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)
         self.replay = reward.Replay(s.replay)
         self.done = 0
+        parameters = self.discriminator.reward_model.parameters() if s.reward_average else ()
+        self.reward_start = [p.detach().clone() for p in parameters]
 
     def step(self) -> dict:
         """One iteration of Algorithm 1. Returns every stage's metrics."""
@@ -73,6 +75,24 @@ class IRL:
             examples = draw(self.experts, self.settings.questions, self.rng)
             rollout, _ = self.rollout([e.question for e in examples], self.settings.rollouts_per_expert)
             return self.update_discriminator(examples, rollout, self.settings.rollouts_per_expert)
+
+    @torch.no_grad()
+    def end_warm_up(self) -> None:
+        """Once, between the warm-up and the first step.
+
+        A reward that learnt from few demonstrations has paid for it with skills of its start. The mean of its weights
+        before and after keeps most of both (Wortsman et al. 2021, arXiv 2109.01903).
+
+        With start = reward the policy begins as a copy of the reward. E[f - log pi] is greatest at pi = exp f, and a
+        likelihood's exp f is a policy already: what alpha = 1 would have to learn by sampling is there.
+        """
+        s, parameters = self.settings, list(self.discriminator.reward_model.parameters())
+        for parameter, start in zip(parameters, self.reward_start):
+            parameter.lerp_(start, s.reward_average)
+        self.reward_start = []
+        if s.start == "reward":
+            for parameter, learnt in zip(self.policy_model.parameters(), parameters):
+                parameter.copy_(learnt)
 
     def rollout(self, questions: list[str], group: int) -> tuple[Rollout, dict]:
         """Stage 1. `group` responses to each question, sampled from the policy as it is now."""

@@ -91,7 +91,9 @@ def check_weights(folder: str) -> None:
                             "can run code. Save them anew with transformers: save_pretrained")  # fmt: skip
         return
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    odd = next((file for file in files if not str(file).endswith(".safetensors") or os.path.basename(file) != file), None)
+    odd = next(
+        (file for file in files if not str(file).endswith(".safetensors") or os.path.basename(file) != file), None
+    )
     if odd is not None:
         raise UserError(f"{index} names {odd!r}: weights must be .safetensors files beside it")
 
@@ -199,13 +201,15 @@ def choose(logprobs: torch.Tensor, temperature: float, top_p: float, generator=N
     """
     if temperature == 0:
         return logprobs.argmax(-1)
-    probabilities = logprobs.exp()
+    probabilities = logprobs.exp()  # [B, V]
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # mass of all more likely tokens
         ordered = ordered.masked_fill(before >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    total = probabilities.cumsum(-1)  # u is uniform below the total: the first token whose running total is above u
+    u = torch.rand(len(total), 1, generator=generator, device=total.device) * total[:, -1:]
+    return torch.searchsorted(total, u, right=True).squeeze(-1).clamp(max=total.shape[1] - 1)
 
 
 @torch.no_grad()

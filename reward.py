@@ -173,8 +173,8 @@ class HeadReward(torch.nn.Module):
 
 
 def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:
-    """A reward model from a folder or hub name: `kind` 'likelihood' or 'head'. A head that is not in the checkpoint
-    (the base has none) starts at zero."""
+    """A reward model from a folder or hub name: `kind` 'likelihood', 'head' or 'random'. A head that is not in the
+    checkpoint (the base has none) starts at zero, a random one anywhere."""
     where = policy.resolve_model(path)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
     with policy.loading(path):
@@ -187,7 +187,7 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
             where, num_labels=1, output_loading_info=True, **options
         )
     if any("score" in key for key in info["missing_keys"]):
-        torch.nn.init.zeros_(model.score.weight)
+        (torch.nn.init.normal_ if kind == "random" else torch.nn.init.zeros_)(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
     return HeadReward(model).to(device).eval()  # eval: the head of transformers has dropout, the paper's has none
 
@@ -492,7 +492,7 @@ def show(scored: list[tuple[str, float]]) -> str:
 
 # What is read back from <run>/settings.json: a type, or the values that are understood.
 SETTINGS = {
-    "model": str, "data": str, "reward": ("likelihood", "head"), "logit": ("airl", "gail"),
+    "model": str, "data": str, "reward": ("likelihood", "head", "random"), "logit": ("airl", "gail"),
     "granularity": ("dense", "interval", "sparse"), "interval": int, "words_steps": int, "words_largest": int,
     "max_new_tokens": int,
 }  # fmt: skip

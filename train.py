@@ -17,6 +17,7 @@ import errno
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
@@ -52,9 +53,11 @@ class Settings:
     # What
     model: str = setting("base", "the policy's start: 'base' (ships here), a folder, a hub name, or e.g. Qwen2.5-0.5B")
     data: str = setting(None, "words, gsm8k, medreason, a JSON-lines file, or a folder with train.jsonl and test.jsonl")
-    method: str = setting(None, "which method to train; 'all' compares the three", ("sft", "irl", "grpo", "all"))
+    method: str = setting(None, "what to train: sft, irl, grpo, some of them (sft,irl), or all")
     start: str = setting(
-        "base", "where IRL starts: from the base, or from SFT on the same demonstrations", ("base", "sft")
+        None,
+        "where IRL's policy starts: at the base, at SFT, or after the warm-up at the reward",
+        ("base", "sft", "reward"),
     )
     name: str = setting("demo", "the run is written to runs/<name>")
     seed: int = setting(0, "seed of the data's order, of sampling and of perturbations")
@@ -62,19 +65,25 @@ class Settings:
     explain: bool = setting(False, "print one iteration of IRL in numbers, stage by stage, and write nothing")
     # Data
     demonstrations: int = setting(256, "expert traces to learn from")
+    wrong_demonstrations: float = setting(0.0, "share of them that is broken on purpose: a control")
     extra_questions: int = setting(None, "training questions without a demonstration, for the policies of IRL and GRPO")
     words_steps: int = setting(3, "steps of arithmetic in a words problem")
     words_largest: int = setting(40, "largest number in the text of a words problem")
     max_new_tokens: int = setting(None, "longest response that is sampled")
     # Reward
     reward_model: str = setting(None, "the reward's start, if not --model; its tokenizer must be the policy's")
-    reward: str = setting("likelihood", "f = log p_phi, or the paper's linear head", ("likelihood", "head"))
+    reward: str = setting(
+        "likelihood",
+        "f = log p_phi, the paper's linear head, or a control: a random head",
+        ("likelihood", "head", "random"),
+    )
     logit: str = setting("airl", "logit D = f - log pi, or f", ("airl", "gail"))
     granularity: str = setting("dense", "a score per token, per step, or per trace", ("dense", "interval", "sparse"))
     interval: int = setting(0, "tokens per interval; 0 takes the trace's own lines as steps")
     discriminator_loss: str = setting("bce", "cross-entropy, Bradley-Terry, or Wasserstein", ("bce", "bt", "wgan"))
     label_smoothing: float = setting(0.1, "labels 1 and 0 become 1 - x/2 and x/2")
     reward_nll: float = setting(1.0, "weight of the demonstrations' likelihood in a likelihood reward's loss")
+    reward_average: float = setting(None, "share of its start in the reward's weights after the warm-up")
     rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included")
     perturbed: int = setting(2, "broken copies of each demonstration as negatives")
     replay: int = setting(4, "old rollouts kept per question; 0 for none")
@@ -91,13 +100,13 @@ class Settings:
         ("exact", "reinforce", "ppo", "best"),
     )
     baseline: str = setting("group", "of REINFORCE and PPO: the group's mean, or the exact E[r_t]", ("group", "exact"))
-    entropy_coef: float = setting(0.1, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
+    entropy_coef: float = setting(None, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
     gamma: float = setting(None, "discount of later tokens' rewards")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen start")
     ppo_clip: float = setting(0.2, "PPO and GRPO hold the ratio within 1 +- this")
     epochs: int = setting(1, "passes over each rollout")
-    questions: int = setting(32, "questions per step")
-    group: int = setting(8, "samples per question (G)")
+    questions: int = setting(None, "questions per step")
+    group: int = setting(None, "samples per question (G)")
     temperature: float = setting(1.0, "sampling temperature in training")
     top_p: float = setting(1.0, "nucleus of training samples")
     max_steps: int = setting(None, "policy steps of IRL and GRPO")
@@ -108,6 +117,7 @@ class Settings:
     sft_batch: int = setting(32, "demonstrations per update of SFT")
     micro_batch: int = setting(None, "rows per forward pass in training: memory, nothing else")
     # Evaluation
+    test_split: str = setting("test", "where results come from; to choose settings, validation", ("test", "validation"))
     eval_questions: int = setting(None, "test questions")
     eval_samples: int = setting(None, "samples per test question at temperature 1")
     validate_every: int = setting(10, "steps between looks at 100 validation questions; 0 for never")
@@ -117,15 +127,22 @@ class Settings:
     # Interruptions
     checkpoint_every: int = setting(0, "steps between checkpoints; 0: by the clock, in at most 2% of the time")
 
+    @property
+    def methods(self) -> list[str]:
+        """What is trained, as a list."""
+        return ["sft", "irl", "grpo"] if self.method == "all" else self.method.split(",")
+
 
 # What depends on the size of the model. Rates for large models are the customary ones, not tuned here.
 PRESETS = {
-    "small": dict(data="words", method="all", extra_questions=4000, max_new_tokens=64, warm_up_lr=3e-4, reward_lr=3e-5,
-                  policy_loss="exact", gamma=0.0, max_steps=150, policy_lr=4e-4, grpo_lr=6e-4, sft_steps=200, sft_lr=3e-4,
-                  micro_batch=256, eval_questions=500, eval_samples=8, rerank_questions=250),
+    "small": dict(data="words", method="all", extra_questions=4000, max_new_tokens=64, warm_up_lr=3e-4, reward_lr=1e-5,
+                  reward_average=0.5, policy_loss="exact", entropy_coef=0.05, gamma=0.0, questions=16, group=4,
+                  max_steps=400, policy_lr=2e-4, grpo_lr=4e-4, sft_steps=200, sft_lr=3e-4, micro_batch=256,
+                  eval_questions=500, eval_samples=8, rerank_questions=250),
     "large": dict(data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, warm_up_lr=1e-5, reward_lr=2e-6,
-                  policy_loss="exact", gamma=0.0, max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5,
-                  micro_batch=2, eval_questions=200, eval_samples=4, rerank_questions=100),
+                  reward_average=0.0, policy_loss="exact", entropy_coef=0.1, gamma=0.0, questions=32, group=8,
+                  max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=2,
+                  eval_questions=200, eval_samples=4, rerank_questions=100),
 }  # fmt: skip
 
 
@@ -169,8 +186,17 @@ def complete(given: dict) -> Settings:
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.reward_model = settings.reward_model or settings.model
+    if settings.reward == "random":  # and it stays so
+        settings.freeze_reward, settings.warm_up = True, 0
+    if settings.start is None:  # a likelihood trained as log-density is a policy, a head or a log-ratio is none
+        settings.start = "reward" if can_start_at_reward(settings) and settings.model == "base" else "base"
     check(settings)
     return settings
+
+
+def can_start_at_reward(s: Settings) -> bool:
+    """Whether the reward is a policy: a language model, of the policy's own size, whose f is the expert's log-density."""
+    return s.reward == "likelihood" and s.logit == "airl" and s.reward_model == s.model
 
 
 def saved_settings(given: dict) -> Settings:
@@ -220,6 +246,10 @@ def check(s: Settings) -> None:
         raise UserError(f"--words-largest must be at least 8, not {s.words_largest}")
     if s.group < 2:
         raise UserError("--group must be at least 2: a sample is judged against the others of its group")
+    if s.start == "reward" and not can_start_at_reward(s):
+        raise UserError("--start reward takes --reward likelihood, --logit airl and no other --reward-model")
+    if not 0 <= s.reward_average <= 1:
+        raise UserError(f"--reward-average must be between 0 and 1, not {s.reward_average}")
     if s.rollouts_per_expert > s.group:
         raise UserError(f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group} samples")
     sums = "--policy-loss exact" if s.policy_loss == "exact" else "--baseline exact" if s.baseline == "exact" else ""
@@ -228,7 +258,11 @@ def check(s: Settings) -> None:
             f"{sums} sums f over the whole vocabulary, which takes --reward likelihood, --logit airl and "
             "--granularity dense: with others use --policy-loss ppo and --baseline group"
         )
-    if s.explain and (s.method in ("sft", "grpo") or s.start == "sft"):
+    if not set(s.methods) <= {"sft", "irl", "grpo"}:
+        raise UserError(f"no method '{s.method}': sft, irl, grpo, some of them with commas between, or all")
+    if not 0 <= s.wrong_demonstrations <= 1:
+        raise UserError(f"--wrong-demonstrations must be between 0 and 1, not {s.wrong_demonstrations}")
+    if s.explain and ("irl" not in s.methods or s.start == "sft"):
         raise UserError("--explain shows one iteration of IRL from the base: leave out --method and --start")
     run_folder(s.name)
     if s.device not in ("auto", "cpu", "cuda", "mps"):
@@ -309,7 +343,11 @@ class Run:
         self.s = s = settings
         self.signals, self.folder = signals, run_folder(s.name)
         self.command = f"python train.py --resume --name {s.name}"
-        if not (resume or s.explain) and self.folder.exists() and any(not f.name.startswith(".") for f in self.folder.iterdir()):
+        if (
+            not (resume or s.explain)
+            and self.folder.exists()
+            and any(not f.name.startswith(".") for f in self.folder.iterdir())
+        ):
             how = "" if is_finished(self.folder) else f"go on with it ({self.command}), "
             raise UserError(f"{self.folder} already holds a run: {how}give another --name, or remove that folder")
         self.device = policy.pick_device(s.device)
@@ -396,9 +434,12 @@ class Run:
 
         train = load("train", s.demonstrations + s.extra_questions)
         self.experts, self.extra = train[: s.demonstrations], train[s.demonstrations :]
+        rng, wrong = random.Random(f"wrong {s.seed}"), round(s.wrong_demonstrations * len(self.experts))
+        broken = [data.perturb(example, rng) for example in self.experts[:wrong]]
+        self.experts[:wrong] = [found[0] if found else example for found, example in zip(broken, self.experts)]
         if len(self.experts) < s.demonstrations:
             print(f"only {len(self.experts)} demonstrations are there, not {s.demonstrations}")
-        self.validation, self.test = load("validation", 100), load("test", s.eval_questions)
+        self.validation, self.test = load("validation", 100), load(s.test_split, s.eval_questions)
         self.data_sum = zlib.crc32(repr((self.experts, self.extra, self.validation, self.test)).encode())
         if dropped:
             print(f"{dropped} examples are longer than the model's context of {self.context} tokens: skipped")
@@ -417,7 +458,7 @@ class Run:
 
         Every phase loads the models that it needs and drops them: at 0.5B each one counts.
         """
-        wanted = ("sft", "irl", "grpo") if self.s.method == "all" else (self.s.method,)
+        wanted = self.s.methods
         phases = {"test base": lambda: self.test_method("base")}
         if "sft" in wanted or ("irl" in wanted and self.s.start == "sft"):
             phases |= {"train sft": self.train_sft, "test sft": lambda: self.test_method("sft")}
@@ -504,7 +545,7 @@ class Run:
 
     def folder_of(self, method: str) -> str:
         """The folder's name of a trained policy: policy/ for IRL, or for the only method."""
-        return "policy" if method in ("irl", self.s.method) else method
+        return "policy" if method == "irl" or self.s.methods == [method] else method
 
     def test_method(self, method: str) -> None:
         """Evaluate the base or a trained policy on the test questions."""
@@ -541,6 +582,8 @@ class Run:
         """Warm the discriminator up, run the loop, save policy and reward."""
         loop = self.resumed(self.make_loop())
         self.run_steps("warm-up", loop, self.s.warm_up)
+        if not self.progress.steps.get("irl"):
+            loop.end_warm_up()
         self.run_steps("irl", loop, self.s.max_steps, validate=True)
         self.save_model(loop.policy_model, self.folder_of("irl"))
         self.save_model(loop.discriminator.reward_model.model, "reward")

@@ -220,3 +220,26 @@ def test_rates_rise_and_fall():
         policy.set_rate(optimizer, 1.0, done, 20)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[0] == 0.5 and max(rates) == rates[1] == 0.95 and rates[-1] == pytest.approx(0.05)
+
+
+def test_the_policy_starts_at_the_averaged_reward(shipped, settings):
+    loop = make_loop(shipped, settings, start="reward", reward_average=0.25)
+    parameters = list(loop.discriminator.reward_model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    loop.warm_up()
+    learnt = [p.detach().clone() for p in parameters]
+    loop.end_warm_up()
+    policy_parameters = list(loop.policy_model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, learnt))
+    for b, a, f, pi in zip(before, learnt, parameters, policy_parameters, strict=True):
+        assert_close(f.detach(), 0.25 * b + 0.75 * a)
+        assert torch.equal(pi, f)
+    assert loop.step()["policy"]["skipped"] == 0  # and it can be trained
+
+
+def test_a_start_at_the_base_leaves_the_policy(shipped, settings):
+    loop = make_loop(shipped, settings, start="base", reward_average=0.5)
+    loop.warm_up()
+    loop.end_warm_up()
+    for a, b in zip(loop.policy_model.parameters(), shipped[0].parameters()):
+        assert torch.equal(a, b)

@@ -50,12 +50,16 @@ def test_the_demo_writes_everything(capsys):
     "--method sft", "--method grpo", "--method irl --start sft --extra-questions 4",
     "--method irl --reward head --logit gail --policy-loss ppo --granularity sparse --gamma 0.9",
     "--method irl --granularity interval --interval 5 --policy-loss reinforce --discriminator-loss bt --kl-coef 0.01",
-    "--method irl --freeze-reward",
+    "--method irl --freeze-reward", "--method irl --reward random --policy-loss ppo --gamma 0.9",
+    "--method sft,grpo --test-split validation --wrong-demonstrations 0.5",
 ])  # fmt: skip
 def test_other_methods_and_variants(flags):
     assert train.main([*TINY, *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
-    assert flags.split()[1] in results["methods"] and Path("runs/demo/policy/model.safetensors").exists()
+    methods = flags.split()[1].split(",")
+    assert set(methods) <= set(results["methods"])
+    folder = "policy" if len(methods) == 1 else methods[0]
+    assert Path(f"runs/demo/{folder}/model.safetensors").exists()
 
 
 def test_the_same_seed_gives_the_same_metrics():
@@ -92,7 +96,7 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--group many", "invalid int value"),
     ("--rerank-n 0", "--rerank-n must be at least 1"),
     ("--group 1", "--group must be at least 2"),
-    ("--method ppo", "invalid choice: 'ppo'"),
+    ("--method ppo", "no method 'ppo'"),
     ("--reward head", "--policy-loss exact sums"),
     ("--words-largest 3", "at least 8"),
     ("--max-new-tokens 9999", "fits the model's context"),

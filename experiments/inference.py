@@ -1,0 +1,57 @@
+"""What a learnt reward is worth at inference, with the models of the main part (experiments/run.py).
+
+For each seed: the reward learnt from 256 demonstrations reranks the samples of the base (up to N = 64), of SFT and of
+IRL's policy: it was learnt against IRL's policy, and is used on others here. Then transfer: the same reward on problems
+with a step more, and with numbers twice as large, than any it was trained on.
+"""
+
+import json
+from types import SimpleNamespace
+
+import torch
+
+import data
+import policy
+import rerank
+import reward
+from data import UserError
+from experiments import run as runs
+
+# what is judged: (label, whose samples, how many, what the problems are)
+CASES = (
+    ("base", "base", 64, {}),
+    ("sft", "sft", 16, {}),
+    ("irl", "policy", 16, {}),
+    ("a step more", "base", 16, {"steps": 4}),
+    ("numbers twice as large", "base", 16, {"largest": 80}),
+)
+
+
+def judge(seed: int, quick: bool) -> dict:
+    """{label: what rerank.assess says} for the models of one seed."""
+    folder = runs.ROOT / "runs" / f"x-main-256-{seed}"
+    if not (folder / "reward").exists():
+        raise UserError(f"{folder} holds no models: run --only main first")
+    discriminator, tokenizer, _ = reward.load_run(folder)
+    base, sft = policy.load_policy("base")[0], policy.load_policy(str(folder / "sft"))[0]
+    found = {}
+    for label, whose, count, problems in CASES:
+        model = base if whose == "base" else policy.load_policy(str(folder / whose))[0]
+        test = data.load_examples("words", "test", 20 if quick else 300, seed, **problems)
+        count = min(count, 4) if quick else count
+        generator = torch.Generator().manual_seed(seed)
+        candidates = rerank.collect(model, tokenizer, test, count, 96, 1.0, generator)
+        settings = SimpleNamespace(rule="mean", seed=seed, data="words")
+        found[label] = rerank.assess(candidates, discriminator, base, sft, tokenizer, settings)
+        found[label].pop("distributions")
+    return found
+
+
+def run(seeds: int, quick: bool) -> None:
+    """results/inference/<seed>.json for every seed that has none yet."""
+    policy.quiet()
+    for seed in range(seeds):
+        path = runs.results_folder() / "inference" / f"{seed}.json"
+        if not path.exists():
+            runs.keep(path, json.dumps(judge(seed, quick)))
+            print(f"inference, seed {seed}", flush=True)

@@ -1,0 +1,269 @@
+"""Every number of the README's results, from one command.
+
+    python -m experiments.run                     everything: hours on two cores; started again, it goes on
+    python -m experiments.run --only main         one part: choose, main, variants, ablations, inference
+    python -m experiments.run --quick             the whole path in minutes with tiny counts; its numbers mean nothing
+    python -m experiments.run --tables            only the tables and figures, from the results that are there
+
+A trial is an ordinary `train.py` run, so it can be repeated by hand: its command is kept beside its numbers. Trials are
+run `--jobs` at a time, one thread each, in runs/x-<name>; what they found goes to results/trials/<name>.json, and
+a trial whose file is there is not run again. A trial that fails leaves its last lines in results/failed/<name>.txt, and
+the tables say so. (experiments/tables.py makes results/summary.json, the tables and the figures of them.)
+
+    choose      SFT's number of updates and rate, and its sampling temperature, on validation questions: no test set here
+    main        base, SFT, IRL, GRPO with 64, 256 and 1,024 demonstrations, five seeds, 1,000 test questions
+    variants    IRL otherwise: sparse, per step, from the base, from SFT, without extra questions, PPO
+    ablations   one setting changed at a time, three seeds
+    inference   reranking up to N = 64, localisation, and transfer, with the models of the main part
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import environ
+from pathlib import Path
+
+import data
+from data import UserError
+
+ROOT = Path(__file__).parents[1]
+SIZES = (64, 256, 1024)  # demonstrations
+PARTS = ("choose", "main", "variants", "ablations", "inference")
+CHOICES = {steps: rates for steps, rates in ((60, "3e-4 6e-4"), (120, "3e-4 6e-4"), (240, "3e-4"), (480, "3e-4"))}
+QUICK = ("--max-steps 4 --sft-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 --eval-questions 20 "
+         "--eval-samples 4 --rerank-questions 12 --rerank-n 4 --validate-every 2")  # fmt: skip
+
+# What is changed, in train.py's flags. PPO is the loss that takes every reward.
+PPO = "--policy-loss ppo --gamma 0.9"
+VARIANTS = {
+    "start at the base": "--start base",
+    "start at SFT": "--start sft",
+    "no extra questions": "--extra-questions 0",
+    "dense, PPO": PPO,
+    "per step, PPO": f"{PPO} --granularity interval",
+    "sparse, PPO": f"{PPO} --granularity sparse --gamma 1",
+}
+ABLATIONS = {
+    "default": "",
+    "linear head, PPO": f"{PPO} --reward head --start base",
+    "likelihood, PPO": f"{PPO} --start base",
+    "GAIL logit, PPO": f"{PPO} --logit gail --start base",
+    "Bradley-Terry": "--discriminator-loss bt",
+    "Wasserstein": "--discriminator-loss wgan",
+    "no likelihood term": "--reward-nll 0",
+    "perturbed 0": "--perturbed 0",
+    "perturbed 1": "--perturbed 1",
+    "perturbed 4": "--perturbed 4",
+    "no label smoothing": "--label-smoothing 0",
+    "label smoothing 0.3": "--label-smoothing 0.3",
+    "discriminator 10 x faster": "--reward-lr 1e-4",
+    "discriminator 30 x faster": "--reward-lr 3e-4",
+    "2 discriminator updates": "--discriminator-updates 2",
+    "frozen after warm-up": "--freeze-reward",
+    "no replay": "--replay 0",
+    "warm-up 15": "--warm-up 15",
+    "warm-up 240": "--warm-up 240",
+    "group 2": "--group 2 --questions 32",
+    "group 8": "--group 8 --questions 8",
+    "group 16": "--group 16 --questions 4",
+    "gamma 0.5": "--gamma 0.5",
+    "gamma 0.9": "--gamma 0.9",
+    "gamma 1": "--gamma 1",
+    "REINFORCE": "--policy-loss reinforce",
+    "REINFORCE, exact baseline": "--policy-loss reinforce --baseline exact",
+    "PPO": "--policy-loss ppo",
+    "best of group": "--policy-loss best",
+    "alpha 1": "--entropy-coef 1",
+    "alpha 0.3": "--entropy-coef 0.3",
+    "alpha 0.1": "--entropy-coef 0.1",
+    "alpha 0.01": "--entropy-coef 0.01",
+    "KL 0.01": "--kl-coef 0.01",
+    "KL 0.1": "--kl-coef 0.1",
+    "policy rate x 4": "--policy-lr 8e-4",
+    "10% wrong demonstrations": "--wrong-demonstrations 0.1",
+    "25% wrong demonstrations": "--wrong-demonstrations 0.25",
+    "random reward, PPO": f"{PPO} --reward random",
+}
+
+
+@dataclass
+class Trial:
+    """A run of train.py: its name, its flags, and the part it belongs to."""
+
+    name: str
+    flags: str
+    part: str
+
+    @property
+    def result(self) -> Path:
+        return results_folder() / "trials" / f"{self.name}.json"
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "runs" / f"x-{self.name}"
+
+
+def results_folder() -> Path:
+    return ROOT / environ.get("IRL_RESULTS", "results")
+
+
+def plain(label: str) -> str:
+    """A label as part of a file's name.
+
+    >>> plain("2 discriminator updates"), plain("dense, PPO")
+    ('2-discriminator-updates', 'dense-PPO')
+    """
+    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in label).split())
+
+
+def choice_trials() -> list[Trial]:
+    """SFT on validation questions: seed 100, which no other part uses. train.py tests on the split it is told to."""
+    trials = []
+    for size in SIZES:
+        for steps, rates in CHOICES.items():
+            for rate in rates.split():
+                flags = f"--method sft --demonstrations {size} --sft-steps {steps} --sft-lr {rate} --seed 100"
+                flags += " --test-split validation --eval-questions 1000 --eval-samples 4"
+                trials.append(Trial(f"choose-{size}-{steps}-{rate}", flags, "choose"))
+    return trials
+
+
+def chosen_sft(size: int) -> str:
+    """The flags of the SFT that was best on validation questions, at temperature 1."""
+    found = [read(t) for t in choice_trials() if f"choose-{size}-" in t.name and t.result.exists()]
+    if not found:
+        raise UserError("the SFT baseline is not chosen yet: run --only choose first")
+    best = max(found, key=lambda r: r["methods"]["sft"]["t1"])["settings"]
+    return f"--sft-steps {best['sft_steps']} --sft-lr {best['sft_lr']}"
+
+
+def main_trials(seeds: int) -> list[Trial]:
+    trials = []
+    for seed in range(seeds):
+        for size in (256, 1024, 64):
+            flags = (
+                f"--method sft,irl,grpo --demonstrations {size} --seed {seed} --eval-questions 1000 --eval-samples 16"
+            )
+            flags += f" --rerank-questions 500 --rerank-n 16 {chosen_sft(size)}"
+            trials.append(Trial(f"main-{size}-{seed}", flags, "main"))
+    return trials
+
+
+def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial]:
+    """256 demonstrations, one thing changed."""
+    flags = "--method irl --demonstrations 256 --eval-questions 1000 --eval-samples 4 --rerank-questions 250"
+    return [
+        Trial(f"{part}-{plain(label)}-{seed}", f"{flags} {chosen_sft(256)} --seed {seed} {change}", part)
+        for seed in range(seeds)
+        for label, change in changes.items()
+    ]
+
+
+def all_trials(parts: list[str], seeds: int) -> list[Trial]:
+    """In the order in which they are worth having."""
+    trials = []
+    if "main" in parts:
+        trials += main_trials(seeds)
+    if "variants" in parts:
+        trials += changed_trials("variants", VARIANTS, seeds)
+    if "ablations" in parts:
+        trials += changed_trials("ablations", ABLATIONS, min(seeds, 3))
+    return trials
+
+
+def read(trial: Trial) -> dict:
+    return json.loads(trial.result.read_text())
+
+
+def run_trial(trial: Trial, quick: bool) -> bool:
+    """Run it, or go on with it, and keep what it found. Returns whether it came to its end."""
+    if trial.result.exists():
+        return True
+    flags = trial.flags.split() + (QUICK.split() if quick else [])
+    command = [sys.executable, "train.py", *flags, "--device", "cpu", "--name", trial.folder.name]
+    if (trial.folder / "settings.json").exists():
+        command = [sys.executable, "train.py", "--resume", "--name", trial.folder.name]
+    environment = environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        if run.returncode > 0 and run.returncode < 128:  # it said what was wrong; a kill is no result
+            keep(results_folder() / "failed" / f"{trial.name}.txt", " ".join(command) + "\n" + run.stderr[-2000:])
+        return False
+    results = json.loads((trial.folder / "results.json").read_text())
+    results.pop("distributions", None)
+    results["command"] = "python train.py " + " ".join(flags)
+    results["curve"] = curve(trial.folder / "metrics.jsonl")
+    keep(trial.result, json.dumps(results))
+    if trial.part != "main":  # the main part's models are used once more
+        shutil.rmtree(trial.folder)
+    return True
+
+
+def curve(metrics: Path) -> dict[str, list]:
+    """What tables and figures show of a training: {"irl validation/t1": [[step, value], ..], ..}."""
+    kept = ("validation/t1", "rollout/entropy", "rollout/length", "rollout/finished", "reward/mean",
+            "discriminator/accuracy", "discriminator/d_expert", "discriminator/d_negative")  # fmt: skip
+    series: dict[str, list] = {}
+    for line in map(json.loads, metrics.read_text().splitlines()):
+        if "validation/t1" in line or line["method"] == "warm-up" and line["step"] % 10 == 0:
+            for name in kept:
+                if name in line:
+                    series.setdefault(f"{line['method']} {name}", []).append([line["step"], round(line[name], 4)])
+    return series
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def run_all(trials: list[Trial], jobs: int, quick: bool) -> int:
+    """All of them, `jobs` at a time. Returns how many failed."""
+    failed = 0
+
+    def one(numbered):
+        number, trial = numbered
+        good = run_trial(trial, quick)
+        print(f"{number + 1:4d} of {len(trials)}  {trial.name}{'' if good else '  FAILED'}", flush=True)
+        return not good
+
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = sum(pool.map(one, enumerate(trials)))
+    return failed
+
+
+def main() -> None:
+    from experiments import inference, tables
+
+    parser = data.Parser(__doc__)
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="trials at a time, one thread each (default 2)")
+    parser.add_argument("--quick", action="store_true", help="tiny counts, written to results-quick/")
+    parser.add_argument("--tables", action="store_true", help="run nothing: tables and figures only")
+    args = parser.parse()
+    if args.seeds < 1 or args.jobs < 1:
+        raise UserError("--seeds and --jobs must be at least 1")
+    if args.quick:
+        environ["IRL_RESULTS"] = "results-quick"
+    parts = [args.only] if args.only else list(PARTS)
+    failed = 0
+    if not args.tables:
+        if "choose" in parts:
+            failed += run_all(choice_trials(), args.jobs, args.quick)
+        failed += run_all(all_trials(parts, args.seeds), args.jobs, args.quick)
+        if "inference" in parts:
+            inference.run(args.seeds, args.quick)
+    tables.write()
+    if failed:
+        raise UserError(f"{failed} trials failed: {results_folder() / 'failed'} says why")
+
+
+if __name__ == "__main__":
+    sys.exit(data.exit_status(main))

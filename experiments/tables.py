@@ -1,0 +1,241 @@
+"""results/summary.json, results/tables.md and the figures, from the trials that are there (experiments/run.py).
+
+Every number is a mean over seeds with its 95% interval (Student's t), and how many seeds it is over. Nothing is made up
+for trials that are missing: their rows are.
+"""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments import run as runs
+
+# two-sided 95% points of Student's t for 1, 2, .. degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+NAMES = {"base": "base", "sft": "SFT", "irl": "IRL, no verifier", "grpo": "GRPO, true answers"}
+RULES = ("random", "majority", "logprob", "sft_logprob", "reward", "reward_lowest", "reward_last", "reward_discounted",
+         "weighted_majority", "oracle")  # fmt: skip
+COLLAPSE = 0.1  # a run has collapsed if its validation accuracy ends this far below its best, or below where it began
+
+
+def interval(values: list[float]) -> list[float]:
+    """[mean, low, high] over seeds: mean +- t s / sqrt(n). One seed has no interval.
+
+    >>> interval([0.8, 0.9])
+    [0.85, 0.215, 1.485]
+    >>> interval([0.8])
+    [0.8, None, None]
+    """
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return [round(mean, 4), None, None]
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    half = T95[min(n - 2, len(T95) - 1)] * deviation / math.sqrt(n)
+    return [round(mean, 4), round(mean - half, 4), round(mean + half, 4)]
+
+
+def collapsed(curve: list) -> bool:
+    """Whether a validation curve [[step, accuracy], ..] ended far below its best, or below its first value.
+
+    >>> collapsed([[10, 0.4], [20, 0.8], [30, 0.5]]), collapsed([[10, 0.4], [20, 0.8], [30, 0.79]])
+    (True, False)
+    """
+    values = [value for _, value in curve]
+    return values[-1] < max(values) - COLLAPSE or values[-1] < values[0]
+
+
+def trials(prefix: str) -> dict[str, dict]:
+    """{name: what a trial found} of those whose name starts so."""
+    folder = runs.results_folder() / "trials"
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob(f"{prefix}-*.json"))}
+
+
+def over_seeds(found: list[dict], *path: str) -> list[float] | None:
+    """The interval of the value at this path in each of `found`; of a [mean, low, high], of its mean."""
+    values = []
+    for result in found:
+        for key in path:
+            result = result.get(key) if isinstance(result, dict) else None
+        if result is not None:
+            values.append(result[0] if isinstance(result, list) else result)
+    return interval(values) if values else None
+
+
+def main_summary() -> dict:
+    """What the main part says: accuracy by size and method, best of N, AUROC, localisation."""
+    by_size = {size: list(trials(f"main-{size}").values()) for size in runs.SIZES}
+    summary: dict = {"main": {}, "rerank": {}, "localise": {}}
+    for size, found in by_size.items():
+        if found:
+            summary["main"][str(size)] = {
+                method: {key: over_seeds(found, "methods", method, key) for key in ("t1", "greedy")}
+                | {f"pass@{k}": over_seeds(found, "methods", method, "pass@k", k) for k in ("4", "16")}
+                for method in NAMES
+            }
+    found = by_size[256]
+    if not found:
+        return summary
+    for n in ("4", "8", "16"):
+        summary["rerank"][n] = {rule: over_seeds(found, "rerank", n, rule) for rule in RULES}
+    summary["auroc"] = over_seeds(found, "reward", "auroc")
+    for kind in ("natural", "single"):
+        summary["localise"][kind] = {
+            hit: {s: over_seeds(found, "localise", kind, hit, s)
+                  for s in ("reward", "reward_drop", "logprob", "sft_logprob", "entropy", "chance")}
+            for hit in ("hit0", "hit1", "step")
+        }  # fmt: skip
+    summary["seeds"] = len(found)
+    irl = [r["curve"]["irl validation/t1"] for results in by_size.values() for r in results]
+    summary["collapses"], summary["runs"] = sum(map(collapsed, irl)), len(irl)
+    summary["names"] = {
+        "irl": "default settings", "reward": "mean of f over the tokens of a trace", "sft": "steps and rate chosen on validation",
+        "localise": "reward: the token with the lowest f; reward_drop: the largest fall of f from one token to the next",
+    }  # fmt: skip
+    return summary
+
+
+def percent(value: list | None) -> str:
+    """[0.825, 0.81, 0.84] as '82.5 [81.0, 84.0]'."""
+    if value is None:
+        return "–"
+    mean, low, high = value
+    return f"{100 * mean:.1f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main_tables(summary: dict) -> list[str]:
+    parts = []
+    for size, methods in summary["main"].items():
+        rows = [
+            [NAMES[m], *(percent(v.get(k)) for k in ("t1", "greedy", "pass@4", "pass@16"))] for m, v in methods.items()
+        ]
+        parts.append(f"### {size} demonstrations\n\n" + table(["", "T = 1", "greedy", "pass@4", "pass@16"], rows))
+    if summary["rerank"]:
+        rows = [[rule, *(percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16"))] for rule in RULES]
+        parts.append("### Best of N samples of the base\n\n" + table(["chosen by", "N = 4", "N = 8", "N = 16"], rows))
+        found = summary["localise"]
+        rows = [
+            [s, *(percent(found[kind][hit].get(s)) for kind in ("natural", "single") for hit in ("hit0", "hit1"))]
+            for s in found["natural"]["hit0"]
+        ]
+        head = ["pointed at by", "own errors, exact", "within 1", "planted, exact", "within 1"]
+        parts.append("### First wrong token\n\n" + table(head, rows))
+        parts.append(f"AUROC, right against wrong: {percent(summary['auroc'])}")
+    return parts
+
+
+def changed_table(part: str, changes: dict[str, str]) -> str:
+    """One row per change: T = 1, greedy, AUROC, seeds, collapses; and how many trials did not come to their end."""
+    rows = []
+    for label, flags in changes.items():
+        found = list(trials(f"{part}-{runs.plain(label)}").values())
+        found = [r for r in found if r["settings"]["name"].rpartition("-")[0] == f"x-{part}-{runs.plain(label)}"]
+        if found:
+            fell = sum(collapsed(r["curve"]["irl validation/t1"]) for r in found)
+            values = [over_seeds(found, "methods", "irl", "t1"), over_seeds(found, "methods", "irl", "greedy"),
+                      over_seeds(found, "reward", "auroc")]  # fmt: skip
+            rows.append([label, f"`{flags}`" if flags else "", *map(percent, values), str(len(found)), str(fell)])
+    return table(["", "flags", "T = 1", "greedy", "AUROC", "seeds", "collapsed"], rows) if rows else ""
+
+
+def choice_table() -> str:
+    """SFT on validation questions: how its baseline was chosen."""
+    rows = defaultdict(dict)
+    for found in trials("choose").values():
+        s = found["settings"]
+        rows[f"{s['sft_steps']} updates at {s['sft_lr']:g}"][s["demonstrations"]] = found["methods"]["sft"]
+    cells = lambda row: [
+        f"{100 * row[n]['t1']:.1f} / {100 * row[n]['greedy']:.1f}" if n in row else "–" for n in runs.SIZES
+    ]
+    return table(["SFT, T = 1 / greedy", *map(str, runs.SIZES)], [[name, *cells(row)] for name, row in rows.items()])
+
+
+def inference_tables() -> list[str]:
+    """Reranking on others' samples and on harder problems."""
+    found = [json.loads(p.read_text()) for p in sorted((runs.results_folder() / "inference").glob("*.json"))]
+    parts = []
+    for label in found[0] if found else ():
+        cases = [f[label] for f in found]
+        ns = [n for n in cases[0]["rerank"] if n.isdigit()]
+        rows = [[rule, *(percent(over_seeds(cases, "rerank", n, rule)) for n in ns)] for rule in RULES]
+        text = f"### Samples of: {label}\n\n" + table(["chosen by", *(f"N = {n}" for n in ns)], rows)
+        hit = ("localise", "natural", "hit0")
+        text += f"\n\nAUROC {percent(over_seeds(cases, 'rerank', 'auroc', 'reward'))}; first wrong token: reward "
+        parts.append(
+            text
+            + f"{percent(over_seeds(cases, *hit, 'reward'))}, SFT {percent(over_seeds(cases, *hit, 'sft_logprob'))}"
+        )
+    return parts
+
+
+def draw_collapses(path: Path) -> None:
+    """Validation accuracy of every ablation: the default, what collapsed, and the others behind."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for label in runs.ABLATIONS:
+        for name, found in trials(f"ablations-{runs.plain(label)}").items():
+            if not name.endswith("-0") or name != f"ablations-{runs.plain(label)}-0":
+                continue
+            steps, values = zip(*found["curve"]["irl validation/t1"])
+            fell = collapsed(found["curve"]["irl validation/t1"])
+            style = (
+                dict(linewidth=2, label=label)
+                if fell or label == "default"
+                else dict(color="0.8", linewidth=1, zorder=0)
+            )
+            axes.plot(steps, values, **style)
+    axes.set(xlabel="policy step", ylabel="right at T = 1, validation", ylim=(0, 1), title="seed 0; grey: no collapse")
+    axes.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_best_of_n(path: Path) -> None:
+    """Best of N on the base's samples, N = 1 .. 64."""
+    found = [json.loads(p.read_text())["base"] for p in sorted((runs.results_folder() / "inference").glob("*.json"))]
+    if not found:
+        return
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for rule in ("oracle", "reward", "sft_logprob", "weighted_majority", "majority", "random", "logprob"):
+        ns = [n for n in found[0]["rerank"] if n.isdigit()]
+        values = [over_seeds(found, "rerank", n, rule) for n in ns]
+        axes.plot([int(n) for n in ns], [v[0] for v in values], marker="o", markersize=3, label=rule)
+        if values[0][1] is not None:
+            axes.fill_between([int(n) for n in ns], [v[1] for v in values], [v[2] for v in values], alpha=0.15)
+    axes.set(xscale="log", xticks=[int(n) for n in ns], xticklabels=ns, xlabel="N", ylabel="share right", ylim=(0, 1))
+    axes.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def write() -> None:
+    """summary.json, tables.md, two figures."""
+    folder = runs.results_folder()
+    folder.mkdir(exist_ok=True)
+    summary = main_summary()
+    runs.keep(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    failed = sorted(path.stem for path in (folder / "failed").glob("*.txt"))
+    parts = ["# Results\n\nWritten by `python -m experiments.run`. % right, mean over seeds with its 95% interval."]
+    parts += main_tables(summary)
+    for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS)):
+        rows = changed_table(part, changes)
+        parts += [f"### {part.capitalize()}, 256 demonstrations\n\n{rows}"] if rows else []
+    parts += inference_tables()
+    parts += ["### How SFT was chosen, on validation questions\n\n" + choice_table()] if trials("choose") else []
+    parts += ["Failed: " + ", ".join(failed)] if failed else []
+    runs.keep(folder / "tables.md", "\n\n".join(parts) + "\n")
+    draw_collapses(folder / "collapses.svg")
+    draw_best_of_n(folder / "best-of-n.svg")
+    print(f"{folder / 'summary.json'}, {folder / 'tables.md'}")
