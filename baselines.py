@@ -77,7 +77,7 @@ class GRPO:
         outcomes = torch.tensor([float(data.is_correct(examples[i // s.group], text)) for i, text in enumerate(texts)])
         advantages = policy.grpo_advantages(outcomes, s.group).to(mask.device)[:, None] * mask  # [B, T]
         self.policy_model.train()
-        policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.max_steps)
+        policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
         for _ in range(s.epochs):
             loss = policy.accumulate(lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
                                      len(batch), s.micro_batch, float(mask.sum()))  # fmt: skip

@@ -83,8 +83,9 @@ class IRL:
         A reward that learnt from few demonstrations has paid for it with skills of its start. The mean of its weights
         before and after keeps most of both (Wortsman et al. 2021, arXiv 2109.01903).
 
-        With start = reward the policy begins as a copy of the reward. E[f - log pi] is greatest at pi = exp f, and a
-        likelihood's exp f is a policy already: what alpha = 1 would have to learn by sampling is there.
+        With start = reward the policy begins at the optimum for this f. E[f - alpha log pi] is greatest at
+        pi ~ exp(f / alpha), and that is the reward's own network with its logits divided by alpha: what the policy
+        would have to learn by sampling is there, as long as gamma = 0 and f is a likelihood. What follows moves both.
         """
         s, parameters = self.settings, list(self.discriminator.reward_model.parameters())
         for parameter, start in zip(parameters, self.reward_start):
@@ -93,6 +94,7 @@ class IRL:
         if s.start == "reward":
             for parameter, learnt in zip(self.policy_model.parameters(), parameters):
                 parameter.copy_(learnt)
+            policy.divide_logits(self.policy_model, s.entropy_coef)
 
     def rollout(self, questions: list[str], group: int) -> tuple[Rollout, dict]:
         """Stage 1. `group` responses to each question, sampled from the policy as it is now."""

@@ -396,6 +396,21 @@ def in_chunks(function: Callable, batch: Batch, rows: int = 64, *aligned: torch.
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def divide_logits(model, by: float) -> None:
+    """Change the weights so that all logits come out divided by `by`: a policy at temperature `by`, for good.
+
+    Logits are linear in what the last norm scales (unless they are capped), so it is its weight that is divided.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    before, norm = model(tokens).logits, getattr(model.get_decoder(), "norm", None)
+    if norm is not None:
+        norm.weight /= by
+    after = model(tokens).logits
+    if (after * by - before).norm() > 1e-2 * before.norm():
+        raise UserError("this model's logits cannot be divided by scaling its last norm: use --start base")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 4. Returns, baselines, advantages
 # ---------------------------------------------------------------------------------------------------------------

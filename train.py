@@ -109,7 +109,8 @@ class Settings:
     group: int = setting(None, "samples per question (G)")
     temperature: float = setting(1.0, "sampling temperature in training")
     top_p: float = setting(1.0, "nucleus of training samples")
-    max_steps: int = setting(None, "policy steps of IRL and GRPO")
+    max_steps: int = setting(None, "policy steps of IRL")
+    grpo_steps: int = setting(None, "policy steps of GRPO")
     policy_lr: float = setting(None, "learning rate of IRL's policy")
     grpo_lr: float = setting(None, "learning rate of GRPO")
     sft_steps: int = setting(None, "updates of SFT")
@@ -136,12 +137,12 @@ class Settings:
 # What depends on the size of the model. Rates for large models are the customary ones, not tuned here.
 PRESETS = {
     "small": dict(data="words", method="all", extra_questions=4000, max_new_tokens=64, warm_up_lr=3e-4, reward_lr=1e-5,
-                  reward_average=0.5, policy_loss="exact", entropy_coef=0.05, gamma=0.0, questions=16, group=4,
-                  max_steps=400, policy_lr=2e-4, grpo_lr=4e-4, sft_steps=200, sft_lr=3e-4, micro_batch=256,
+                  reward_average=0.5, policy_loss="exact", entropy_coef=0.2, gamma=0.0, questions=16, group=4,
+                  max_steps=100, policy_lr=1e-4, grpo_steps=400, grpo_lr=4e-4, sft_steps=480, sft_lr=3e-4, micro_batch=256,
                   eval_questions=500, eval_samples=8, rerank_questions=250),
     "large": dict(data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, warm_up_lr=1e-5, reward_lr=2e-6,
                   reward_average=0.0, policy_loss="exact", entropy_coef=0.1, gamma=0.0, questions=32, group=8,
-                  max_steps=200, policy_lr=2e-6, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=2,
+                  max_steps=200, policy_lr=2e-6, grpo_steps=200, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=2,
                   eval_questions=200, eval_samples=4, rerank_questions=100),
 }  # fmt: skip
 
@@ -196,7 +197,7 @@ def complete(given: dict) -> Settings:
 
 def can_start_at_reward(s: Settings) -> bool:
     """Whether the reward is a policy: a language model, of the policy's own size, whose f is the expert's log-density."""
-    return s.reward == "likelihood" and s.logit == "airl" and s.reward_model == s.model
+    return s.reward == "likelihood" and s.logit == "airl" and s.reward_model == s.model and s.entropy_coef > 0
 
 
 def saved_settings(given: dict) -> Settings:
@@ -237,8 +238,8 @@ def is_finished(folder: Path) -> bool:
 def check(s: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     counts = ("demonstrations", "words_steps", "max_new_tokens", "questions", "group", "epochs", "micro_batch",
-              "eval_samples", "eval_questions", "rerank_n", "rerank_questions", "max_steps", "sft_steps", "sft_batch",
-              "rollouts_per_expert")  # fmt: skip
+              "eval_samples", "eval_questions", "rerank_n", "rerank_questions", "max_steps", "grpo_steps", "sft_steps",
+              "sft_batch", "rollouts_per_expert")  # fmt: skip
     for name in counts:
         if getattr(s, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1, not {getattr(s, name)}")
@@ -247,7 +248,9 @@ def check(s: Settings) -> None:
     if s.group < 2:
         raise UserError("--group must be at least 2: a sample is judged against the others of its group")
     if s.start == "reward" and not can_start_at_reward(s):
-        raise UserError("--start reward takes --reward likelihood, --logit airl and no other --reward-model")
+        raise UserError(
+            "--start reward takes --reward likelihood, --logit airl, an --entropy-coef above 0 and no other --reward-model"
+        )
     if not 0 <= s.reward_average <= 1:
         raise UserError(f"--reward-average must be between 0 and 1, not {s.reward_average}")
     if s.rollouts_per_expert > s.group:
@@ -566,7 +569,7 @@ class Run:
     def train_grpo(self) -> None:
         """Train on the true answers."""
         trainer = self.resumed(baselines.GRPO(self.s, self.tokenizer, self.load(), self.experts + self.extra))
-        self.run_steps("grpo", trainer, self.s.max_steps, validate=True)
+        self.run_steps("grpo", trainer, self.s.grpo_steps, validate=True)
         self.save_model(trainer.policy_model, self.folder_of("grpo"))
 
     def make_loop(self, kind: type[irl.IRL] = irl.IRL) -> irl.IRL:

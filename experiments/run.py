@@ -10,10 +10,10 @@ run `--jobs` at a time, one thread each, in runs/x-<name>; what they found goes 
 a trial whose file is there is not run again. A trial that fails leaves its last lines in results/failed/<name>.txt, and
 the tables say so. (experiments/tables.py makes results/summary.json, the tables and the figures of them.)
 
-    choose      SFT's number of updates and rate, and its sampling temperature, on validation questions: no test set here
+    choose      SFT's number of updates and rate, on validation questions: no test set here
     main        base, SFT, IRL, GRPO with 64, 256 and 1,024 demonstrations, five seeds, 1,000 test questions
-    variants    IRL otherwise: sparse, per step, from the base, from SFT, without extra questions, PPO
-    ablations   one setting changed at a time, three seeds
+    variants    IRL otherwise: from the base, from SFT, without extra questions, PPO with a reward per token, step or trace
+    ablations   one setting changed at a time, three seeds, with a policy that starts at the base
     inference   reranking up to N = 64, localisation, and transfer, with the models of the main part
 """
 
@@ -32,60 +32,63 @@ from data import UserError
 ROOT = Path(__file__).parents[1]
 SIZES = (64, 256, 1024)  # demonstrations
 PARTS = ("choose", "main", "variants", "ablations", "inference")
-CHOICES = {steps: rates for steps, rates in ((60, "3e-4 6e-4"), (120, "3e-4 6e-4"), (240, "3e-4"), (480, "3e-4"))}
-QUICK = ("--max-steps 4 --sft-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 --eval-questions 20 "
-         "--eval-samples 4 --rerank-questions 12 --rerank-n 4 --validate-every 2")  # fmt: skip
+CHOICES = {60: "3e-4 6e-4", 120: "3e-4 6e-4", 240: "3e-4", 480: "3e-4 6e-4", 960: "3e-4"}  # SFT's updates: rates
+QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 "
+         "--eval-questions 20 --eval-samples 4 --rerank-questions 12 --rerank-n 4 --validate-every 2")  # fmt: skip
 
 # What is changed, in train.py's flags. PPO is the loss that takes every reward.
 PPO = "--policy-loss ppo --gamma 0.9"
+BASE = "--start base --policy-lr 4e-4 --max-steps 400"  # a policy that has all the way to go needs more steps
 VARIANTS = {
-    "start at the base": "--start base",
-    "start at SFT": "--start sft",
+    "start at the base": BASE,
+    "start at SFT": "--start sft --max-steps 200",
     "no extra questions": "--extra-questions 0",
-    "dense, PPO": PPO,
-    "per step, PPO": f"{PPO} --granularity interval",
-    "sparse, PPO": f"{PPO} --granularity sparse --gamma 1",
+    "reward not averaged": "--reward-average 0",
+    "the start alone": "--max-steps 1 --policy-lr 1e-9",
+    "dense, PPO, from the base": f"{PPO} {BASE}",
+    "per step, PPO, from the base": f"{PPO} {BASE} --granularity interval",
+    "sparse, PPO, from the base": f"{PPO} {BASE} --granularity sparse --gamma 1",
 }
 ABLATIONS = {
-    "default": "",
-    "linear head, PPO": f"{PPO} --reward head --start base",
-    "likelihood, PPO": f"{PPO} --start base",
-    "GAIL logit, PPO": f"{PPO} --logit gail --start base",
-    "Bradley-Terry": "--discriminator-loss bt",
-    "Wasserstein": "--discriminator-loss wgan",
-    "no likelihood term": "--reward-nll 0",
-    "perturbed 0": "--perturbed 0",
-    "perturbed 1": "--perturbed 1",
-    "perturbed 4": "--perturbed 4",
-    "no label smoothing": "--label-smoothing 0",
-    "label smoothing 0.3": "--label-smoothing 0.3",
-    "discriminator 10 x faster": "--reward-lr 1e-4",
-    "discriminator 30 x faster": "--reward-lr 3e-4",
-    "2 discriminator updates": "--discriminator-updates 2",
-    "frozen after warm-up": "--freeze-reward",
-    "no replay": "--replay 0",
-    "warm-up 15": "--warm-up 15",
-    "warm-up 240": "--warm-up 240",
-    "group 2": "--group 2 --questions 32",
-    "group 8": "--group 8 --questions 8",
-    "group 16": "--group 16 --questions 4",
-    "gamma 0.5": "--gamma 0.5",
-    "gamma 0.9": "--gamma 0.9",
-    "gamma 1": "--gamma 1",
-    "REINFORCE": "--policy-loss reinforce",
-    "REINFORCE, exact baseline": "--policy-loss reinforce --baseline exact",
-    "PPO": "--policy-loss ppo",
-    "best of group": "--policy-loss best",
-    "alpha 1": "--entropy-coef 1",
-    "alpha 0.3": "--entropy-coef 0.3",
-    "alpha 0.1": "--entropy-coef 0.1",
-    "alpha 0.01": "--entropy-coef 0.01",
-    "KL 0.01": "--kl-coef 0.01",
-    "KL 0.1": "--kl-coef 0.1",
-    "policy rate x 4": "--policy-lr 8e-4",
-    "10% wrong demonstrations": "--wrong-demonstrations 0.1",
-    "25% wrong demonstrations": "--wrong-demonstrations 0.25",
-    "random reward, PPO": f"{PPO} --reward random",
+    "default": BASE,
+    "linear head, PPO": f"{PPO} {BASE} --reward head",
+    "likelihood, PPO": f"{PPO} {BASE}",
+    "GAIL logit, PPO": f"{PPO} {BASE} --logit gail",
+    "random reward, PPO": f"{PPO} {BASE} --reward random",
+    "Bradley-Terry": f"{BASE} --discriminator-loss bt",
+    "Wasserstein": f"{BASE} --discriminator-loss wgan",
+    "no likelihood term": f"{BASE} --reward-nll 0",
+    "reward not averaged": f"{BASE} --reward-average 0",
+    "discriminator 10 x faster": f"{BASE} --reward-lr 1e-4",
+    "discriminator 30 x faster": f"{BASE} --reward-lr 3e-4",
+    "frozen after warm-up": f"{BASE} --freeze-reward",
+    "warm-up 15": f"{BASE} --warm-up 15",
+    "warm-up 240": f"{BASE} --warm-up 240",
+    "alpha 1": f"{BASE} --entropy-coef 1",
+    "alpha 0.05": f"{BASE} --entropy-coef 0.05",
+    "REINFORCE": f"{BASE} --policy-loss reinforce",
+    "best of group": f"{BASE} --policy-loss best",
+    "policy rate x 3": f"{BASE} --policy-lr 1.2e-3",
+    "25% wrong demonstrations": f"{BASE} --wrong-demonstrations 0.25",
+    "10% wrong demonstrations": f"{BASE} --wrong-demonstrations 0.1",
+    "gamma 0.9": f"{BASE} --gamma 0.9",
+    "perturbed 0": f"{BASE} --perturbed 0",
+    "perturbed 4": f"{BASE} --perturbed 4",
+    "no replay": f"{BASE} --replay 0",
+    "no label smoothing": f"{BASE} --label-smoothing 0",
+    "KL 0.1": f"{BASE} --kl-coef 0.1",
+    "group 2": f"{BASE} --group 2 --questions 32",
+    "group 16": f"{BASE} --group 16 --questions 4",
+    "gamma 0.5": f"{BASE} --gamma 0.5",
+    "gamma 1": f"{BASE} --gamma 1",
+    "perturbed 1": f"{BASE} --perturbed 1",
+    "2 discriminator updates": f"{BASE} --discriminator-updates 2",
+    "PPO": f"{BASE} --policy-loss ppo",
+    "REINFORCE, exact baseline": f"{BASE} --policy-loss reinforce --baseline exact",
+    "alpha 0.5": f"{BASE} --entropy-coef 0.5",
+    "KL 0.01": f"{BASE} --kl-coef 0.01",
+    "label smoothing 0.3": f"{BASE} --label-smoothing 0.3",
+    "group 8": f"{BASE} --group 8 --questions 8",
 }
 
 
@@ -131,25 +134,35 @@ def choice_trials() -> list[Trial]:
     return trials
 
 
-def chosen_sft(size: int) -> str:
-    """The flags of the SFT that was best on validation questions, at temperature 1."""
+def chosen_sft(size: int, by: str = "t1") -> str:
+    """The flags of the SFT that was best on validation questions: t1 at temperature 1, greedy at 0."""
     found = [read(t) for t in choice_trials() if f"choose-{size}-" in t.name and t.result.exists()]
     if not found:
         raise UserError("the SFT baseline is not chosen yet: run --only choose first")
-    best = max(found, key=lambda r: r["methods"]["sft"]["t1"])["settings"]
+    best = max(found, key=lambda r: r["methods"]["sft"][by])["settings"]
     return f"--sft-steps {best['sft_steps']} --sft-lr {best['sft_lr']}"
 
 
 def main_trials(seeds: int) -> list[Trial]:
+    """GRPO learns from answers, not from demonstrations: once per seed, on the questions of the 256 and the extra ones."""
     trials = []
-    for seed in range(seeds):
-        for size in (256, 1024, 64):
-            flags = (
-                f"--method sft,irl,grpo --demonstrations {size} --seed {seed} --eval-questions 1000 --eval-samples 16"
-            )
-            flags += f" --rerank-questions 500 --rerank-n 16 {chosen_sft(size)}"
+    for size in (256, 1024, 64):
+        for seed in range(seeds):
+            methods = "sft,irl,grpo" if size == 256 else "sft,irl"
+            flags = f"--method {methods} --demonstrations {size} --seed {seed} --eval-questions 1000 --eval-samples 16"
+            flags += f" --rerank-questions 250 --rerank-n 16 {chosen_sft(size)}"
             trials.append(Trial(f"main-{size}-{seed}", flags, "main"))
     return trials
+
+
+def greedy_trials(seeds: int) -> list[Trial]:
+    """SFT once more, with the updates and rate whose greedy answers were best: for those who sample at temperature 0."""
+    flags = "--method sft --eval-questions 1000 --eval-samples 16"
+    return [
+        Trial(f"greedy-{size}-{seed}", f"{flags} --demonstrations {size} --seed {seed} {chosen_sft(size, 'greedy')}", "main")
+        for size in (256, 1024, 64)
+        for seed in range(seeds)
+    ]
 
 
 def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial]:
@@ -166,7 +179,7 @@ def all_trials(parts: list[str], seeds: int) -> list[Trial]:
     """In the order in which they are worth having."""
     trials = []
     if "main" in parts:
-        trials += main_trials(seeds)
+        trials += main_trials(seeds) + greedy_trials(seeds)
     if "variants" in parts:
         trials += changed_trials("variants", VARIANTS, seeds)
     if "ablations" in parts:
@@ -197,7 +210,7 @@ def run_trial(trial: Trial, quick: bool) -> bool:
     results["command"] = "python train.py " + " ".join(flags)
     results["curve"] = curve(trial.folder / "metrics.jsonl")
     keep(trial.result, json.dumps(results))
-    if trial.part != "main":  # the main part's models are used once more
+    if not trial.name.startswith("main-256"):  # whose models the part `inference` uses
         shutil.rmtree(trial.folder)
     return True
 

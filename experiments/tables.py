@@ -28,7 +28,7 @@ def interval(values: list[float]) -> list[float]:
     """[mean, low, high] over seeds: mean +- t s / sqrt(n). One seed has no interval.
 
     >>> interval([0.8, 0.9])
-    [0.85, 0.215, 1.485]
+    [0.85, 0.2147, 1.4853]
     >>> interval([0.8])
     [0.8, None, None]
     """

@@ -59,5 +59,5 @@ def all_logprobs(model, batch):
 def settings():
     """Settings small enough for a test: change with dataclasses.replace."""
     flags = "--demonstrations 16 --extra-questions 0 --questions 4 --group 4 --eval-questions 8 --rerank-questions 8 "
-    flags += "--rerank-n 4 --max-steps 2 --sft-steps 4 --warm-up 2 --validate-every 0 --device cpu"
+    flags += "--rerank-n 4 --max-steps 2 --grpo-steps 2 --sft-steps 4 --warm-up 2 --validate-every 0 --device cpu"
     return parse_settings(flags.split())

@@ -18,7 +18,15 @@ from test_report import Elements, full_run, write
 
 import report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge", "microsoft-edge")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "msedge",
+    "microsoft-edge",
+)
 POLICY_TAG = f'<meta http-equiv="Content-Security-Policy" content="{report.POLICY}">'
 
 
@@ -125,7 +133,9 @@ def opened(browser: str, page: str, folder) -> str:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync", "--virtual-time-budget=3000", "--dump-dom",
              f"--user-data-dir={folder / 'profile'}"]  # fmt: skip
-    done = subprocess.run([browser, *flags, (folder / "page.html").as_uri()], capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        [browser, *flags, (folder / "page.html").as_uri()], capture_output=True, timeout=120, check=False
+    )
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -184,5 +194,7 @@ def test_no_attack_runs_in_a_browser(browser, site, no_figures, tmp_path, reques
     version = subprocess.run([browser, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     number = re.search(r"\d+(\.\d+)*", version)
     name = f"{browser.replace(chr(92), '/').split('/')[-1]} {number.group() if number else ''}".strip()
-    report_line(request.config, f"browser: {name}, {len(marks)} of {len(texts)} payloads ran, {len(asked)} requests made")
+    report_line(
+        request.config, f"browser: {name}, {len(marks)} of {len(texts)} payloads ran, {len(asked)} requests made"
+    )
     assert not marks and not asked

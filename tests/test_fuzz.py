@@ -346,7 +346,12 @@ def test_a_damaged_model_folder(survives, tmp_path_factory):
     whole = {name: (run / "reward" / name).read_bytes() for name in os.listdir(run / "reward")}
 
     @inputs(40)
-    @given(st.sampled_from(sorted(whole)), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8), st.booleans())
+    @given(
+        st.sampled_from(sorted(whole)),
+        st.floats(0, 1, exclude_max=True),
+        st.binary(min_size=1, max_size=8),
+        st.booleans(),
+    )
     def check(name, place, what, cut):
         content = whole[name]
         broken = content[: int(place * len(content))] if cut else damage(content, place, what)
@@ -390,7 +395,7 @@ def test_reports_of_odd_runs(survives, tmp_path_factory):
                 content = "\n".join(map(json.dumps, lines)).encode()
             (run / name).write_bytes(content)
         survives(report.write_report, run)
-        for trace in (report.read_run(run)["traces"] if survives(report.read_run, run) else []):
+        for trace in report.read_run(run)["traces"] if survives(report.read_run, run) else []:
             if isinstance(trace, dict):
                 survives(report.picture, trace, 1.0)
 

@@ -100,9 +100,13 @@ def patterns() -> list:
 
 
 def test_every_regular_expression_is_found():
-    calls = sum(len(re.findall(r"\bre\.[a-z]+\(|\bRegex\(", (ROOT / f"{m}.py").read_text(encoding="utf-8"))) for m in MODULES)
+    calls = sum(
+        len(re.findall(r"\bre\.[a-z]+\(|\bRegex\(", (ROOT / f"{m}.py").read_text(encoding="utf-8"))) for m in MODULES
+    )
     assert len(patterns()) == calls > 15
-    assert not any(re.search(r"from re import|import re as", (ROOT / f"{m}.py").read_text(encoding="utf-8")) for m in MODULES)
+    assert not any(
+        re.search(r"from re import|import re as", (ROOT / f"{m}.py").read_text(encoding="utf-8")) for m in MODULES
+    )
 
 
 @pytest.mark.parametrize("method, pattern", patterns())
@@ -127,7 +131,11 @@ def broken(text):
 
 USES = {
     "extract_answer": data.extract_answer,
-    "same_answer": lambda text: (data.same_answer(text, text), data.same_answer("1", text), data.same_answer(text, "1")),
+    "same_answer": lambda text: (
+        data.same_answer(text, text),
+        data.same_answer("1", text),
+        data.same_answer(text, "1"),
+    ),
     "is_correct": lambda text: data.is_correct(Example("?", "", text), text),
     "from_record": lambda text: data.from_record({"question": "?", "trace": text, "answer": f"1{text}"}),
     "from_gsm8k": lambda text: data.from_record({"question": "?", "answer": f"{text}#### 1"}),
@@ -241,7 +249,10 @@ def test_code_in_a_model_folder_is_not_run(tmp_path, model_type):
         "AutoConfig": "configuration_evil.EvilConfig"} | dict.fromkeys(classes, "modeling_evil.EvilModel")}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_evil.EvilTokenizer"] * 2}}
+    config |= {
+        "tokenizer_class": "EvilTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_evil.EvilTokenizer"] * 2},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     before = list(sys.path)
     for load in LOADERS:
@@ -286,12 +297,21 @@ def dangers(source: str) -> list[str]:
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in FORBIDDEN_MODULES]
         elif isinstance(node, ast.ImportFrom):
             named = {((node.module or "").split(".")[0], alias.name) for alias in node.names}
-            found += [module for module, name in named if module in FORBIDDEN_MODULES or (module, name) in FORBIDDEN_ATTRIBUTES]
+            found += [
+                module
+                for module, name in named
+                if module in FORBIDDEN_MODULES or (module, name) in FORBIDDEN_ATTRIBUTES
+            ]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
             found.append(node.func.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             found += [f"{node.value.id}.{node.attr}"] * ((node.value.id, node.attr) in FORBIDDEN_ATTRIBUTES)
-        elif isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "shell", "allow_pickle", "weights_only"):
+        elif isinstance(node, ast.keyword) and node.arg in (
+            "trust_remote_code",
+            "shell",
+            "allow_pickle",
+            "weights_only",
+        ):
             safe = isinstance(node.value, ast.Constant) and node.value.value is (node.arg == "weights_only")
             found += [] if safe else [node.arg]
     return found
@@ -299,8 +319,10 @@ def dangers(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_runs_what_a_file_says(path):
-    excused = {"tests/test_hostile.py": ["pickle"],  # made here, to show that nobody opens it
-               "exercises/solutions/test_hints.py": ["exec"]}  # of our own source, with a mistake put in
+    excused = {
+        "tests/test_hostile.py": ["pickle"],  # made here, to show that nobody opens it
+        "exercises/solutions/test_hints.py": ["exec"],
+    }  # of our own source, with a mistake put in
     assert dangers(path.read_text(encoding="utf-8")) == excused.get(path.relative_to(ROOT).as_posix(), [])
 
 
@@ -380,7 +402,9 @@ def test_an_error_on_an_ascii_terminal_is_one_line(tmp_path):
 
 def test_a_candidate_cannot_command_the_terminal(finished_run, inside, tmp_path):
     text = "\x1b]0;owned\x07\x1b[2J\u202e<think>\n1+1=2\n</think>\n<answer>2</answer>"
-    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "Ava has 2 pens. How many pens?", "candidates": [text]}))
+    (tmp_path / "mine.jsonl").write_text(
+        json.dumps({"question": "Ava has 2 pens. How many pens?", "candidates": [text]})
+    )
     status, shown, _ = inside(rerank.main, "--run", str(finished_run), "--candidates", str(tmp_path / "mine.jsonl"))
     assert status == 0 and "\\x1b]0;owned\\x07" in shown and "\\u202e" in shown
     assert not set("\x1b\x07\u202e") & set(shown)
