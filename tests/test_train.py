@@ -14,7 +14,8 @@ import train
 from data import UserError
 
 TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 12 --rerank-questions 12 "
-        "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --warm-up 2 --validate-every 1 --device cpu").split()  # fmt: skip
+        "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --warm-up 2 --validate-every 1 "
+        "--device cpu").split()  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
