@@ -45,6 +45,9 @@ RULES = {
 }
 POINTERS = {
     "reward": "reward: lowest token",
+    "reward_first": "reward: first below -1",
+    "sft_logprob_first": "SFT log-prob: first below -1",
+    "logprob_first": "policy log-prob: first below -1",
     "reward_drop": "reward: largest drop",
     "sft_logprob": "SFT log-prob: lowest",
     "logprob": "policy log-prob: lowest",

@@ -48,6 +48,7 @@ RULES = ("mean", "last", "lowest", "discounted")
 GAMMA = 0.9  # discount of a trace's later scores; the training's gamma is another matter
 VOTE_TEMPERATURE = 0.25  # of 1, 1/2 and 1/4 the best on validation questions of words
 VOTE_SUBSETS = 20  # subsets of n candidates that a majority vote is averaged over, where there are more
+SUSPICIOUS = -1.0  # log-probability below which a token is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation
 PERTURBED_PER_EXPERT = 4  # broken copies of each expert trace in the synthetic localisation test
 
 # ------------------------------------------------------------------------------------------------------------
@@ -306,15 +307,22 @@ def bootstrap(values: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[fl
 def predicted_place(values: torch.Tensor, ends: torch.Tensor, rule: str) -> torch.Tensor:
     """The column that a signal points at: [B, T], [B, T] -> [B]. `ends` is 1 where a value was read.
 
-    lowest, highest: there, at the first of equals. drop: at t+1 of the largest r_t - r_{t+1}, the token after
-    the fall (the released code of arXiv 2510.01857); t and t+1 are neighbours among the values read. A lone
-    value is its own place.
+    lowest, highest: there, at the first of equals.
+    drop: at t+1 of the largest r_t - r_{t+1}, the token after the fall (the released code of arXiv 2510.01857); t and
+    t+1 are neighbours among the values read. A lone value is its own place.
+    first: the first value below SUSPICIOUS, or else the lowest. For log-probabilities: what follows an error, and does
+    not fit it, can look worse than the error itself.
 
     >>> r, ends = torch.tensor([[9.0, 5.0, 4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]])
     >>> [predicted_place(r, ends, rule).item() for rule in ("lowest", "highest", "drop")]
     [4, 1, 3]
+    >>> predicted_place(torch.tensor([[-0.1, -1.2, -0.3, -3.0]]), torch.ones(1, 4), "first").item()
+    1
     """
     read = ends.bool()
+    if rule == "first":
+        low = read & (values < SUSPICIOUS)
+        return torch.where(low.any(1), low.long().argmax(1), predicted_place(values, ends, "lowest"))
     if rule == "drop":
         columns = torch.arange(values.shape[1], device=values.device)
         latest = torch.where(read, columns, -1).cummax(1).values  # [B, T], the last score read up to t
@@ -597,13 +605,14 @@ def perturbed_experts(tokenizer, examples: list[Example], rng: random.Random):
 
 def place_results(
     batch: Batch, truth: torch.Tensor, questions: torch.Tensor, signals: dict[str, torch.Tensor],
-    ends: torch.Tensor, ends_step: torch.Tensor, seed: int = 0,
+    ends: torch.Tensor, ends_step: torch.Tensor, seed: int = 0, likelihood: bool = True,
 ) -> dict:  # fmt: skip
     """{"hit0": {signal: [mean, low, high], ..}, "hit1": .., "step": .., "count": B} for B traces.
 
     truth [B]: the column of the first error. questions [B]: traces of one are averaged before the bootstrap.
 
-    Signals: reward (lowest), reward_drop, logprob and sft_logprob (lowest), entropy (highest). chance draws
+    Signals: reward, logprob and sft_logprob (lowest), the same with _first (of log-probabilities: a reward that is
+    none, a linear head's, has no such), reward_drop, entropy (highest). chance draws
     from all tokens of the trace; chance_reward from those where the reward is read, the same if it is dense.
     """
     if len(truth) == 0:
@@ -613,9 +622,14 @@ def place_results(
     if "reward" in signals:
         predicted["reward"] = predicted_place(signals["reward"], ends, "lowest")
         predicted["reward_drop"] = predicted_place(signals["reward"], ends, "drop")
-    for name, rule in (("logprob", "lowest"), ("sft_logprob", "lowest"), ("entropy", "highest")):
+        if likelihood:
+            predicted["reward_first"] = predicted_place(signals["reward"], ends, "first")
+    for name in ("logprob", "sft_logprob"):
         if name in signals:
-            predicted[name] = predicted_place(signals[name], mask, rule)
+            predicted[name] = predicted_place(signals[name], mask, "lowest")
+            predicted[f"{name}_first"] = predicted_place(signals[name], mask, "first")
+    if "entropy" in signals:
+        predicted["entropy"] = predicted_place(signals["entropy"], mask, "highest")
 
     def interval(values: torch.Tensor) -> list[float]:
         return bootstrap(torch.stack([values[questions == q].mean() for q in questions.unique()]), seed=seed)
@@ -645,7 +659,8 @@ def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], to
     batch = candidates.batch[rows]
     kept = {name: value[rows, : batch.tokens.shape[1]] for name, value in values.items()}
     ends = reward_ends(batch, discriminator)
-    natural = place_results(batch, truth[rows], rows // candidates.n, kept, ends, ends_step, seed)
+    likelihood = discriminator.reward_model.scores_all_actions and discriminator.granularity == "dense"
+    natural = place_results(batch, truth[rows], rows // candidates.n, kept, ends, ends_step, seed, likelihood)
 
     rng = random.Random(f"broken {seed}")
     broken, truth, questions = perturbed_experts(tokenizer, candidates.examples, rng)
@@ -653,7 +668,7 @@ def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], to
     if len(truth):
         kept = signals(broken, discriminator, policy_model, sft_model)
         ends = reward_ends(broken.batch, discriminator)
-        single = place_results(broken.batch, truth, questions, kept, ends, ends_step, seed)
+        single = place_results(broken.batch, truth, questions, kept, ends, ends_step, seed, likelihood)
     return {"natural": natural, "single": single}
 
 

@@ -629,7 +629,11 @@ def table(results: dict) -> str:
         lines.append(f"{'AUROC, right against wrong':37s}reward {results['reward']['auroc']:.3f}")
     for kind, name in (("natural", "its own errors"), ("single", "one planted error")):
         hits = results["localise"].get(kind, {}).get("hit0", {})
-        found = ", ".join(f"{key} {value[0]:.3f}" for key, value in hits.items() if key != "chance_reward")
+        found = ", ".join(
+            f"{key} {value[0]:.3f}"
+            for key, value in hits.items()
+            if key.endswith("_first") or (key == "reward" and "reward_first" not in hits)
+        )
         lines += [f"{'first wrong token, ' + name:37s}{found}"] if hits else []
     return "\n".join(lines)
 

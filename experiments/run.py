@@ -159,7 +159,11 @@ def greedy_trials(seeds: int) -> list[Trial]:
     """SFT once more, with the updates and rate whose greedy answers were best: for those who sample at temperature 0."""
     flags = "--method sft --eval-questions 1000 --eval-samples 16"
     return [
-        Trial(f"greedy-{size}-{seed}", f"{flags} --demonstrations {size} --seed {seed} {chosen_sft(size, 'greedy')}", "main")
+        Trial(
+            f"greedy-{size}-{seed}",
+            f"{flags} --demonstrations {size} --seed {seed} {chosen_sft(size, 'greedy')}",
+            "main",
+        )
         for size in (256, 1024, 64)
         for seed in range(seeds)
     ]

@@ -21,6 +21,10 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NAMES = {"base": "base", "sft": "SFT", "irl": "IRL, no verifier", "grpo": "GRPO, true answers"}
 RULES = ("random", "majority", "logprob", "sft_logprob", "reward", "reward_lowest", "reward_last", "reward_discounted",
          "weighted_majority", "oracle")  # fmt: skip
+# what points at a token: its name in summary.json, and in a run's results.json
+SIGNALS = {"reward": "reward_first", "logprob": "logprob_first", "sft_logprob": "sft_logprob_first",
+           "reward_lowest": "reward", "logprob_lowest": "logprob", "sft_logprob_lowest": "sft_logprob",
+           "reward_drop": "reward_drop", "entropy": "entropy", "chance": "chance"}  # fmt: skip
 COLLAPSE = 0.1  # a run has collapsed if its validation accuracy ends this far below its best, or below where it began
 
 
@@ -86,16 +90,15 @@ def main_summary() -> dict:
     summary["auroc"] = over_seeds(found, "reward", "auroc")
     for kind in ("natural", "single"):
         summary["localise"][kind] = {
-            hit: {s: over_seeds(found, "localise", kind, hit, s)
-                  for s in ("reward", "reward_drop", "logprob", "sft_logprob", "entropy", "chance")}
+            hit: {s: over_seeds(found, "localise", kind, hit, path) for s, path in SIGNALS.items()}
             for hit in ("hit0", "hit1", "step")
-        }  # fmt: skip
+        }
     summary["seeds"] = len(found)
     irl = [r["curve"]["irl validation/t1"] for results in by_size.values() for r in results]
     summary["collapses"], summary["runs"] = sum(map(collapsed, irl)), len(irl)
     summary["names"] = {
         "irl": "default settings", "reward": "mean of f over the tokens of a trace", "sft": "steps and rate chosen on validation",
-        "localise": "reward: the token with the lowest f; reward_drop: the largest fall of f from one token to the next",
+        "localise": "reward, logprob, sft_logprob: the first token whose log-probability is below -1; _lowest: the lowest",
     }  # fmt: skip
     return summary
 
@@ -170,12 +173,12 @@ def inference_tables() -> list[str]:
         ns = [n for n in cases[0]["rerank"] if n.isdigit()]
         rows = [[rule, *(percent(over_seeds(cases, "rerank", n, rule)) for n in ns)] for rule in RULES]
         text = f"### Samples of: {label}\n\n" + table(["chosen by", *(f"N = {n}" for n in ns)], rows)
-        hit = ("localise", "natural", "hit0")
-        text += f"\n\nAUROC {percent(over_seeds(cases, 'rerank', 'auroc', 'reward'))}; first wrong token: reward "
-        parts.append(
-            text
-            + f"{percent(over_seeds(cases, *hit, 'reward'))}, SFT {percent(over_seeds(cases, *hit, 'sft_logprob'))}"
-        )
+        found_by = {
+            s: over_seeds(cases, "localise", "natural", "hit0", SIGNALS[s])
+            for s in ("reward", "sft_logprob", "logprob")
+        }
+        text += f"\n\nAUROC {percent(over_seeds(cases, 'rerank', 'auroc', 'reward'))}; first wrong token found by "
+        parts.append(text + ", ".join(f"{s} {percent(value)}" for s, value in found_by.items()))
     return parts
 
 

@@ -293,6 +293,13 @@ def test_place_results_by_hand():
     assert hits["reward"] == [1, 1, 1]
     assert hits["reward_drop"] == [0, 1, 0]
     assert hits["logprob"] == [0, 1, 1]
+    assert hits["reward_first"] == [1, 1, 1]  # -1 is not below -1, so it is the lowest
+    values["logprob"][0, 3] = -1.5
+    found = rerank.place_results(batch, T([4]), T([0]), values, batch.response_mask, ends_step, likelihood=False)
+    assert (
+        found["hit0"]["logprob_first"][0] == 0 and found["hit1"]["logprob_first"][0] == 1
+    )  # at 3, before the lowest at 5
+    assert "reward_first" not in found["hit0"]  # a head's f is no log-probability
     assert hits["entropy"] == [0, 1, 1]
     assert hits["chance"] == hits["chance_reward"] == pytest.approx([1 / 5, 3 / 5, 2 / 5])
     assert found["count"] == 1
