@@ -18,14 +18,17 @@ from experiments import run as runs
 
 # two-sided 95% points of Student's t for 1, 2, .. degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-NAMES = {"base": "base", "sft": "SFT", "irl": "IRL, no verifier", "grpo": "GRPO, true answers"}
+NAMES = {"base": "base", "sft": "SFT, best at T = 1", "sft_greedy": "SFT, best greedy", "irl": "IRL, no verifier",
+         "grpo": "GRPO, true answers"}  # fmt: skip
 RULES = ("random", "majority", "logprob", "sft_logprob", "reward", "reward_lowest", "reward_last", "reward_discounted",
          "weighted_majority", "oracle")  # fmt: skip
 # what points at a token: its name in summary.json, and in a run's results.json
 SIGNALS = {"reward": "reward_first", "logprob": "logprob_first", "sft_logprob": "sft_logprob_first",
            "reward_lowest": "reward", "logprob_lowest": "logprob", "sft_logprob_lowest": "sft_logprob",
            "reward_drop": "reward_drop", "entropy": "entropy", "chance": "chance"}  # fmt: skip
-COLLAPSE = 0.1  # a run has collapsed if its validation accuracy ends this far below its best, or below where it began
+COLLAPSE = (
+    0.1  # a run has collapsed if its validation accuracy ends this far below its best, or its test below the base's
+)
 
 
 def interval(values: list[float]) -> list[float]:
@@ -44,14 +47,18 @@ def interval(values: list[float]) -> list[float]:
     return [round(mean, 4), round(mean - half, 4), round(mean + half, 4)]
 
 
-def collapsed(curve: list) -> bool:
-    """Whether a validation curve [[step, accuracy], ..] ended far below its best, or below its first value.
+def collapsed(found: dict) -> bool:
+    """Whether IRL's validation accuracy ended far below its best, or its test accuracy below the base's.
 
-    >>> collapsed([[10, 0.4], [20, 0.8], [30, 0.5]]), collapsed([[10, 0.4], [20, 0.8], [30, 0.79]])
-    (True, False)
+    >>> methods = {"base": {"t1": 0.3}, "irl": {"t1": 0.5}}
+    >>> collapsed({"methods": methods, "curve": {"irl validation/t1": [[10, 0.4], [20, 0.8], [30, 0.5]]}})
+    True
+    >>> collapsed({"methods": methods, "curve": {"irl validation/t1": [[10, 0.4], [20, 0.55], [30, 0.5]]}})
+    False
     """
-    values = [value for _, value in curve]
-    return values[-1] < max(values) - COLLAPSE or values[-1] < values[0]
+    values = [value for _, value in found["curve"]["irl validation/t1"]]
+    fell = values[-1] < max(values) - COLLAPSE
+    return fell or found["methods"]["irl"]["t1"] < found["methods"]["base"]["t1"]
 
 
 def trials(prefix: str) -> dict[str, dict]:
@@ -77,10 +84,13 @@ def main_summary() -> dict:
     summary: dict = {"main": {}, "rerank": {}, "localise": {}}
     for size, found in by_size.items():
         if found:
+            where = {method: (found, method) for method in NAMES}
+            where["sft_greedy"] = (list(trials(f"greedy-{size}").values()), "sft")
+            where["grpo"] = (by_size[256], "grpo")  # it learns from no demonstration: one run per seed for all sizes
             summary["main"][str(size)] = {
-                method: {key: over_seeds(found, "methods", method, key) for key in ("t1", "greedy")}
-                | {f"pass@{k}": over_seeds(found, "methods", method, "pass@k", k) for k in ("4", "16")}
-                for method in NAMES
+                method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
+                | {f"pass@{k}": over_seeds(results, "methods", name, "pass@k", k) for k in ("4", "16")}
+                for method, (results, name) in where.items()
             }
     found = by_size[256]
     if not found:
@@ -94,12 +104,16 @@ def main_summary() -> dict:
             for hit in ("hit0", "hit1", "step")
         }
     summary["seeds"] = len(found)
-    irl = [r["curve"]["irl validation/t1"] for results in by_size.values() for r in results]
+    irl = [result for results in by_size.values() for result in results]
     summary["collapses"], summary["runs"] = sum(map(collapsed, irl)), len(irl)
     summary["names"] = {
-        "irl": "default settings", "reward": "mean of f over the tokens of a trace", "sft": "steps and rate chosen on validation",
+        "irl": "default settings",
+        "sft": "updates and rate that were best on validation at temperature 1",
+        "sft_greedy": "updates and rate that were best on validation at temperature 0",
+        "grpo": "one run per seed, the same for every size",
+        "rerank reward": "mean of f over the tokens of a trace",
         "localise": "reward, logprob, sft_logprob: the first token whose log-probability is below -1; _lowest: the lowest",
-    }  # fmt: skip
+    }
     return summary
 
 
@@ -145,7 +159,7 @@ def changed_table(part: str, changes: dict[str, str]) -> str:
         found = list(trials(f"{part}-{runs.plain(label)}").values())
         found = [r for r in found if r["settings"]["name"].rpartition("-")[0] == f"x-{part}-{runs.plain(label)}"]
         if found:
-            fell = sum(collapsed(r["curve"]["irl validation/t1"]) for r in found)
+            fell = sum(map(collapsed, found))
             values = [over_seeds(found, "methods", "irl", "t1"), over_seeds(found, "methods", "irl", "greedy"),
                       over_seeds(found, "reward", "auroc")]  # fmt: skip
             rows.append([label, f"`{flags}`" if flags else "", *map(percent, values), str(len(found)), str(fell)])
@@ -190,13 +204,15 @@ def draw_collapses(path: Path) -> None:
             if not name.endswith("-0") or name != f"ablations-{runs.plain(label)}-0":
                 continue
             steps, values = zip(*found["curve"]["irl validation/t1"])
-            fell = collapsed(found["curve"]["irl validation/t1"])
+            fell = collapsed(found)
             style = (
                 dict(linewidth=2, label=label)
                 if fell or label == "default"
                 else dict(color="0.8", linewidth=1, zorder=0)
             )
             axes.plot(steps, values, **style)
+    if not axes.lines:
+        return plt.close(figure)
     axes.set(xlabel="policy step", ylabel="right at T = 1, validation", ylim=(0, 1), title="seed 0; grey: no collapse")
     axes.legend(fontsize=8, frameon=False)
     figure.tight_layout()
