@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import data
+import memory
 import policy
 from irl import draw
 
@@ -40,9 +41,10 @@ class SFT:
         batch = data.demonstration_batch(
             self.tokenizer, draw(self.experts, s.sft_batch, self.rng), self.policy_model.device
         )
+        parts = memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens)
         self.policy_model.train()
-        loss = policy.accumulate(lambda rows: policy.sft_loss(self.policy_model, batch[rows]), len(batch),
-                                 s.micro_batch, float(batch.response_mask.sum()))  # fmt: skip
+        loss = policy.accumulate(lambda rows: policy.sft_loss(self.policy_model, batch[rows]), parts,
+                                 float(batch.response_mask.sum()))  # fmt: skip
         metrics = policy.optimizer_step(self.optimizer, loss)
         self.done += 1
         return {"policy": metrics}
@@ -71,16 +73,17 @@ class GRPO:
         examples = draw(self.examples, s.questions, self.rng)
         prompts = [data.prompt_ids(self.tokenizer, e.question) for e in examples]
         rollout = policy.sample(self.policy_model, prompts, self.tokenizer.eos_token_id, s.max_new_tokens, s.group,
-                                s.temperature, s.top_p, self.generator)  # fmt: skip
+                                s.temperature, s.top_p, self.generator, s.sample_rows)  # fmt: skip
         batch, mask = rollout.batch, rollout.batch.response_mask
         texts = [data.decode(self.tokenizer, batch.response(row)) for row in range(len(batch))]
         outcomes = torch.tensor([float(data.is_correct(examples[i // s.group], text)) for i, text in enumerate(texts)])
         advantages = policy.grpo_advantages(outcomes, s.group).to(mask.device)[:, None] * mask  # [B, T]
+        parts = memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens)
         self.policy_model.train()
         policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
         for _ in range(s.epochs):
             loss = policy.accumulate(lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
-                                     len(batch), s.micro_batch, float(mask.sum()))  # fmt: skip
+                                     parts, float(mask.sum()))  # fmt: skip
             metrics = policy.optimizer_step(self.optimizer, loss)
         self.done += 1
         return {

@@ -107,6 +107,9 @@ def state_of(part):
     if isinstance(part, torch.optim.Optimizer):
         groups = [{name: group[name] for name in ("lr", "skipped") if name in group} for group in part.param_groups]
         return {"state": {str(i): values for i, values in part.state_dict()["state"].items()}, "groups": groups}
+    if isinstance(part, torch.nn.Module):  # what is frozen under adapters is not changed, and loaded as at the start
+        frozen = {name for name, p in part.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {name: value for name, value in part.state_dict().items() if name not in frozen}
     return part.state_dict() if hasattr(part, "state_dict") else part
 
 
@@ -122,6 +125,8 @@ def restore(part, state) -> None:
         part.load_state_dict({"state": values, "param_groups": part.state_dict()["param_groups"]})
         for group, saved in zip(part.param_groups, state["groups"]):
             group.update(saved)
+    elif isinstance(part, torch.nn.Module):
+        part.load_state_dict(part.state_dict() | state)
     else:
         part.load_state_dict(state)
 

@@ -19,6 +19,8 @@ import torch
 
 import data
 import logprob
+import lora
+import memory
 import policy
 import reward
 from data import Example
@@ -48,7 +50,7 @@ class IRL:
         self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)
         self.replay = reward.Replay(s.replay)
         self.done = 0
-        parameters = self.discriminator.reward_model.parameters() if s.reward_average else ()
+        parameters = lora.to_average(self.discriminator.reward_model) if s.reward_average else ()
         self.reward_start = [p.detach().clone() for p in parameters]
 
     def step(self) -> dict:
@@ -86,22 +88,25 @@ class IRL:
         With start = reward the policy begins at the optimum for this f. E[f - alpha log pi] is greatest at
         pi ~ exp(f / alpha), and that is the reward's own network with its logits divided by alpha: what the policy
         would have to learn by sampling is there, as long as gamma = 0 and f is a likelihood. What follows moves both.
+        With adapters, these alone are copied: the base is the same.
         """
-        s, parameters = self.settings, list(self.discriminator.reward_model.parameters())
-        for parameter, start in zip(parameters, self.reward_start):
+        s, reward_model = self.settings, self.discriminator.reward_model
+        for parameter, start in zip(lora.to_average(reward_model), self.reward_start):
             parameter.lerp_(start, s.reward_average)
         self.reward_start = []
         if s.start == "reward":
-            for parameter, learnt in zip(self.policy_model.parameters(), parameters):
+            for parameter, learnt in zip(lora.trained(self.policy_model), lora.trained(reward_model), strict=True):
                 parameter.copy_(learnt)
             policy.divide_logits(self.policy_model, s.entropy_coef)
+        for optimizer in (self.policy_optimizer, self.reward_optimizer):
+            memory.read_again(optimizer)
 
     def rollout(self, questions: list[str], group: int) -> tuple[Rollout, dict]:
         """Stage 1. `group` responses to each question, sampled from the policy as it is now."""
         s = self.settings
         prompts = [data.prompt_ids(self.tokenizer, question) for question in questions]
         rollout = policy.sample(self.policy_model, prompts, self.tokenizer.eos_token_id, s.max_new_tokens, group,
-                                s.temperature, s.top_p, self.generator)  # fmt: skip
+                                s.temperature, s.top_p, self.generator, s.sample_rows)  # fmt: skip
         mask = rollout.batch.response_mask
         return rollout, {
             "length": float(mask.sum(1).mean()),
@@ -124,15 +129,16 @@ class IRL:
             )
             metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
                                     s.discriminator_loss, s.label_smoothing, s.reward_nll,
-                                    micro_batch=s.micro_batch, temperature=s.temperature)  # fmt: skip
+                                    micro_batch=s.micro_batch, temperature=s.temperature,
+                                    micro_tokens=s.micro_tokens)  # fmt: skip
         return metrics
 
     def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Stage 3. r_t for every response token, [B, T], and the reward model's hidden states, [B, T, H], from which
         stage 4 reads f of all other actions too. The same token ids that were sampled are scored."""
         s, batch, reward_model = self.settings, rollout.batch, self.discriminator.reward_model
-        states = policy.in_chunks(reward_model.states, batch, s.micro_batch)
-        scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, states)  # f, [B, T]
+        states = policy.in_chunks(reward_model.states, batch, s.micro_batch, tokens=s.micro_tokens)
+        scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, states, tokens=s.micro_tokens)  # f, [B, T]
         rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
         lowest = rewards.min(1).values.mean()
         return rewards, states, {"mean": float(rewards.sum() / batch.response_mask.sum()), "lowest": float(lowest)}
@@ -144,11 +150,12 @@ class IRL:
         if s.policy_loss == "best":  # only the winners of their groups are learnt from
             winners = advantages.any(1).nonzero().squeeze(-1)
             batch, old_logprobs, advantages, states = (x[winners] for x in (batch, old_logprobs, advantages, states))
+        parts = memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens)
         self.policy_model.train()
         for _ in range(s.epochs):
             loss = policy.accumulate(
                 lambda rows: self.policy_loss(batch[rows], old_logprobs[rows], advantages[rows], states[rows]),
-                len(batch), s.micro_batch, float(batch.response_mask.sum()),
+                parts, float(batch.response_mask.sum()),
             )  # fmt: skip
             metrics = policy.optimizer_step(self.policy_optimizer, loss)
         return metrics
@@ -165,7 +172,7 @@ class IRL:
             return future
         if s.baseline == "exact":
             expected = policy.in_chunks(lambda b, x: policy.spread(self.expected_reward(b, x), b.response_mask),
-                                        batch, s.micro_batch, states)  # fmt: skip
+                                        batch, s.micro_batch, states, tokens=s.micro_tokens)  # fmt: skip
             advantages = (rewards - expected) * mask + future
         return policy.normalise(advantages, mask)
 

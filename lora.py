@@ -65,7 +65,8 @@ def adapt(base: nn.Module, rank: int, alpha: float, generator: torch.Generator |
     """A model that computes what `base` computes, plus an adapter on every attention and MLP matrix. All that is frozen
     is `base`'s own tensors, not copies. Embeddings and output matrix, which are often one, have no adapter.
 
-    Freezes `base`. A head (with_head) keeps its own weights, trained in full. `generator` (a CPU's) draws every A.
+    Freezes `base`. A head (with_head) keeps its own weights, trained in full. The last norm's weight is not trained, but
+    a copy, for policy.divide_logits. `generator` (a CPU's) draws every A.
     """
     if rank < 1:
         raise UserError(f"an adapter's rank must be at least 1, not {rank}")
@@ -73,6 +74,11 @@ def adapt(base: nn.Module, rank: int, alpha: float, generator: torch.Generator |
     if base.get_output_embeddings() is not None:
         base.get_output_embeddings().requires_grad_(False)
     model = share(base)
+    norm = getattr(model.base_model, "norm", None)
+    if norm is not None:  # a buffer: no parameter, so that it is not taken for the base's; in state_dict as before
+        weight = norm.weight.detach().clone()
+        del norm.weight
+        norm.register_buffer("weight", weight)
     found = 0
     for parent in list(model.base_model.modules()):  # a list: the loop below changes the tree
         for name, child in list(parent.named_children()):
@@ -136,7 +142,7 @@ def merged(model: nn.Module) -> nn.Module:
     """A float32 copy of `model` on the CPU, its adapters added into its weights. Rounded to bf16 the sum would lose
     most of what was learnt: an adapter's share of a weight is far below bf16's 1/256."""
     copies = {id(p): nn.Parameter(p.detach().to("cpu", torch.float32, copy=True)) for p in model.parameters()}
-    plain = copy.deepcopy(model, copies).to("cpu")
+    plain = copy.deepcopy(model, copies).to("cpu", torch.float32)
     for parent in list(plain.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):

@@ -26,6 +26,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import logprob
+import memory
+import parallel
 from data import Batch, UserError, make_batch, nearest
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -301,8 +303,7 @@ def response_states(model, batch: Batch) -> torch.Tensor:
     responses, columns = _response_columns(batch)  # [B, R]
     decoder = model.get_decoder()
     with half_precision(batch.tokens.device):
-        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
-        if recomputed and model.training:  # gradient checkpointing allows no cache
+        if memory.recomputes(decoder):  # gradient checkpointing allows no cache
             hidden = decoder(input_ids=batch.tokens, attention_mask=batch.attention_mask).last_hidden_state  # [B, T, H]
             columns = torch.cat([batch.prompt_lengths[:, None] - 1, columns], 1).clamp(max=hidden.shape[1] - 1)
             return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -385,15 +386,20 @@ def token_entropies(model, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def in_chunks(function: Callable, batch: Batch, rows: int = 64, *aligned: torch.Tensor) -> torch.Tensor:
+def in_chunks(
+    function: Callable, batch: Batch, rows: int = 64, *aligned: torch.Tensor, tokens: int = 0
+) -> torch.Tensor:
     """function(batch, *aligned) -> [B, T] or [B, T, H] without a gradient, a few rows at a time, so that memory does not
-    grow with B. `aligned` are [B, T, ..] tensors that belong to the batch; each call gets its rows of them."""
-    parts, width = [], batch.tokens.shape[1]
-    for start in range(0, len(batch), rows):
-        part = batch[start : start + rows]
-        values = function(part, *(a[start : start + rows, : part.tokens.shape[1]] for a in aligned))
-        parts.append(torch.nn.functional.pad(values, (0, 0) * (values.ndim - 2) + (0, width - values.shape[1])))
-    return torch.cat(parts)
+    grow with B. `aligned` are [B, T, ..] tensors that belong to the batch; each call gets its rows of them. `rows` and
+    `tokens` are those of memory.micro_batches."""
+    result = None
+    for chosen in memory.micro_batches(batch.lengths, rows, tokens):
+        part = batch[chosen]
+        values = function(part, *(a[chosen, : part.tokens.shape[1]] for a in aligned))
+        if result is None:
+            result = values.new_zeros(*batch.tokens.shape, *values.shape[2:])
+        result[chosen, : values.shape[1]] = values
+    return result
 
 
 @torch.no_grad()
@@ -455,8 +461,9 @@ def normalise(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     The mean is left alone: the baseline has dealt with it, and a second centring would punish long traces.
     """
-    scale = ((advantages**2 * mask).sum() / mask.sum().clamp(min=1)).sqrt()
-    return advantages / scale.clamp(min=1e-6) * mask
+    sums = parallel.total_of({"square": (advantages**2 * mask).sum(), "tokens": mask.sum()})
+    scale = (sums["square"] / max(1.0, sums["tokens"])) ** 0.5
+    return advantages / max(1e-6, scale) * mask
 
 
 def best_of_group(scores: torch.Tensor, group: int) -> torch.Tensor:
@@ -536,8 +543,14 @@ def sft_loss(model, batch: Batch) -> torch.Tensor:
 
 
 def make_optimizer(model, lr: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay: a policy that starts from a pretrained model should stay near it."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    """AdamW without weight decay: a policy that starts from a pretrained model should stay near it. Weights in bf16 get
+    float32 masters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not any(p.dtype == torch.bfloat16 for p in parameters):
+        return parallel.make_optimizer(torch.optim.AdamW, parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32  # micro-batches add up in it: in bf16, 1 + 0.003 is 1
+    return parallel.make_optimizer(memory.MasterAdamW, parameters, lr=lr, betas=(0.9, 0.99))
 
 
 def set_rate(optimizer, peak: float, done: int, steps: int, warm_up: float = 0.1) -> None:
@@ -557,14 +570,17 @@ def set_constant_rate(optimizer, rate: float) -> None:
 
 
 def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
-    """Clip the gradient's norm, step, clear. Returns {"loss", "grad_norm" (before clipping), "skipped"}.
+    """Sum the gradients of all processes, clip their norm, step, clear. Returns {"loss", "grad_norm" (before clipping),
+    "skipped"}.
 
     If the loss or the gradient is not finite, no step is made: one NaN in AdamW's averages would stay there for ever.
-    "skipped" counts such steps since the optimizer was made; train.py stops the run when they come in a row.
+    "skipped" counts such steps since the optimizer was made; train.py stops the run when they come in a row. `loss` is
+    that of all processes, and so are the gradients by then: either all of them step or none.
     """
     first = optimizer.param_groups[0]
     first.setdefault("skipped", 0)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parallel.sum_gradients(parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
@@ -574,18 +590,19 @@ def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
     return {"loss": loss, "grad_norm": norm, "skipped": first["skipped"]}
 
 
-def accumulate(loss_of_rows: Callable[[slice], torch.Tensor], count: int, micro_batch: int, total: float) -> float:
-    """Backward of sum(losses) / total over `count` rows, `micro_batch` rows at a time. Returns the loss.
+def accumulate(loss_of_rows: Callable[[torch.Tensor], torch.Tensor], parts: list[torch.Tensor], total: float) -> float:
+    """Backward of sum(losses) / total, part by part of the rows (memory.micro_batches). Returns the loss.
 
     loss_of_rows(rows) gives per-token losses, 0 outside the response. `total` is that of the *whole* batch (its number
-    of response tokens), so the micro-batch size sets the memory and nothing else.
+    of response tokens), so the micro-batch size sets the memory and nothing else. Of several processes each brings its
+    own rows and their total; the gradients are those of all rows once optimizer_step has summed them.
     """
-    loss = 0.0
-    for start in range(0, count, micro_batch):
-        part = loss_of_rows(slice(start, min(start + micro_batch, count))).sum() / total
+    loss, total = 0.0, parallel.total(total)
+    for rows in parts:
+        part = loss_of_rows(rows).sum() / total
         part.backward()
         loss += float(part.detach())
-    return loss
+    return parallel.total(loss)
 
 
 def quiet() -> None:

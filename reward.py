@@ -34,6 +34,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pa
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
+import memory
+import parallel
 import policy
 from data import Batch, UserError
 
@@ -387,7 +389,17 @@ def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> 
     columns = torch.arange(negative.shape[1], device=negative.device)
     negative = negative * (columns >= comparison.negative_from[:, None])
     width = max(expert.shape[1], negative.shape[1])
-    return tuple(trace_weights(pad(ends, (0, width - ends.shape[1]))) for ends in (expert, negative))
+    share = lambda ends: len(ends) / parallel.total(len(ends))  # of all traces, where several processes have some
+    return tuple(trace_weights(pad(ends, (0, width - ends.shape[1]))) * share(ends) for ends in (expert, negative))
+
+
+def expert_parts(comparison: Comparison, micro_batch: int, micro_tokens: int) -> list[torch.Tensor]:
+    """memory.micro_batches of the experts, where each brings all its negatives along."""
+    expert, negative, pair = comparison.expert, comparison.negative, comparison.pair
+    per_chunk = max(1, micro_batch * len(expert) // (len(expert) + len(negative)))
+    family = 1 + int(pair.bincount().max()) if len(pair) else 1  # rows
+    longest = expert.lengths.scatter_reduce(0, pair, negative.lengths, "amax")  # [E]
+    return memory.micro_batches(family * longest, per_chunk, micro_tokens)
 
 
 def update(
@@ -401,6 +413,7 @@ def update(
     penalty: float = 10.0,
     micro_batch: int = 64,
     temperature: float = 1.0,
+    micro_tokens: int = 0,
 ) -> dict:
     """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
 
@@ -411,12 +424,13 @@ def update(
     expert, negative = comparison.expert, comparison.negative
     model = discriminator.reward_model
     weights_e, weights_n = comparison_weights(discriminator, comparison)
+    experts, negatives = parallel.total(len(expert)), parallel.total(len(negative))
     sums = defaultdict(float)
-    per_chunk = max(1, micro_batch * len(expert) // (len(expert) + len(negative)))
-    for first in range(0, len(expert), per_chunk):
-        rows = slice(first, first + per_chunk)
-        chosen = ((comparison.pair >= first) & (comparison.pair < first + per_chunk)).nonzero().squeeze(-1)
-        count, pair = len(expert.lengths[rows]), comparison.pair[chosen] - first
+    place = torch.zeros_like(expert.lengths)  # [E], an expert's row within its micro-batch
+    for rows in expert_parts(comparison, micro_batch, micro_tokens):
+        count, chosen = len(rows), torch.isin(comparison.pair, rows).nonzero().squeeze(-1)
+        place[rows] = torch.arange(count, device=rows.device)
+        pair = place[comparison.pair[chosen]]
         both = data.cat_batches(expert[rows], negative[chosen])  # experts above, negatives below
         with torch.no_grad():
             log_pi = policy.token_logprobs(policy_model, both, temperature)
@@ -426,20 +440,21 @@ def update(
         w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
         value = comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
         if loss == "wgan" and penalty:
-            share = len(chosen) / len(negative)
+            share = len(chosen) / negatives
             value = value + penalty * share * gradient_penalty(
                 model, both[pair], both[count + torch.arange(len(chosen))]
             )
         if nll_coef and model.scores_all_actions:  # a head's f is no likelihood
             likelihood = (trace_weights(both.response_mask[:count]) * scores[:count]).sum()  # mean over these experts
-            value = value - nll_coef * likelihood * count / len(expert)
+            value = value - nll_coef * likelihood * count / experts
         value.backward()
         sums["loss"] += float(value.detach())
         with torch.no_grad():  # D > 1/2 on experts, < 1/2 on negatives
             sums["d_expert"] += float((w_e * logits_e.sigmoid()).sum())
             sums["d_negative"] += float((w_n * logits_n.sigmoid()).sum())
             sums["accuracy"] += 0.5 * float((w_e * (logits_e > 0)).sum() + (w_n * (logits_n < 0)).sum())
-    return dict(sums) | policy.optimizer_step(optimizer, sums["loss"])
+    sums = parallel.total_of(sums)
+    return sums | policy.optimizer_step(optimizer, sums["loss"])
 
 
 # ---------------------------------------------------------------------------------------------------------------

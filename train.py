@@ -8,7 +8,8 @@
 
 A run writes runs/<name>/: settings.json, metrics.jsonl (a line per step), results.json, traces.json, report.html, and
 models that `from_pretrained` loads: policy/, reward/, and with SFT and GRPO sft/ and grpo/. Until it is finished also
-checkpoints/, from which --resume goes on. On one machine the same settings give the same numbers, bit for bit, with or
+checkpoints/, from which --resume goes on. With torchrun --nproc-per-node=N train.py many GPUs share a run (parallel.py).
+On one machine the same settings give the same numbers, bit for bit, with or
 without interruptions. Across machines they do not: the number of threads, the BLAS library, the processor and CUDA's
 kernels decide in which order sums are taken, and a sampled token that falls otherwise makes another run.
 """
@@ -23,7 +24,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,9 @@ import checkpoint
 import data
 import explain
 import irl
+import lora
+import memory
+import parallel
 import policy
 import report
 import rerank
@@ -116,7 +120,16 @@ class Settings:
     sft_steps: int = setting(None, "updates of SFT")
     sft_lr: float = setting(None, "peak learning rate of SFT")
     sft_batch: int = setting(32, "demonstrations per update of SFT")
+    # Memory
     micro_batch: int = setting(None, "rows per forward pass in training: memory, nothing else")
+    micro_tokens: int = setting(0, "tokens per forward pass, rows of similar length together; 0: --micro-batch rows")
+    lora_rank: int = setting(
+        0, "adapters of this rank on one frozen base, which policy and reward share; 0: all weights"
+    )
+    lora_alpha: float = setting(32.0, "an adapter's output counts alpha / rank times")
+    weights: str = setting("auto", "auto: bf16 for LoRA on CUDA, else float32", ("auto", "float32", "bf16"))
+    gradient_checkpointing: bool = setting(False, "keep each layer's input only, compute the rest again in backward")
+    sample_rows: int = setting(512, "responses sampled at once: the size of the cache of keys and values")
     # Evaluation
     test_split: str = setting("test", "where results come from; to choose settings, validation", ("test", "validation"))
     eval_questions: int = setting(None, "test questions")
@@ -145,11 +158,12 @@ PRESETS = {
                   max_steps=200, policy_lr=2e-6, grpo_steps=200, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=2,
                   eval_questions=200, eval_samples=4, rerank_questions=100),
 }  # fmt: skip
+LORA_RATES = 10  # adapters take this times the rates: customary, too
 
 
 # What may change when a run goes on: where and how it computes, and what is turned when a loss is not finite.
-MAY_CHANGE = ("device", "micro_batch", "checkpoint_every", "warm_up_lr", "reward_lr", "policy_lr", "grpo_lr", "sft_lr",
-              "reward_clip")  # fmt: skip
+MAY_CHANGE = ("device", "micro_batch", "micro_tokens", "gradient_checkpointing", "sample_rows", "checkpoint_every",
+              "warm_up_lr", "reward_lr", "policy_lr", "grpo_lr", "sft_lr", "reward_clip")  # fmt: skip
 
 
 def flag(name: str) -> str:
@@ -167,6 +181,7 @@ def parse_flags(arguments: list[str]) -> dict:
             parser.add_argument(flag(f.name), action="store_true", help=help)
             continue
         preset = ", ".join(f"{size}: {values[f.name]}" for size, values in PRESETS.items() if f.name in values)
+        preset += f"; {LORA_RATES} times that with --lora-rank" if f.name.endswith("_lr") else ""
         parser.add_argument(flag(f.name), type=f.type, choices=f.metadata["choices"] or None,
                             help=f"{help} (default: {preset or f.default})".replace("%", "%%"), metavar=f.type.__name__
                             if not f.metadata["choices"] else None)  # fmt: skip
@@ -185,7 +200,7 @@ def complete(given: dict) -> Settings:
     settings = Settings(**given)
     for name, value in PRESETS["small" if settings.model == "base" else "large"].items():
         if getattr(settings, name) is None:
-            setattr(settings, name, value)
+            setattr(settings, name, LORA_RATES * value if settings.lora_rank and name.endswith("_lr") else value)
     settings.reward_model = settings.reward_model or settings.model
     if settings.reward == "random":  # and it stays so
         settings.freeze_reward, settings.warm_up = True, 0
@@ -239,10 +254,19 @@ def check(s: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     counts = ("demonstrations", "words_steps", "max_new_tokens", "questions", "group", "epochs", "micro_batch",
               "eval_samples", "eval_questions", "rerank_n", "rerank_questions", "max_steps", "grpo_steps", "sft_steps",
-              "sft_batch", "rollouts_per_expert")  # fmt: skip
+              "sft_batch", "rollouts_per_expert", "sample_rows")  # fmt: skip
     for name in counts:
         if getattr(s, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1, not {getattr(s, name)}")
+    for name in ("lora_rank", "micro_tokens"):
+        if getattr(s, name) < 0:
+            raise UserError(f"{flag(name)} must not be negative: {getattr(s, name)} (0 is off)")
+    perhaps_bf16 = s.weights == "bf16" or (s.weights == "auto" and s.lora_rank)
+    if s.discriminator_loss == "wgan" and (s.gradient_checkpointing or perhaps_bf16):
+        raise UserError(
+            "--discriminator-loss wgan takes second derivatives, which need --weights float32 and no "
+            "--gradient-checkpointing; --micro-batch 1 and --lora-rank save memory too"
+        )
     if s.words_largest < 8:
         raise UserError(f"--words-largest must be at least 8, not {s.words_largest}")
     if s.group < 2:
@@ -279,11 +303,10 @@ def check(s: Settings) -> None:
 
 def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dict:
     """Accuracy at temperature 1 (mean over samples) and greedy, with 95% bootstrap intervals over questions; pass@k."""
-    generator = torch.Generator(model.device).manual_seed(s.seed)
-    sampled = rerank.collect(
-        model, tokenizer, examples, s.eval_samples, s.max_new_tokens, 1.0, generator
-    ).correct  # [Q, N]
-    greedy = rerank.collect(model, tokenizer, examples, 1, s.max_new_tokens, 0.0).correct  # [Q, 1]
+    generator = torch.Generator(model.device).manual_seed(parallel.seed(s.seed))
+    correct = lambda n, temperature: parallel.rows(lambda mine: rerank.collect(
+        model, tokenizer, mine, n, s.max_new_tokens, temperature, generator, s.sample_rows).correct, examples)  # fmt: skip
+    sampled, greedy = correct(s.eval_samples, 1.0), correct(1, 0.0)  # [Q, N], [Q, 1]
     t1, greedy = rerank.bootstrap(sampled.float().mean(1)), rerank.bootstrap(greedy.float().mean(1))
     ks = [k for k in (1, 2, 4, 8, 16) if k <= s.eval_samples]
     passes = {
@@ -354,19 +377,27 @@ class Run:
             how = "" if is_finished(self.folder) else f"go on with it ({self.command}), "
             raise UserError(f"{self.folder} already holds a run: {how}give another --name, or remove that folder")
         self.device = policy.pick_device(s.device)
+        self.dtype = memory.weight_type(s.weights, s.lora_rank, self.device)
         torch.manual_seed(s.seed)
-        base, self.tokenizer = policy.load_policy(s.model, self.device)
+        base, self.tokenizer = policy.load_policy(s.model, self.device, self.dtype)
         self.context = policy.context_length(base)
+        self.base = base if s.lora_rank else None  # kept: every adapter is put on this one copy
         self.load_data()
+        # what the trainers of this process go by: its share of each step's questions, and random numbers of its own
+        self.mine = replace(s, questions=parallel.share_of(s.questions, "--questions"), seed=parallel.seed(s.seed),
+                            sft_batch=parallel.share_of(s.sft_batch, "--sft-batch"))  # fmt: skip
+        self.alone = parallel.world() == 1  # otherwise nothing is saved before the end: see `save`
+        parallel.wait()  # all have seen that the folder is free
         if s.explain:  # a lecture leaves nothing behind
             return
         self.progress, self.saved = Progress(), None
         if resume:
             self.restore()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(self.folder / "settings.json", json.dumps(asdict(s), indent=1))
-            self.log = Log(self.folder / "metrics.jsonl", self.progress.metrics_size)
+            if parallel.rank() == 0:  # writes for all
+                self.folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.write_text(self.folder / "settings.json", json.dumps(asdict(s), indent=1))
+                self.log = Log(self.folder / "metrics.jsonl", self.progress.metrics_size)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
         self.results = self.progress.results
@@ -399,7 +430,13 @@ class Run:
             print("; ".join(f"{flag(name)} is now {new}, was {old}" for name, (old, new) in changed.items()))
 
     def save(self, trainer=None) -> None:
-        """Write a checkpoint: in the middle of training with all that changes in `trainer`."""
+        """Write a checkpoint: in the middle of training with all that changes in `trainer`.
+
+        Not with several processes: each has a replay, random numbers and a part of the optimizers' states of its own,
+        and --resume would have to give them all back.
+        """
+        if not self.alone:
+            return
         start = time.monotonic()
         self.progress.metrics_size = self.log.size()
         state = {"progress": asdict(self.progress), "device": self.device.type, "data": self.data_sum}
@@ -440,21 +477,23 @@ class Run:
         rng, wrong = random.Random(f"wrong {s.seed}"), round(s.wrong_demonstrations * len(self.experts))
         broken = [data.perturb(example, rng) for example in self.experts[:wrong]]
         self.experts[:wrong] = [found[0] if found else example for found, example in zip(broken, self.experts)]
-        if len(self.experts) < s.demonstrations:
+        if len(self.experts) < s.demonstrations and parallel.rank() == 0:
             print(f"only {len(self.experts)} demonstrations are there, not {s.demonstrations}")
         self.validation, self.test = load("validation", 100), load(s.test_split, s.eval_questions)
         self.data_sum = zlib.crc32(repr((self.experts, self.extra, self.validation, self.test)).encode())
-        if dropped:
+        if min(len(self.experts), len(self.validation), len(self.test)) < parallel.world():
+            raise UserError(f"{parallel.world()} processes need as many demonstrations, validation and test questions")
+        self.experts, self.extra = parallel.share(self.experts), parallel.share(self.extra)
+        if dropped and parallel.rank() == 0:
             print(f"{dropped} examples are longer than the model's context of {self.context} tokens: skipped")
 
     def validate(self, model) -> float:
         """Accuracy of one sample at temperature 1 on the validation questions. For curves; nothing trains on it."""
-        generator = torch.Generator(model.device).manual_seed(0)
-        return float(
-            rerank.collect(model, self.tokenizer, self.validation, 1, self.s.max_new_tokens, 1.0, generator)
-            .correct.float()
-            .mean()
-        )
+        generator = torch.Generator(model.device).manual_seed(parallel.seed(0))
+        correct = parallel.rows(lambda mine: rerank.collect(
+            model, self.tokenizer, mine, 1, self.s.max_new_tokens, 1.0, generator, self.s.sample_rows
+        ).correct, self.validation)  # fmt: skip
+        return float(correct.mean())
 
     def phases(self) -> dict[str, Callable]:
         """What was asked for, in order: base, SFT, IRL, GRPO, then what the reward is worth at inference.
@@ -487,14 +526,17 @@ class Run:
         """Call trainer.step (warm_up) until `steps` are done, looking at the validation questions now and then."""
         progress, every = self.progress, self.s.validate_every if validate else 0
         done = progress.steps.get(method, 0)
-        with tqdm(range(done + 1, steps + 1), f"{method:8s}", steps, initial=done, dynamic_ncols=True) as bar:
+        with tqdm(range(done + 1, steps + 1), f"{method:8s}", steps, initial=done, dynamic_ncols=True,
+                  disable=parallel.rank() > 0) as bar:  # fmt: skip
             for step in bar:
                 start = time.perf_counter()
                 metrics = {"discriminator": trainer.warm_up()} if method == "warm-up" else trainer.step()
                 progress.seconds[method] = progress.seconds.get(method, 0.0) + time.perf_counter() - start
                 if every and (step % every == 0 or step == steps):
                     metrics["validation"] = {"t1": self.validate(trainer.policy_model)}
-                self.log.write(method, step, metrics, bar)
+                metrics = parallel.mean(metrics)
+                if parallel.rank() == 0:
+                    self.log.write(method, step, metrics, bar)
                 progress.steps[method] = step
                 broken = self.count_skipped(method, metrics)
                 if broken or self.signals.received or self.save_is_due(step):
@@ -523,28 +565,60 @@ class Run:
         turn = f"{flag(rate)} {getattr(self.s, rate) / 2:g}{' --reward-clip 10' * sampled}"
         return (
             f"{method}: the {stage}'s loss or gradient was not finite in three steps in a row (step {step}: loss "
-            f"{values['loss']:.3g}, norm of the gradient {values['grad_norm']:.3g}). What is saved is as it was after the "
-            f"last good update. Go on with something turned, for instance: {self.command} {turn}"
+            f"{values['loss']:.3g}, norm of the gradient {values['grad_norm']:.3g}). "
+            + ("What is saved is as it was after the last good update. Go on with something turned, for instance: "
+               f"{self.command} {turn}" if self.alone else f"Start again with something turned, for instance: {turn}")
         )
 
     def load(self, trained: str | None = None):
-        """The base, or what this run has trained under that name."""
+        """The base, or what this run has trained under that name: to be looked at, not trained."""
+        if trained is None and self.base is not None:
+            return self.base
         folder = str(self.folder / trained) if trained else self.s.model
-        return policy.load_policy(folder, self.device)[0]
+        # merged weights stay float32: bf16 would round away what an adapter has learnt
+        dtype = torch.float32 if trained and self.s.lora_rank else self.dtype
+        return policy.load_policy(folder, self.device, dtype)[0]
 
-    def load_discriminator(self, name: str) -> reward.Discriminator:
-        """The discriminator on a reward model: the one to start from, or what this run has trained."""
+    def to_train(self, model=None):
+        """The model, by default the base, as it is trained: with an adapter of its own if there is a --lora-rank."""
+        s, model = self.s, self.load() if model is None else model
+        if s.lora_rank:  # a generator of its own: a resumed run, which has drawn less, starts each method as before
+            model = lora.adapt(model, s.lora_rank, s.lora_alpha, torch.Generator().manual_seed(s.seed))
+        if s.gradient_checkpointing:
+            memory.recompute_layers(model)
+        return model
+
+    def load_reward(self, trained: str | None = None):
+        """The reward to train, on the policy's own base if it starts there and has an adapter; or what this run has
+        trained under that name."""
         s = self.s
-        reward_model = reward.load_reward(s.reward, name, self.device)
+        if trained is not None:
+            dtype = torch.float32 if s.lora_rank else self.dtype
+            return reward.load_reward(s.reward, str(self.folder / trained), self.device, dtype)
+        if self.base is None or s.reward_model != s.model:
+            reward_model = reward.load_reward(s.reward, s.reward_model, self.device, self.dtype)
+        elif s.reward == "likelihood":
+            reward_model = reward.LikelihoodReward(self.base)
+        else:
+            reward_model = reward.HeadReward(lora.with_head(self.base, s.reward == "random"))
+        reward_model.model = self.to_train(reward_model.model)
+        return reward_model
+
+    def load_discriminator(self, trained: str | None = None) -> reward.Discriminator:
+        """The discriminator on a reward model: the one to train, or what this run has trained."""
+        s, reward_model = self.s, self.load_reward(trained)
         vocabulary = reward_model.model.get_input_embeddings().num_embeddings
         ends_step = reward.step_end_tokens(self.tokenizer, vocabulary).to(self.device)
         return reward.Discriminator(reward_model, s.logit, s.granularity, s.interval, ends_step, s.reward_clip)
 
     def save_model(self, model, name: str) -> None:
-        """A folder that from_pretrained loads: complete, or not there."""
-        with checkpoint.new_folder(self.folder / name) as folder:
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+        """A folder that from_pretrained loads: complete, or not there. One process writes, the others wait: they may load
+        it next."""
+        if parallel.rank() == 0:
+            with checkpoint.new_folder(self.folder / name) as folder:
+                lora.save(model, folder)
+                self.tokenizer.save_pretrained(folder)
+        parallel.wait()
 
     def folder_of(self, method: str) -> str:
         """The folder's name of a trained policy: policy/ for IRL, or for the only method."""
@@ -562,13 +636,14 @@ class Run:
 
     def train_sft(self) -> None:
         """Imitate the demonstrations."""
-        trainer = self.resumed(baselines.SFT(self.s, self.tokenizer, self.load(), self.experts))
+        trainer = self.resumed(baselines.SFT(self.mine, self.tokenizer, self.to_train(), self.experts))
         self.run_steps("sft", trainer, self.s.sft_steps, validate=True)
         self.save_model(trainer.policy_model, self.folder_of("sft"))
 
     def train_grpo(self) -> None:
         """Train on the true answers."""
-        trainer = self.resumed(baselines.GRPO(self.s, self.tokenizer, self.load(), self.experts + self.extra))
+        examples = self.experts + self.extra
+        trainer = self.resumed(baselines.GRPO(self.mine, self.tokenizer, self.to_train(), examples))
         self.run_steps("grpo", trainer, self.s.grpo_steps, validate=True)
         self.save_model(trainer.policy_model, self.folder_of("grpo"))
 
@@ -576,10 +651,11 @@ class Run:
         """The loop with all it needs, before its first update; `kind` may be explain.Lecture."""
         s, start = self.s, "sft" if self.s.start == "sft" else None
         policy.check_same_tokenizer(self.tokenizer, s.reward_model)
-        discriminator = self.load_discriminator(s.reward_model)
-        reference = self.load(start).requires_grad_(False) if s.kl_coef else None
+        discriminator = self.load_discriminator()
+        base = self.load(start)  # under an adapter it is the reference too
+        reference = (base if s.lora_rank else self.load(start)).requires_grad_(False) if s.kl_coef else None
         extra = [example.question for example in self.extra]
-        return kind(s, self.tokenizer, self.load(start), discriminator, self.experts, extra, reference)
+        return kind(self.mine, self.tokenizer, self.to_train(base), discriminator, self.experts, extra, reference)
 
     def train_irl(self) -> None:
         """Warm the discriminator up, run the loop, save policy and reward."""
@@ -592,13 +668,15 @@ class Run:
         self.save_model(loop.discriminator.reward_model.model, "reward")
 
     def use_reward(self) -> None:
-        """Rerank the base's samples, find first errors, keep some traces for the report."""
+        """Rerank the base's samples, find first errors, keep some traces for the report: one process's work."""
+        parallel.leave()
         with self.signals.at_once():
             s, test, base = self.s, self.test[: self.s.rerank_questions], self.load()
-            discriminator = self.load_discriminator(str(self.folder / "reward"))
+            discriminator = self.load_discriminator("reward")
             sft_model = self.load("sft") if (self.folder / "sft").exists() else None
             generator = torch.Generator(self.device).manual_seed(s.seed + 1)
-            candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator)
+            candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator,
+                                        s.sample_rows)  # fmt: skip
             found = rerank.assess(candidates, discriminator, base, sft_model, self.tokenizer, s)
             traces = rerank.show_traces(candidates, discriminator, base, self.tokenizer, s)
         checkpoint.write_text(self.folder / "traces.json", json.dumps(traces))
@@ -607,6 +685,7 @@ class Run:
 
     def finish(self) -> None:
         """results.json, report.html and the table. The checkpoints have done their work."""
+        parallel.leave()
         checkpoint.write_text(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
         page = report.write_report(self.folder)
         checkpoint.remove(self.folder / "checkpoints")
@@ -654,15 +733,19 @@ def main(arguments: list[str] | None = None) -> int:
             checkpoint.remove(folder / "checkpoints")
             return print(f"{folder} is finished: its results are in {folder / 'results.json'}")
         disk = f"what was saved before stands. When there is room, go on with {command}"
-        memory = (f"in training a smaller --micro-batch helps ({s.micro_batch} now), and {command} takes a new one; in "
-                  f"sampling a smaller --group ({s.group}), --questions ({s.questions}) or --max-new-tokens "
-                  f"({s.max_new_tokens}), in a new run")  # fmt: skip
+        parallel.start(s.device)
+        if parallel.world() > 1 and (resume or s.explain):
+            raise UserError("--resume and --explain are for one process: run them without torchrun")
+        begun = begun and parallel.world() == 1
+        memory = (f"in training a smaller --micro-batch helps ({s.micro_batch} now), or --gradient-checkpointing; in "
+                  f"sampling fewer --sample-rows ({s.sample_rows}); {command} takes them. A new run may have a smaller "
+                  f"--max-new-tokens ({s.max_new_tokens}) or a --lora-rank")  # fmt: skip
         with checkpoint.in_one_line(folder, disk, memory):
             with signals.at_once():
                 run = Run(s, signals, resume)
             if s.explain:
                 return run.make_loop(explain.Lecture).give()
-            begun = True
+            begun = run.alone  # otherwise there is nothing to go on with
             run.go()
 
     try:

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import baselines
 import data
 import irl
+import lora
 import policy
 import reward
 
@@ -236,6 +237,64 @@ def test_the_policy_starts_at_the_averaged_reward(shipped, settings):
     f, pi = (all_logprobs(m, batch) for m in (loop.discriminator.reward_model.model, loop.policy_model))
     assert_close(pi, (f / 0.4).log_softmax(-1), atol=1e-4, rtol=1e-4)  # no policy has a higher E[f - alpha log pi]
     assert loop.step()["policy"]["skipped"] == 0  # and it can be trained
+
+
+def product(layer: lora.LoRALinear) -> torch.Tensor:
+    """What an adapter adds to its matrix."""
+    return (layer.scale * layer.B @ layer.A).detach().clone()
+
+
+def test_the_policy_starts_at_the_averaged_adapter(shipped, settings):
+    """With share s of the start, each matrix is W + (1 - s) times what the adapter had learnt; the policy's likewise."""
+    base, _ = policy.load_policy("base")
+    models = [lora.adapt(base, 4, 8.0) for _ in range(2)]  # their A differ
+    discriminator = reward.Discriminator(
+        reward.LikelihoodReward(models[1]), "airl", "dense", 0, reward.step_end_tokens(shipped[1], len(shipped[1]))
+    )
+    settings = replace(settings, start="reward", reward_average=0.25)
+    loop = irl.IRL(settings, shipped[1], models[0], discriminator, data.load_examples("words", "train", 16))
+    layers = [[m for m in model.modules() if isinstance(m, lora.LoRALinear)] for model in models]
+    for _ in range(3):  # B = 0 at first: A moves from the second update on
+        loop.warm_up()
+    learnt, frozen = [product(layer) for layer in layers[1]], [p.clone() for p in base.parameters()]
+    loop.end_warm_up()
+    for before, of_reward, of_policy in zip(learnt, layers[1], layers[0], strict=True):
+        assert before.abs().max() > 0
+        assert_close(product(of_reward), 0.75 * before)
+        assert torch.equal(product(of_policy), product(of_reward))
+    batch = data.demonstration_batch(shipped[1], loop.experts[:2])
+    with torch.no_grad():  # and at the optimum of r_t = f - alpha log pi, while the base's norm is left alone
+        of_policy, of_reward = (model(batch.tokens).logits for model in models)
+    assert_close(of_policy, of_reward / settings.entropy_coef, atol=1e-3, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(frozen, base.parameters(), strict=True))
+    assert loop.step()["policy"]["skipped"] == 0
+
+
+def test_masters_follow_the_averaged_weights(shipped, settings):
+    """In bf16: or the next update would bring the weights before the mean back."""
+    dtype = torch.bfloat16
+    reward_model = reward.load_reward("likelihood", "base", dtype=dtype)
+    ends_step = reward.step_end_tokens(shipped[1], len(shipped[1]))
+    loop = irl.IRL(
+        replace(settings, start="reward", reward_average=0.5, warm_up_lr=1e-2), shipped[1],
+        policy.load_policy("base", dtype=dtype)[0], reward.Discriminator(reward_model, "airl", "dense", 0, ends_step),
+        data.load_examples("words", "train", 16),
+    )  # fmt: skip
+    before = [p.detach().clone() for p in reward_model.parameters()]
+    loop.warm_up()
+    loop.warm_up()
+    learnt = [p.detach().clone() for p in reward_model.parameters()]
+    loop.end_warm_up()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, learnt)]).abs().max()
+    assert moved > 0.01
+    for a, b, now in zip(before, learnt, reward_model.parameters(), strict=True):
+        assert_close(now.float(), (a.float() + b.float()) / 2, atol=1e-3, rtol=2**-7)
+        assert torch.equal(loop.reward_optimizer.state[now]["master"], now.float())
+    averaged = [p.detach().clone() for p in reward_model.parameters()]
+    loop.step()  # at rate reward_lr, a thousandth of warm_up_lr
+    for a, b in zip(averaged, reward_model.parameters(), strict=True):
+        assert_close(b, a, atol=1e-3, rtol=2**-7)
+        assert torch.equal(b, loop.reward_optimizer.state[b]["master"].bfloat16())
 
 
 def test_a_start_at_the_base_leaves_the_policy(shipped, settings):

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import data
+import memory
 import policy
 from data import UserError
 
@@ -226,7 +227,9 @@ def test_micro_batch_size_changes_no_gradient(shipped):
         model.zero_grad()
         losses.append(
             policy.accumulate(
-                lambda rows: policy.sft_loss(model, batch[rows]), 7, micro_batch, float(batch.response_mask.sum())
+                lambda rows: policy.sft_loss(model, batch[rows]),
+                memory.micro_batches(batch.lengths, micro_batch),
+                float(batch.response_mask.sum()),
             )
         )
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))

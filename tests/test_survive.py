@@ -244,6 +244,8 @@ def interrupt(monkeypatch, *flags, name="step", number=3) -> None:
 @pytest.mark.parametrize("flags", [
     "", "--start sft", "--policy-loss ppo --kl-coef 0.1 --gamma 0.9 --epochs 2",
     "--reward head --policy-loss reinforce --logit gail --granularity sparse", "--discriminator-loss wgan --freeze-reward",
+    "--lora-rank 2 --start reward --gradient-checkpointing", "--weights bf16 --start reward --micro-tokens 200",
+    "--lora-rank 2 --start sft --reward head --policy-loss ppo --weights bf16 --kl-coef 0.1",
 ])  # fmt: skip
 @pytest.mark.parametrize("name, number", [("warm_up", 2), ("step", 3)])
 def test_every_kind_of_trainer_is_restored(here, finished, monkeypatch, flags, name, number):
@@ -255,6 +257,20 @@ def test_every_kind_of_trainer_is_restored(here, finished, monkeypatch, flags, n
         assert train.main(RESUME) == 0
     assert len(asked) == (1 if name == "warm_up" else 0)
     assert contents(RUN) == finished(*flags.split())
+
+
+def test_of_adapters_nothing_frozen_is_kept(here, monkeypatch):
+    """A checkpoint holds adapters, their moments and what is small: less than the model that they are on."""
+    interrupt(monkeypatch, "--lora-rank", "1")
+    state, _ = checkpoint.load(RUN / "checkpoints")
+    names = [name for name in state["trainer"]["policy_model"] if not name.endswith((".A", ".B"))]
+    assert names == ["model.norm.weight"]  # which the policy has of its own
+    tensors = numbered_tensors(RUN / "checkpoints")
+    assert tensors.stat().st_size < Path(policy.BASE, "model.safetensors").stat().st_size / 2
+
+
+def numbered_tensors(folder: Path) -> Path:
+    return checkpoint.numbered(folder)[-1] / "tensors.safetensors"
 
 
 def test_without_any_checkpoint_a_run_starts_again(here, finished, monkeypatch, capsys):
@@ -458,8 +474,8 @@ def test_two_bad_steps_are_counted_and_survived(here, monkeypatch):
 
 
 @pytest.mark.parametrize("stage, rate, flags", [
-    ("policy", "--policy-lr 0.0002 --reward-clip 10", ["--policy-loss", "ppo"]), ("policy", "--policy-lr 0.0002", []),
-    ("discriminator", "--reward-lr 1.5e-05", [])])  # fmt: skip
+    ("policy", "policy_lr", ["--policy-loss", "ppo"]), ("policy", "policy_lr", []), ("discriminator", "reward_lr", []),
+])  # fmt: skip
 def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch, capsys, stage, rate, flags):
     interrupt(monkeypatch, *flags, number=1)
     with monkeypatch.context() as patch:
@@ -468,7 +484,8 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
         assert train.main([*RESUME, "--checkpoint-every", "1000"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: irl: the {stage}'s loss or gradient was not finite in three steps in a row (step 3")
-    assert told.endswith(f"python train.py --resume --name demo {rate}")
+    half = f"{train.flag(rate)} {getattr(train.parse_settings(IRL), rate) / 2:g}" + " --reward-clip 10" * bool(flags)
+    assert told.endswith(f"python train.py --resume --name demo {half}")
     state, _ = checkpoint.load(RUN / "checkpoints")
     saved = state["trainer"]["policy_model" if stage == "policy" else "discriminator.reward_model"]
     assert all(torch.isfinite(value).all() for value in saved.values()) and state["progress"]["steps"]["irl"] == 3

@@ -4,10 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SHARED
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+import checkpoint
 import data
+import lora
 import policy
 import reward
 import train
@@ -53,14 +62,73 @@ def test_the_demo_writes_everything(capsys):
     "--method irl --granularity interval --interval 5 --policy-loss reinforce --discriminator-loss bt --kl-coef 0.01",
     "--method irl --freeze-reward", "--method irl --reward random --policy-loss ppo --gamma 0.9",
     "--method sft,grpo --test-split validation --wrong-demonstrations 0.5",
+    "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 8",
+    "--method irl --start sft --lora-rank 2 --reward head --policy-loss ppo --weights bf16",
+    "--method irl --weights bf16 --gradient-checkpointing --micro-tokens 500",
+    "--method irl --lora-rank 2 --reward random --policy-loss ppo --gamma 0.9",
 ])  # fmt: skip
 def test_other_methods_and_variants(flags):
     assert train.main([*TINY, *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
-    methods = flags.split()[1].split(",")
+    methods = train.parse_settings([*TINY, *flags.split()]).methods
     assert set(methods) <= set(results["methods"])
-    folder = "policy" if len(methods) == 1 else methods[0]
-    assert Path(f"runs/demo/{folder}/model.safetensors").exists()
+    head = any(f"--reward {kind}" in flags for kind in ("head", "random"))
+    saved = {"policy" if method == "irl" or len(methods) == 1 else method: AutoModelForCausalLM for method in methods}
+    saved |= {"reward": AutoModelForTokenClassification if head else AutoModelForCausalLM} if "irl" in methods else {}
+    for folder, kind in saved.items():  # all of it is what plain from_pretrained expects
+        _, info = kind.from_pretrained(f"runs/demo/{folder}", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def make_run(*flags) -> train.Run:
+    return train.Run(train.parse_settings([*TINY, *flags]), checkpoint.Signals())
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "head"])
+def test_with_adapters_there_is_one_base(kind):
+    """Policy, reward, reference and the base that is evaluated are one set of frozen tensors."""
+    loss = ["--policy-loss", "ppo"] if kind == "head" else []
+    run = make_run("--method", "irl", "--lora-rank", "2", "--reward", kind, "--kl-coef", "0.1", *loss)
+    loop = run.make_loop()
+    models = [loop.policy_model, loop.discriminator.reward_model.model, loop.reference, run.load()]
+    frozen = [{p.data_ptr() for p in m.parameters() if not p.requires_grad} for m in models]
+    norms = {model.base_model.norm.weight.data_ptr() for model in models}
+    assert len(frozen[0]) > 10 and all(pointers - norms == frozen[0] for pointers in frozen)
+    full = make_run("--method", "irl", "--name", "full").make_loop()
+    models = [full.policy_model, full.discriminator.reward_model.model]
+    assert not set.intersection(*({p.data_ptr() for p in model.parameters()} for model in models))
+
+
+def test_what_adapters_have_learnt_is_loaded_in_float32():
+    run = make_run("--method", "irl", "--lora-rank", "2", "--weights", "bf16")
+    loop = run.make_loop()
+    run.save_model(loop.policy_model, "policy")
+    run.save_model(loop.discriminator.reward_model.model, "reward")
+    assert run.load().dtype == torch.bfloat16
+    assert run.load("policy").dtype == run.load_discriminator("reward").reward_model.model.dtype == torch.float32
+
+
+def test_adapters_start_alike_whatever_was_drawn_before():
+    """A resumed run has drawn less by then than one that nobody disturbed."""
+    run = make_run("--method", "irl", "--lora-rank", "2")
+    first = lora.trained(run.to_train())
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, lora.trained(run.to_train()), strict=True))
+
+
+def test_rates_of_adapters():
+    plain, adapted = (train.parse_settings([*TINY, *flags]) for flags in ([], ["--lora-rank", "8", "--sft-lr", "0.5"]))
+    for rate in ("policy_lr", "reward_lr", "warm_up_lr", "grpo_lr"):
+        assert getattr(adapted, rate) == pytest.approx(10 * getattr(plain, rate))
+    assert adapted.sft_lr == 0.5
+
+
+def test_as_many_rows_are_sampled_at_once_as_asked_for(monkeypatch):
+    seen, real = [], policy._sample_chunk
+    monkeypatch.setattr(policy, "_sample_chunk", lambda model, prompts, end, new, group, *rest: seen.append(
+        len(prompts) * group) or real(model, prompts, end, new, group, *rest))  # fmt: skip
+    assert train.main([*TINY, "--sample-rows", "8"]) == 0
+    assert max(seen) == 8
 
 
 def test_the_same_seed_gives_the_same_metrics():
@@ -103,6 +171,11 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--max-new-tokens 9999", "fits the model's context"),
     ("--device tpu", "no device 'tpu'"),
     ("--name ../elsewhere", "--name"),
+    ("--lora-rank -1", "--lora-rank must not be negative"),
+    ("--micro-tokens -5", "--micro-tokens must not be negative"),
+    ("--discriminator-loss wgan --lora-rank 4", "--weights float32"),
+    ("--discriminator-loss wgan --gradient-checkpointing", "second derivatives"),
+    ("--weights bf17", "invalid choice: 'bf17'"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
     assert train.main([*TINY, *flags.split()]) == 2
