@@ -9,6 +9,7 @@ import pytest
 
 import baselines
 import checkpoint
+import memory
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_functions_named_in_the_text_exist():
-    names = set(re.findall(r"`(data|policy|reward|irl|logprob|rerank|explain|train)\.([A-Za-z_]\w*(?:\.\w+)?)`", TEXT))
+    modules = "data|policy|reward|irl|logprob|lora|memory|parallel|rerank|explain|train"
+    names = set(re.findall(rf"`({modules})\.([A-Za-z_]\w*(?:\.\w+)?)`", TEXT))
     names = {(module, path) for module, path in names if path not in ("py", "jsonl")}
     assert len(names) >= 20
     for module, path in names:
@@ -65,3 +67,9 @@ def test_every_metric_is_explained():
     for stage, name in keys:  # `stage/name`, or `stage/other`, `name`
         full = any(f"`{stage}/{name}`" in cell for cell in cells)
         assert full or any(f"`{stage}/" in cell and f" `{name}`" in cell for cell in cells), f"{stage}/{name}"
+
+
+def test_the_memory_table_is_the_programs(capsys):
+    memory.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Qwen")]
+    assert len(rows) == 6 and "\n".join(rows) in TEXT
