@@ -251,7 +251,7 @@ def test_the_policy_starts_at_the_averaged_adapter(shipped, settings):
     discriminator = reward.Discriminator(
         reward.LikelihoodReward(models[1]), "airl", "dense", 0, reward.step_end_tokens(shipped[1], len(shipped[1]))
     )
-    settings = replace(settings, start="reward", reward_average=0.25)
+    settings = replace(settings, start="reward", reward_average=0.25, warm_up_lr=1e-2)
     loop = irl.IRL(settings, shipped[1], models[0], discriminator, data.load_examples("words", "train", 16))
     layers = [[m for m in model.modules() if isinstance(m, lora.LoRALinear)] for model in models]
     for _ in range(3):  # B = 0 at first: A moves from the second update on
@@ -260,7 +260,7 @@ def test_the_policy_starts_at_the_averaged_adapter(shipped, settings):
     loop.end_warm_up()
     for before, of_reward, of_policy in zip(learnt, layers[1], layers[0], strict=True):
         assert before.abs().max() > 0
-        assert_close(product(of_reward), 0.75 * before)
+        assert_close(product(of_reward), 0.75 * before, atol=1e-5 * float(before.abs().max()), rtol=1e-5)
         assert torch.equal(product(of_policy), product(of_reward))
     batch = data.demonstration_batch(shipped[1], loop.experts[:2])
     with torch.no_grad():  # and at the optimum of r_t = f - alpha log pi, while the base's norm is left alone
