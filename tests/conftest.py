@@ -12,6 +12,7 @@ import policy
 from policy import BASE
 from train import parse_settings
 
+collect_ignore = ["runner.py"]  # a program that test_survive.py starts, no test
 SHARED = Path(__file__).parents[2] / "shared"  # real data beside the project, where there is any
 
 
