@@ -680,7 +680,9 @@ def perturb(example: Example, rng: random.Random, kind: str | None = None) -> tu
 
 def _perturb(example: Example, rng: random.Random, kind: str) -> Example | None:
     trace = example.trace
-    numbers = [match.span() for match in re.finditer("[0-9]+", trace)]
+    numbers = []
+    if kind in ("number", "swap"):
+        numbers = [match.span() for match in re.finditer("[0-9]+", trace)]
     if kind == "number" and numbers:
         start, end = rng.choice(numbers)
         return replace(example, trace=trace[:start] + other_number(trace[start:end], rng) + trace[end:])
