@@ -48,7 +48,7 @@ def test_functions_named_in_the_text_exist():
 
 
 def test_flags_named_in_the_text_exist():
-    known = {"--" + f.name.replace("_", "-") for f in fields(train.Settings)} | {"--help", "--resume"}
+    known = {"--" + f.name.replace("_", "-") for f in fields(train.Settings)} | {"--help", "--resume", "--only", "--quick"}
     flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
     assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
 
