@@ -438,7 +438,7 @@ def results_section(results: dict) -> str:
         rows.append([label, percent(t1), percent(greedy), strip(t1, colour), escape(learns_from), took])
     head = ["method", "right at T = 1", "right, greedy", "T = 1, 0 to 100%", "learns from", "training time"]
     note = ('<p class="note">* GRPO alone sees the true answers of the training questions. '
-            "It is an upper bound, not a competitor.</p>") * ("grpo" in methods)  # fmt: skip
+            "That makes it no competitor.</p>") * ("grpo" in methods)  # fmt: skip
     intro = "Share of test questions answered right, with 95% bootstrap intervals over questions."
     return section("results", "Results", intro, table(head, rows, "Results"), note)
 
