@@ -50,7 +50,9 @@ class Lecture(irl.IRL):
         )
         say("  Without any, a likelihood has D = 1/2 everywhere and a head f = 0: nothing to look at.")
         if s.start == "reward":
-            say("  A run would now let the policy start as a copy of the reward, at f = log pi; here it stays the base.")
+            say(
+                "  A run would now let the policy start as a copy of the reward, at f = log pi; here it stays the base."
+            )
         self.speaking = True
         self.step()
         say()
@@ -249,9 +251,8 @@ class Lecture(irl.IRL):
         @torch.no_grad()
         def all_logprobs(model, temperature: float) -> torch.Tensor:
             weight, softcap = policy.output_layer(model)
-            return logprob.all_logprobs(policy.choosing_states(model, one)[at : at + 1], weight, temperature, softcap)[
-                0
-            ]
+            state = policy.choosing_states(model, one)[at : at + 1]  # [1, H]
+            return logprob.all_logprobs(state, weight, temperature, softcap)[0]
 
         pi = all_logprobs(self.policy_model, self.settings.temperature).exp()
         return first + at, pi, all_logprobs(self.discriminator.reward_model.model, 1.0)

@@ -251,7 +251,7 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [P, L]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, L]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = _positions(mask)
     output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(group)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
+import checkpoint
 import data
 from data import UserError
 
@@ -94,11 +95,10 @@ ABLATIONS = {
 
 @dataclass
 class Trial:
-    """A run of train.py: its name, its flags, and the part it belongs to."""
+    """A run of train.py: its name and its flags."""
 
     name: str
     flags: str
-    part: str
 
     @property
     def result(self) -> Path:
@@ -130,7 +130,7 @@ def choice_trials() -> list[Trial]:
             for rate in rates.split():
                 flags = f"--method sft --demonstrations {size} --sft-steps {steps} --sft-lr {rate} --seed 100"
                 flags += " --test-split validation --eval-questions 1000 --eval-samples 4"
-                trials.append(Trial(f"choose-{size}-{steps}-{rate}", flags, "choose"))
+                trials.append(Trial(f"choose-{size}-{steps}-{rate}", flags))
     return trials
 
 
@@ -151,7 +151,7 @@ def main_trials(seeds: int) -> list[Trial]:
             methods = "sft,irl,grpo" if size == 256 else "sft,irl"
             flags = f"--method {methods} --demonstrations {size} --seed {seed} --eval-questions 1000 --eval-samples 16"
             flags += f" --rerank-questions 250 --rerank-n 16 {chosen_sft(size)}"
-            trials.append(Trial(f"main-{size}-{seed}", flags, "main"))
+            trials.append(Trial(f"main-{size}-{seed}", flags))
     return trials
 
 
@@ -159,11 +159,7 @@ def greedy_trials(seeds: int) -> list[Trial]:
     """SFT once more, with the updates and rate whose greedy answers were best: for those who sample at temperature 0."""
     flags = "--method sft --eval-questions 1000 --eval-samples 16"
     return [
-        Trial(
-            f"greedy-{size}-{seed}",
-            f"{flags} --demonstrations {size} --seed {seed} {chosen_sft(size, 'greedy')}",
-            "main",
-        )
+        Trial(f"greedy-{size}-{seed}", f"{flags} --demonstrations {size} --seed {seed} {chosen_sft(size, 'greedy')}")
         for size in (256, 1024, 64)
         for seed in range(seeds)
     ]
@@ -173,7 +169,7 @@ def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial
     """256 demonstrations, one thing changed."""
     flags = "--method irl --demonstrations 256 --eval-questions 1000 --eval-samples 4 --rerank-questions 250"
     return [
-        Trial(f"{part}-{plain(label)}-{seed}", f"{flags} {chosen_sft(256)} --seed {seed} {change}", part)
+        Trial(f"{part}-{plain(label)}-{seed}", f"{flags} {chosen_sft(256)} --seed {seed} {change}")
         for seed in range(seeds)
         for label, change in changes.items()
     ]
@@ -233,16 +229,13 @@ def curve(metrics: Path) -> dict[str, list]:
 
 
 def keep(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """A file of results, in a folder that may not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+    checkpoint.write_text(path, text)
 
 
 def run_all(trials: list[Trial], jobs: int, quick: bool) -> int:
     """All of them, `jobs` at a time. Returns how many failed."""
-    failed = 0
 
     def one(numbered):
         number, trial = numbered
@@ -251,8 +244,7 @@ def run_all(trials: list[Trial], jobs: int, quick: bool) -> int:
         return not good
 
     with ThreadPoolExecutor(jobs) as pool:
-        failed = sum(pool.map(one, enumerate(trials)))
-    return failed
+        return sum(pool.map(one, enumerate(trials)))
 
 
 def main() -> None:

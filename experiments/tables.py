@@ -61,10 +61,15 @@ def collapsed(found: dict) -> bool:
     return fell or found["methods"]["irl"]["t1"] < found["methods"]["base"]["t1"]
 
 
-def trials(prefix: str) -> dict[str, dict]:
-    """{name: what a trial found} of those whose name starts so."""
-    folder = runs.results_folder() / "trials"
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob(f"{prefix}-*.json"))}
+def read_all(pattern: str) -> list[dict]:
+    """What is in the results' files of this name, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(runs.results_folder().glob(pattern))]
+
+
+def seeds_of(name: str) -> list[dict]:
+    """What a trial found with each seed, from 0 on. The seed is the last part of a file's name, and a number: a trial's
+    name may begin another's."""
+    return read_all(f"trials/{name}-[0-9].json")
 
 
 def over_seeds(found: list[dict], *path: str) -> list[float] | None:
@@ -80,12 +85,12 @@ def over_seeds(found: list[dict], *path: str) -> list[float] | None:
 
 def main_summary() -> dict:
     """What the main part says: accuracy by size and method, best of N, AUROC, localisation."""
-    by_size = {size: list(trials(f"main-{size}").values()) for size in runs.SIZES}
+    by_size = {size: seeds_of(f"main-{size}") for size in runs.SIZES}
     summary: dict = {"main": {}, "rerank": {}, "localise": {}}
     for size, found in by_size.items():
         if found:
             where = {method: (found, method) for method in NAMES}
-            where["sft_greedy"] = (list(trials(f"greedy-{size}").values()), "sft")
+            where["sft_greedy"] = (seeds_of(f"greedy-{size}"), "sft")
             where["grpo"] = (by_size[256], "grpo")  # it learns from no demonstration: one run per seed for all sizes
             summary["main"][str(size)] = {
                 method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
@@ -153,11 +158,10 @@ def main_tables(summary: dict) -> list[str]:
 
 
 def changed_table(part: str, changes: dict[str, str]) -> str:
-    """One row per change: T = 1, greedy, AUROC, seeds, collapses; and how many trials did not come to their end."""
+    """One row per change: T = 1, greedy, AUROC, over how many seeds, and how many of them collapsed."""
     rows = []
     for label, flags in changes.items():
-        found = list(trials(f"{part}-{runs.plain(label)}").values())
-        found = [r for r in found if r["settings"]["name"].rpartition("-")[0] == f"x-{part}-{runs.plain(label)}"]
+        found = seeds_of(f"{part}-{runs.plain(label)}")
         if found:
             fell = sum(map(collapsed, found))
             values = [over_seeds(found, "methods", "irl", "t1"), over_seeds(found, "methods", "irl", "greedy"),
@@ -169,18 +173,19 @@ def changed_table(part: str, changes: dict[str, str]) -> str:
 def choice_table() -> str:
     """SFT on validation questions: how its baseline was chosen."""
     rows = defaultdict(dict)
-    for found in trials("choose").values():
+    for found in read_all("trials/choose-*.json"):
         s = found["settings"]
         rows[f"{s['sft_steps']} updates at {s['sft_lr']:g}"][s["demonstrations"]] = found["methods"]["sft"]
     cells = lambda row: [
         f"{100 * row[n]['t1']:.1f} / {100 * row[n]['greedy']:.1f}" if n in row else "–" for n in runs.SIZES
     ]
-    return table(["SFT, T = 1 / greedy", *map(str, runs.SIZES)], [[name, *cells(row)] for name, row in rows.items()])
+    head = ["SFT, T = 1 / greedy", *map(str, runs.SIZES)]
+    return table(head, [[name, *cells(row)] for name, row in rows.items()]) if rows else ""
 
 
 def inference_tables() -> list[str]:
     """Reranking on others' samples and on harder problems."""
-    found = [json.loads(p.read_text()) for p in sorted((runs.results_folder() / "inference").glob("*.json"))]
+    found = read_all("inference/*.json")
     parts = []
     for label in found[0] if found else ():
         cases = [f[label] for f in found]
@@ -196,13 +201,19 @@ def inference_tables() -> list[str]:
     return parts
 
 
+def save(figure, path: Path) -> None:
+    """The same results give the same file: no date in it, and names that do not change."""
+    figure.tight_layout()
+    with plt.rc_context({"svg.hashsalt": "results"}):
+        figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
 def draw_collapses(path: Path) -> None:
     """Validation accuracy of every ablation: the default, what collapsed, and the others behind."""
     figure, axes = plt.subplots(figsize=(7, 4))
     for label in runs.ABLATIONS:
-        for name, found in trials(f"ablations-{runs.plain(label)}").items():
-            if not name.endswith("-0") or name != f"ablations-{runs.plain(label)}-0":
-                continue
+        for found in seeds_of(f"ablations-{runs.plain(label)}")[:1]:
             steps, values = zip(*found["curve"]["irl validation/t1"])
             fell = collapsed(found)
             style = (
@@ -215,14 +226,12 @@ def draw_collapses(path: Path) -> None:
         return plt.close(figure)
     axes.set(xlabel="policy step", ylabel="right at T = 1, validation", ylim=(0, 1), title="seed 0; grey: no collapse")
     axes.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_best_of_n(path: Path) -> None:
     """Best of N on the base's samples, N = 1 .. 64."""
-    found = [json.loads(p.read_text())["base"] for p in sorted((runs.results_folder() / "inference").glob("*.json"))]
+    found = [seed["base"] for seed in read_all("inference/*.json")]
     if not found:
         return
     figure, axes = plt.subplots(figsize=(7, 4))
@@ -234,9 +243,7 @@ def draw_best_of_n(path: Path) -> None:
             axes.fill_between([int(n) for n in ns], [v[1] for v in values], [v[2] for v in values], alpha=0.15)
     axes.set(xscale="log", xticks=[int(n) for n in ns], xticklabels=ns, xlabel="N", ylabel="share right", ylim=(0, 1))
     axes.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save(figure, path)
 
 
 def write() -> None:
@@ -252,7 +259,8 @@ def write() -> None:
         rows = changed_table(part, changes)
         parts += [f"### {part.capitalize()}, 256 demonstrations\n\n{rows}"] if rows else []
     parts += inference_tables()
-    parts += ["### How SFT was chosen, on validation questions\n\n" + choice_table()] if trials("choose") else []
+    choices = choice_table()
+    parts += ["### How SFT was chosen, on validation questions\n\n" + choices] if choices else []
     parts += ["Failed: " + ", ".join(failed)] if failed else []
     runs.keep(folder / "tables.md", "\n\n".join(parts) + "\n")
     draw_collapses(folder / "collapses.svg")
