@@ -76,6 +76,14 @@ def test_sampling_follows_the_probabilities():
     assert_close(drawn, torch.tensor([0.7, 0.2, 0.1]), atol=0.03, rtol=0)
 
 
+def test_a_token_of_probability_zero_is_never_drawn(monkeypatch):
+    """Not even where the random number is 0, or as near to 1 as float32 allows."""
+    logprobs = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log()
+    for u, expected in ((0.0, 1), (1 - 2**-24, 2)):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full(shape, u))
+        assert policy.choose(logprobs, 1.0, 1.0).tolist() == [expected]
+
+
 # log-probabilities ---------------------------------------------------------------------------------------------
 
 
