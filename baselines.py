@@ -78,7 +78,10 @@ class GRPO:
         texts = [data.decode(self.tokenizer, batch.response(row)) for row in range(len(batch))]
         outcomes = torch.tensor([float(data.is_correct(examples[i // s.group], text)) for i, text in enumerate(texts)])
         advantages = policy.grpo_advantages(outcomes, s.group).to(mask.device)[:, None] * mask  # [B, T]
-        parts = memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens)
+        # A group that was all right, or all wrong, has no advantage and no gradient: its rows are left out. Late in
+        # training that is most of them.
+        taught = advantages.any(1).nonzero().squeeze(-1)
+        parts = [taught[p] for p in memory.micro_batches(batch.lengths[taught], s.micro_batch, s.micro_tokens)]
         self.policy_model.train()
         policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
         for _ in range(s.epochs):

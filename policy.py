@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer
 
 import logprob
 import memory
@@ -244,6 +245,43 @@ def sample(
     return Rollout(batch, values.to(model.device), finished.to(model.device))
 
 
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, [B, heads, L, D], with room for the tokens to come.
+
+    transformers' own layer copies everything it holds to add a column. This one writes the column into free room and
+    hands out a view; it copies only when the room is used up, every ROOM columns.
+    """
+
+    ROOM = 32
+
+    def update(self, keys, values, *args, **kwargs):
+        """Add the columns of keys and values; returns all of them, old and new."""
+        start, new = self.keys.shape[-2], keys.shape[-2]
+        if not hasattr(self, "store") or start + new > self.store[0].shape[-2]:
+            self.store = [
+                torch.cat([x, x.new_empty(*x.shape[:2], new + self.ROOM, x.shape[-1])], -2)
+                for x in (self.keys, self.values)
+            ]
+        for store, x in zip(self.store, (keys, values)):
+            store[:, :, start : start + new] = x
+        self.keys, self.values = (store[:, :, : start + new] for store in self.store)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows, room included."""
+        used = self.keys.shape[-2]
+        self.store = [store[indices] for store in self.store]
+        self.keys, self.values = (store[:, :, :used] for store in self.store)
+
+
+def make_roomy(cache) -> None:
+    """Give every growing layer of a filled cache room. (A sliding window keeps the layer it has: it does not grow.)"""
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = RoomyLayer
+
+
+@torch.inference_mode()
 def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature, top_p, generator):
     device, count = model.device, len(prompts) * group
     # Prompts are padded on the left, so that all rows write their next token in the same column. Each prompt is read
@@ -255,6 +293,7 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
     output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(group)
+    make_roomy(cache)
     mask = mask.repeat_interleave(group, 0)  # [B, L], B = P * G
     position = positions[:, -1].repeat_interleave(group)  # [B]
     logits = output.logits[:, -1].repeat_interleave(group, 0)  # [B, V]
@@ -262,18 +301,25 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
     responses = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(count, max_new_tokens, device=device)
     lengths = torch.zeros(count, dtype=torch.long, device=device)
-    alive = torch.arange(count, device=device)  # the rows still writing; all tensors below hold just these
+    rows = torch.arange(count, device=device)  # the rows at work; all tensors below hold just these, [B'] of them
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
     for t in range(max_new_tokens):
         logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B', V]
         token = choose(logprob, temperature, top_p, generator)  # [B']
-        responses[alive, t] = token
-        logprobs[alive, t] = logprob.gather(-1, token[:, None]).squeeze(-1)
-        lengths[alive] = t + 1
-        going = (token != end_token).nonzero().squeeze(-1)
-        if len(going) == 0 or t + 1 == max_new_tokens:
+        responses[rows, t] = token
+        logprobs[rows, t] = logprob.gather(-1, token[:, None]).squeeze(-1)
+        lengths[rows] += ~ended
+        ended = ended | (token == end_token)
+        if t + 1 == max_new_tokens:
             break
-        if len(going) < len(token):  # finished rows leave the batch and the cache
-            alive, token, mask, position = alive[going], token[going], mask[going], position[going]
+        # Rows that have ended leave some at a time, for the cache is copied then; and to know how many there are makes
+        # the CPU wait for a GPU, so it asks rarely.
+        left = len(ended) - int(ended.sum()) if device.type == "cpu" or t % 8 == 7 else len(ended)
+        if left == 0:
+            break
+        if left <= 0.9 * len(ended):
+            going = (~ended).nonzero().squeeze(-1)
+            rows, token, mask, position, ended = (x[going] for x in (rows, token, mask, position, ended))
             cache.batch_select_indices(going)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         position = position + 1
@@ -303,11 +349,12 @@ def response_states(model, batch: Batch) -> torch.Tensor:
     responses, columns = _response_columns(batch)  # [B, R]
     decoder = model.get_decoder()
     with half_precision(batch.tokens.device):
-        if memory.recomputes(decoder):  # gradient checkpointing allows no cache
-            hidden = decoder(input_ids=batch.tokens, attention_mask=batch.attention_mask).last_hidden_state  # [B, T, H]
+        prompts, mask, which = _distinct_prompts(batch)  # [P, L], [P, L], [B]
+        if len(prompts) == len(batch) or memory.recomputes(decoder):  # nothing to share, or no cache to share it in
+            # Padding is on the right, where no token looks: causal attention needs no other mask.
+            hidden = decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state  # [B, T, H]
             columns = torch.cat([batch.prompt_lengths[:, None] - 1, columns], 1).clamp(max=hidden.shape[1] - 1)
             return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-        prompts, mask, which = _distinct_prompts(batch)  # [P, L], [P, L], [B]
         prompt = decoder(input_ids=prompts, attention_mask=mask, position_ids=_positions(mask), use_cache=True)
         cache = prompt.past_key_values
         cache.batch_select_indices(which)  # the prompt's keys and values, once per row; gradients add up

@@ -134,7 +134,7 @@ class Settings:
     test_split: str = setting("test", "where results come from; to choose settings, validation", ("test", "validation"))
     eval_questions: int = setting(None, "test questions")
     eval_samples: int = setting(None, "samples per test question at temperature 1")
-    validate_every: int = setting(10, "steps between looks at 100 validation questions; 0 for never")
+    validate_every: int = setting(20, "steps between looks at 100 validation questions; 0 for never")
     rerank_n: int = setting(16, "candidates per question for reranking")
     rerank_questions: int = setting(None, "test questions to rerank")
     rule: str = setting("mean", "how a trace's token rewards become its score", rerank.RULES)
