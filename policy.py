@@ -245,6 +245,9 @@ def sample(
     return Rollout(batch, values.to(model.device), finished.to(model.device))
 
 
+LOOK_EVERY = {"cpu": 1}  # tokens; to ask a GPU how many rows have ended makes the CPU wait: there, every eighth
+
+
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values, [B, heads, L, D], with room for the tokens to come.
 
@@ -257,7 +260,7 @@ class RoomyLayer(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         """Add the columns of keys and values; returns all of them, old and new."""
         start, new = self.keys.shape[-2], keys.shape[-2]
-        if not hasattr(self, "store") or start + new > self.store[0].shape[-2]:
+        if start + new > self.store[0].shape[-2]:
             self.store = [
                 torch.cat([x, x.new_empty(*x.shape[:2], new + self.ROOM, x.shape[-1])], -2)
                 for x in (self.keys, self.values)
@@ -278,7 +281,7 @@ def make_roomy(cache) -> None:
     """Give every growing layer of a filled cache room. (A sliding window keeps the layer it has: it does not grow.)"""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
-            layer.__class__ = RoomyLayer
+            layer.__class__, layer.store = RoomyLayer, [layer.keys, layer.values]
 
 
 @torch.inference_mode()
@@ -303,6 +306,7 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
     lengths = torch.zeros(count, dtype=torch.long, device=device)
     rows = torch.arange(count, device=device)  # the rows at work; all tensors below hold just these, [B'] of them
     ended = torch.zeros(count, dtype=torch.bool, device=device)
+    look_every = LOOK_EVERY.get(device.type, 8)
     for t in range(max_new_tokens):
         logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B', V]
         token = choose(logprob, temperature, top_p, generator)  # [B']
@@ -312,12 +316,10 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
         ended = ended | (token == end_token)
         if t + 1 == max_new_tokens:
             break
-        # Rows that have ended leave some at a time, for the cache is copied then; and to know how many there are makes
-        # the CPU wait for a GPU, so it asks rarely.
-        left = len(ended) - int(ended.sum()) if device.type == "cpu" or t % 8 == 7 else len(ended)
+        left = len(ended) - (int(ended.sum()) if (t + 1) % look_every == 0 else 0)  # as far as we know
         if left == 0:
             break
-        if left <= 0.9 * len(ended):
+        if left <= 0.9 * len(ended):  # those that have ended leave, some at a time: it copies the cache
             going = (~ended).nonzero().squeeze(-1)
             rows, token, mask, position, ended = (x[going] for x in (rows, token, mask, position, ended))
             cache.batch_select_indices(going)

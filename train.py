@@ -60,7 +60,8 @@ class Settings:
     method: str = setting(None, "what to train: sft, irl, grpo, some of them (sft,irl), or all")
     start: str = setting(
         None,
-        "where IRL's policy starts: at the base, at SFT, or after the warm-up at the reward",
+        "where IRL's policy starts: at the base, at SFT, or, the default where that is possible on small models, after "
+        "the warm-up at the reward",
         ("base", "sft", "reward"),
     )
     name: str = setting("demo", "the run is written to runs/<name>")
@@ -91,7 +92,9 @@ class Settings:
     rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included")
     perturbed: int = setting(2, "broken copies of each demonstration as negatives")
     replay: int = setting(4, "old rollouts kept per question; 0 for none")
-    warm_up: int = setting(60, "discriminator updates before the policy's first")
+    warm_up: int = setting(
+        None, "discriminator updates before the policy's first; if not given, four passes over the demonstrations, at least 60"
+    )
     warm_up_lr: float = setting(None, "learning rate of the warm-up")
     reward_lr: float = setting(None, "learning rate of the discriminator beside the policy")
     discriminator_updates: int = setting(1, "discriminator updates per policy step")
@@ -182,9 +185,10 @@ def parse_flags(arguments: list[str]) -> dict:
             continue
         preset = ", ".join(f"{size}: {values[f.name]}" for size, values in PRESETS.items() if f.name in values)
         preset += f"; {LORA_RATES} times that with --lora-rank" if f.name.endswith("_lr") else ""
+        default = preset or f.default
         parser.add_argument(flag(f.name), type=f.type, choices=f.metadata["choices"] or None,
-                            help=f"{help} (default: {preset or f.default})".replace("%", "%%"), metavar=f.type.__name__
-                            if not f.metadata["choices"] else None)  # fmt: skip
+                            help=(help if default is None else f"{help} (default: {default})").replace("%", "%%"),
+                            metavar=f.type.__name__ if not f.metadata["choices"] else None)  # fmt: skip
     return {
         name: value for name, value in vars(parser.parse(arguments)).items() if value is not None and value is not False
     }
@@ -202,6 +206,8 @@ def complete(given: dict) -> Settings:
         if getattr(settings, name) is None:
             setattr(settings, name, LORA_RATES * value if settings.lora_rank and name.endswith("_lr") else value)
     settings.reward_model = settings.reward_model or settings.model
+    if settings.warm_up is None:  # few demonstrations are learnt in 60 updates, more of them take longer
+        settings.warm_up = max(60, 4 * settings.demonstrations // settings.questions)
     if settings.reward == "random":  # and it stays so
         settings.freeze_reward, settings.warm_up = True, 0
     if settings.start is None:  # a likelihood trained as log-density is a policy, a head or a log-ratio is none

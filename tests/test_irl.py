@@ -214,6 +214,36 @@ def test_grpo_needs_the_verifier(shipped, settings):
         trainer.step()
 
 
+def test_grpo_leaves_out_only_what_teaches_nothing(shipped, settings, monkeypatch):
+    """The gradient is that of all rows, those of groups that were all right or all wrong included."""
+    s = replace(settings, questions=4, group=4)
+    examples = data.load_examples("words", "train", 4)
+    trainer = baselines.GRPO(s, shipped[1], copy.deepcopy(shipped[0]), examples)
+    right = iter([1, 0, 0, 1] + [1] * 4 + [0] * 4 + [0, 0, 0, 1])
+    monkeypatch.setattr(data, "is_correct", lambda example, text: next(right))
+    seen, rollouts, sample, loss = [], [], policy.sample, trainer.loss
+    monkeypatch.setattr(policy, "sample", lambda *args: rollouts.append(sample(*args)) or rollouts[0])
+    monkeypatch.setattr(trainer, "loss", lambda batch, *rest: seen.append(len(batch)) or loss(batch, *rest))
+    found = trainer.step()["policy"]
+
+    model, batch, mask = copy.deepcopy(shipped[0]), rollouts[0].batch, rollouts[0].batch.response_mask
+    outcomes = torch.tensor([1.0, 0, 0, 1] + [1] * 4 + [0] * 4 + [0, 0, 0, 1])
+    advantages = policy.grpo_advantages(outcomes, 4)[:, None]
+    all_rows = policy.ppo_loss(policy.token_logprobs(model, batch), rollouts[0].logprobs, advantages, s.ppo_clip) * mask
+    (all_rows.sum() / mask.sum()).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert sum(seen) == 8 and found["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert found["loss"] == pytest.approx(float(all_rows.detach().sum() / mask.sum()), abs=1e-6)
+
+
+def test_a_grpo_step_without_any_advantage_moves_nothing(shipped, settings, monkeypatch):
+    trainer = baselines.GRPO(settings, shipped[1], copy.deepcopy(shipped[0]), data.load_examples("words", "train", 8))
+    monkeypatch.setattr(data, "is_correct", lambda example, text: True)
+    assert trainer.step()["policy"] == {"loss": 0.0, "grad_norm": 0.0, "skipped": 0}
+    for parameter, start in zip(trainer.policy_model.parameters(), shipped[0].parameters()):
+        assert torch.equal(parameter, start)
+
+
 def test_rates_rise_and_fall():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     rates = []

@@ -65,6 +65,56 @@ def test_length_limit_leaves_a_row_unfinished(shipped, prompts):
     assert not rollout.finished.any() and (rollout.batch.response_mask.sum(1) == 5).all()
 
 
+def test_room_in_the_cache_changes_nothing(shipped, prompts, monkeypatch):
+    """Keys and values are those of transformers' own layers, however little room there is and whichever rows leave."""
+    model, tokenizer = shipped
+    rollouts = []
+    for room in (None, 1, 7, 100):
+        monkeypatch.setattr(policy.RoomyLayer, "ROOM", room)
+        if room is None:
+            monkeypatch.setattr(policy, "make_roomy", lambda cache: None)
+        generator = torch.Generator().manual_seed(0)
+        rollouts.append(policy.sample(model, prompts, tokenizer.eos_token_id, 64, 4, generator=generator))
+        monkeypatch.undo()
+    for rollout in rollouts[1:]:
+        assert torch.equal(rollout.batch.tokens, rollouts[0].batch.tokens)
+        assert_close(rollout.logprobs, rollouts[0].logprobs)
+
+
+def test_the_cache_is_not_copied_at_every_token(shipped, prompts):
+    """One copy per ROOM tokens: the memory the keys lie in stays where it is in between."""
+    cache = shipped[0](torch.tensor(prompts[:1]), use_cache=True).past_key_values
+    policy.make_roomy(cache)
+    places = []
+    for _ in range(2 * policy.RoomyLayer.ROOM):
+        shipped[0](torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+        places.append(cache.layers[0].keys.data_ptr())
+    assert len(set(places)) == 2
+
+
+def test_rows_may_end_with_the_first_token(shipped, prompts):
+    """Some rows end at once, before the cache has grown; the others go on."""
+    sample = lambda end, length: policy.sample(shipped[0], prompts, end, length, 4, temperature=4.0,
+                                               generator=torch.Generator().manual_seed(0))  # fmt: skip
+    first = [sample(-1, 1).batch.response(row)[0] for row in range(4 * len(prompts))]
+    end = max(set(first), key=first.count)
+    rollout = sample(end, 8)
+    at_once = torch.tensor([token == end for token in first])
+    assert 0.1 < at_once.float().mean() < 0.9
+    lengths = rollout.batch.response_mask.sum(1)
+    assert (lengths[at_once] == 1).all() and (lengths[~at_once] > 1).all()
+
+
+@pytest.mark.parametrize("every", [1, 8])
+def test_how_often_we_look_who_has_ended_changes_no_greedy_trace(shipped, prompts, monkeypatch, every):
+    model, tokenizer = shipped
+    expected = policy.sample(model, prompts, tokenizer.eos_token_id, 64, temperature=0.0)
+    monkeypatch.setattr(policy, "LOOK_EVERY", {"cpu": every})
+    found = policy.sample(model, prompts, tokenizer.eos_token_id, 64, temperature=0.0)
+    assert torch.equal(found.batch.tokens, expected.batch.tokens)
+    assert_close(found.logprobs, expected.logprobs)
+
+
 def test_top_p_keeps_the_smallest_sufficient_set():
     logprobs = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
     drawn = policy.choose(logprobs, 1.0, 0.75).bincount(minlength=4) / 2000
