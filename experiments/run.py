@@ -33,22 +33,23 @@ from data import UserError
 ROOT = Path(__file__).parents[1]
 SIZES = (64, 256, 1024)  # demonstrations
 PARTS = ("choose", "main", "variants", "ablations", "inference")
-CHOICES = {60: "3e-4 6e-4", 120: "3e-4 6e-4", 240: "3e-4", 480: "3e-4 6e-4", 960: "3e-4"}  # SFT's updates: rates
+# SFT's updates: rates
+CHOICES = {60: "3e-4 6e-4", 120: "3e-4 6e-4", 240: "3e-4", 480: "3e-4 6e-4", 960: "3e-4", 1920: "3e-4"}
 QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 "
          "--eval-questions 20 --eval-samples 4 --rerank-questions 12 --rerank-n 4 --validate-every 2")  # fmt: skip
 
 # What is changed, in train.py's flags. PPO is the loss that takes every reward.
 PPO = "--policy-loss ppo --gamma 0.9"
-BASE = "--start base --policy-lr 4e-4 --max-steps 400"  # a policy that has all the way to go needs more steps
+BASE = "--start base --policy-lr 4e-4 --max-steps 200"  # a policy that has all the way to go needs more steps
 VARIANTS = {
-    "start at the base": BASE,
+    "start at the base": "--start base --policy-lr 4e-4 --max-steps 400",
     "start at SFT": "--start sft --max-steps 200",
     "no extra questions": "--extra-questions 0",
     "reward not averaged": "--reward-average 0",
     "the start alone": "--max-steps 1 --policy-lr 1e-9",
-    "dense, PPO, from the base": f"{PPO} {BASE}",
-    "per step, PPO, from the base": f"{PPO} {BASE} --granularity interval",
-    "sparse, PPO, from the base": f"{PPO} {BASE} --granularity sparse --gamma 1",
+    "from the base, PPO, a reward per token": f"{PPO} {BASE}",
+    "from the base, PPO, a reward per step": f"{PPO} {BASE} --granularity interval",
+    "from the base, PPO, a reward per trace": f"{PPO} {BASE} --granularity sparse --gamma 1",
 }
 ABLATIONS = {
     "default": BASE,
