@@ -100,11 +100,12 @@ class GRPO:
         }
 
     def loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        """PPO's clipped loss with the group's advantage on every token of a trace: [B, T]."""
-        width = batch.tokens.shape[1]
-        logprobs = policy.token_logprobs(self.policy_model, batch, self.settings.temperature)
-        loss = policy.ppo_loss(logprobs, old_logprobs[:, :width], advantages[:, :width], self.settings.ppo_clip)
-        return loss * batch.response_mask
+        """PPO's clipped loss with the group's advantage on every token of a trace, summed over them: a number."""
+        s, chosen = self.settings, batch.response_mask.bool()
+        old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
+        states = policy.choosing_states(self.policy_model, batch)  # [N, H]
+        loss = lambda logprobs, n: policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
+        return policy.loss_of_logprobs(self.policy_model, states, batch, loss, s.temperature)
 
 
 def main() -> None:

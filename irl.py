@@ -176,37 +176,40 @@ class IRL:
             advantages = (rewards - expected) * mask + future
         return policy.normalise(advantages, mask)
 
-    def expected_reward(self, batch: data.Batch, reward_states, policy_states=None) -> torch.Tensor:
-        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token: [N]. The gradient, if any, is through pi.
-        reward_states [B, T, H] are those of stage 3; policy_states [N, H] are computed if they are not at hand."""
+    def expected_reward(self, batch: data.Batch, reward_states, policy_states=None, method=logprob.expected_reward):
+        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token, [N], or whatever `method` makes of it: their
+        sum. The gradient, if any, is through pi. reward_states [B, T, H] are those of stage 3; policy_states [N, H] are
+        computed if they are not at hand."""
         s, f = self.settings, self.discriminator.reward_model.model
         if policy_states is None:
             policy_states = policy.choosing_states(self.policy_model, batch)
         (weight, softcap), (reward_weight, _) = policy.output_layer(self.policy_model), policy.output_layer(f)
         reward_states = reward_states[:, : batch.tokens.shape[1]][batch.response_mask.bool()]  # [N, H]
         with policy.half_precision(policy_states.device):
-            return logprob.expected_reward(policy_states, weight, reward_states, reward_weight, s.entropy_coef,
-                                           s.temperature, softcap)  # fmt: skip
+            return method(policy_states, weight, reward_states, reward_weight, s.entropy_coef, s.temperature, softcap)
 
     def policy_loss(self, batch: data.Batch, old_logprobs, advantages, reward_states) -> torch.Tensor:
-        """The loss of each response token of some rows: [N], to be summed. See policy.py for the equations."""
+        """The loss of some rows, summed over their response tokens: a number. See policy.py for the equations."""
         s, chosen, loss = self.settings, batch.response_mask.bool(), 0.0
         old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
         states = policy.choosing_states(self.policy_model, batch)  # [N, H]
         if s.policy_loss == "exact":
-            loss = loss - self.expected_reward(batch, reward_states, states)
+            loss = loss - self.expected_reward(batch, reward_states, states, logprob.expected_reward_sum)
         if s.policy_loss == "exact" and not s.gamma and not s.kl_coef:
             return loss  # nothing hangs on the sampled tokens
-        logprobs = policy.logprobs_of(self.policy_model, states, batch, s.temperature)  # [N]
-        if s.policy_loss == "ppo":
-            loss = loss + policy.ppo_loss(logprobs, old_logprobs, advantages, s.ppo_clip)
-        else:
-            loss = loss + policy.reinforce_loss(logprobs, advantages)
         if s.kl_coef:
             with torch.no_grad():
-                reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]
-            loss = loss + s.kl_coef * policy.kl_k3(logprobs, reference)
-        return loss
+                reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]  # [N]
+
+        def sampled(logprobs, n):
+            """Of some tokens, a slice n of 0..N: [R]"""
+            if s.policy_loss == "ppo":
+                loss = policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
+            else:
+                loss = policy.reinforce_loss(logprobs, advantages[n])
+            return loss + s.kl_coef * policy.kl_k3(logprobs, reference[n]) if s.kl_coef else loss
+
+        return loss + policy.loss_of_logprobs(self.policy_model, states, batch, sampled, s.temperature)
 
 
 def draw(items: list, count: int, rng: random.Random) -> list:

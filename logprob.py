@@ -228,46 +228,46 @@ def logprobs_chunked(hidden, weight, tokens, temperature=1.0, softcap=0.0, entro
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _Loss(torch.autograd.Function):
+class _ByRows(torch.autograd.Function):
+    """sum L over blocks of rows. block(x [R, V], rows) -> (L of these rows, function () -> dL/dx in the memory of x,
+    or None where L does not depend on x)."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, loss, temperature, softcap, entropy, tile_rows):
+    def forward(ctx, hidden, weight, block, temperature, softcap, tile_rows):
         (wants_hidden, wants_weight), kind = ctx.needs_input_grad[:2], sum_type(hidden)
         total, w = torch.zeros((), dtype=kind, device=hidden.device), weight.to(kind)
         grad_hidden = torch.zeros_like(hidden, dtype=kind) if wants_hidden else None
         grad_weight = torch.zeros_like(w) if wants_weight else None
-        for rows in spans(len(hidden), tile_rows or max(1, 2**25 // len(weight))):
-            h, softmax = hidden[rows].to(kind), OnlineSoftmax(len(hidden[rows]), int(entropy), total)
+        for rows in spans(len(hidden), tile_rows or max(1, ROWS // len(weight))):
+            h = hidden[rows].to(kind)
             x = tile_logits(h, w, temperature, softcap)  # [R, V]
-            column, here = tokens_in(tokens, rows, slice(0, len(w)))
-            softmax.add(x, *[x] * entropy)
-            lse, *mean = softmax.result()
-            outputs = [x.gather(-1, column).squeeze(-1) - lse] + [lse - m for m in mean]  # log pi, entropy: [R] each
-            with torch.enable_grad():
-                outputs = [output.requires_grad_() for output in outputs]
-                part = loss(*(outputs if entropy else (outputs[0], None)), rows).sum()
-            total += part.detach()
-            if not (wants_hidden or wants_weight):
-                continue
-            grads = torch.autograd.grad(part, outputs, allow_unused=True)
-            if grads[0] is None and grads[-1] is None:
-                continue
             slope = 1 - (x * (temperature / softcap)) ** 2 if softcap else None
-            ent, grad_entropy = (outputs[1].detach(), grads[1]) if entropy else (None, None)
-            g = logprob_gradient(x, lse, ent, grads[0], grad_entropy, column, here)
+            value, gradient = block(x, rows)
+            total += value
+            g = gradient() if wants_hidden or wants_weight else None  # [R, V]
+            if g is None:
+                continue
             if softcap:
                 g *= slope
             if wants_hidden:
                 torch.addmm(grad_hidden[rows], g, w, beta=0, alpha=1 / temperature, out=grad_hidden[rows])
             if wants_weight:
                 grad_weight.addmm_(g.T, h, alpha=1 / temperature)
-        ctx.save_for_backward(*(None if g is None else g.to(hidden.dtype) for g in (grad_hidden, grad_weight)))
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         # In place: a second copy of the matrix would cost as much as all tiles. (A second backward is then an error.)
-        return *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors), *[None] * 6
+        # Autograd rounds to the inputs' types.
+        return *(None if g is None else g.mul_(grad) for g in ctx.saved_tensors), *[None] * 4
+
+
+def sum_by_rows(hidden, weight, block, temperature, softcap, rows):
+    if not torch.is_grad_enabled():  # the function below is not told
+        hidden, weight = hidden.detach(), weight.detach()
+    return _ByRows.apply(hidden, weight, block, temperature, softcap, rows)
 
 
 def loss_by_rows(hidden, weight, tokens, loss, temperature=1.0, softcap=0.0, entropy=False, rows=None):
@@ -280,7 +280,30 @@ def loss_by_rows(hidden, weight, tokens, loss, temperature=1.0, softcap=0.0, ent
     >>> loss_by_rows(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]), lambda logp, entropy, rows: -2 * logp)
     tensor(1.3863)
     """
-    return _Loss.apply(hidden, weight, tokens, loss, temperature, softcap, entropy, rows)
+    tiles = spans(len(weight), tile_size(None, hidden.device)[1])  # what is computed on the way stays small
+
+    def block(x, rows):
+        softmax = OnlineSoftmax(len(x), int(entropy), x)
+        for columns in tiles:
+            softmax.add(x[:, columns], *[x[:, columns]] * entropy)
+        lse, *mean = softmax.result()
+        outputs = [x.gather(-1, tokens[rows, None]).squeeze(-1) - lse] + [lse - m for m in mean]  # log pi, entropy
+        with torch.enable_grad():
+            outputs = [output.requires_grad_() for output in outputs]  # [R] each
+            part = loss(*(outputs if entropy else (outputs[0], None)), rows).sum()
+
+        def gradient():
+            grads = torch.autograd.grad(part, outputs, allow_unused=True)
+            if grads[0] is None and grads[-1] is None:
+                return None
+            per_row = lse, outputs[1].detach() if entropy else None, grads[0], grads[1] if entropy else None
+            for columns in tiles:
+                logprob_gradient(x[:, columns], *per_row, *tokens_in(tokens, rows, columns))
+            return x
+
+        return part.detach(), gradient
+
+    return sum_by_rows(hidden, weight, block, temperature, softcap, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -316,6 +339,40 @@ def expected_reward_plain(hidden, weight, reward_hidden, reward_weight, alpha, t
     return expectation(logp[:, :both], f[:, :both], alpha)
 
 
+class ExpectedSums:
+    """E_{a~pi}[f - alpha log pi] of some rows from tiles x of the policy's logits and y of the reward's, tile by tile;
+    then its gradient."""
+
+    def __init__(self, rows: int, alpha: float, like: torch.Tensor):
+        self.alpha = alpha
+        self.softmax, self.reward_softmax = OnlineSoftmax(rows, 2, like), OnlineSoftmax(rows, 0, like)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """[R, C] and [R, C'] of the same columns, but for those that one of the two lacks."""
+        both = min(x.shape[1], y.shape[1])
+        if x.shape[1]:  # f - alpha log p = y - alpha x, but for one constant per row
+            self.softmax.add(x, y[:, :both] - self.alpha * x[:, :both], torch.ones_like(x[:, :both]))
+        if y.shape[1]:
+            self.reward_softmax.add(y)
+
+    def result(self) -> torch.Tensor:
+        """(R, the mass P of the columns that both have, log-sum-exp, the reward's): [4, R]."""
+        (lse, mean, mass), (reward_lse,) = self.softmax.result(), self.reward_softmax.result()
+        return torch.stack([mean - mass * (reward_lse - self.alpha * lse), mass, lse, reward_lse])
+
+
+def expected_gradient(x, y, result, alpha):
+    """dR/dx_u = p_u (1[u in both] (f_u - alpha log p_u - alpha) - (R - alpha P)) of a tile, in the memory of x; y is
+    lost, too."""
+    value, mass, lse, reward_lse = result[..., None]  # [R, 1] each
+    x -= lse  # log p
+    y -= reward_lse  # f
+    both = min(x.shape[1], y.shape[1])
+    factor = (alpha * mass - value).repeat(1, x.shape[1])
+    factor[:, :both] += y[:, :both] - alpha * x[:, :both] - alpha
+    return x.exp_().mul_(factor)
+
+
 class _ExpectedReward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap, chunk):
@@ -323,18 +380,11 @@ class _ExpectedReward(torch.autograd.Function):
         results = torch.zeros(4, len(hidden), dtype=kind, device=hidden.device)
         for rows in spans(len(hidden), tile_rows):
             h, reward_h = hidden[rows].to(kind), reward_hidden[rows].to(kind)
-            softmax, reward_softmax = OnlineSoftmax(len(h), 2, results), OnlineSoftmax(len(h), 0, results)
+            sums = ExpectedSums(len(h), alpha, results)
             for columns in spans(max(len(weight), len(reward_weight)), tile_columns):
                 w, reward_w = weight[columns].to(kind), reward_weight[columns].to(kind)  # one may have run out
-                x = tile_logits(h, w, temperature, softcap)
-                y = tile_logits(reward_h, reward_w, 1.0, softcap)
-                both = min(len(w), len(reward_w))
-                if len(w):  # f - alpha log p = y - alpha x, but for one constant per row
-                    softmax.add(x, y[:, :both] - alpha * x[:, :both], torch.ones_like(x[:, :both]))
-                if len(reward_w):
-                    reward_softmax.add(y)
-            (lse, mean, mass), (reward_lse,) = softmax.result(), reward_softmax.result()
-            results[:, rows] = torch.stack([mean - mass * (reward_lse - alpha * lse), mass, lse, reward_lse])
+                sums.add(tile_logits(h, w, temperature, softcap), tile_logits(reward_h, reward_w, 1.0, softcap))
+            results[:, rows] = sums.result()
         ctx.save_for_backward(hidden, weight, reward_hidden, reward_weight, results)
         ctx.alpha, ctx.settings = alpha, (temperature, softcap, chunk)
         return results[0].clone()
@@ -342,18 +392,13 @@ class _ExpectedReward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """dR/dx_u = p_u (1[u in both] (f_u - alpha log p_u - alpha) - (R - alpha P)), P = the mass of columns in both."""
-        hidden, weight, reward_hidden, reward_weight, (value, mass, lse, reward_lse) = ctx.saved_tensors
-        alpha, softcap = ctx.alpha, ctx.settings[1]
+        hidden, weight, reward_hidden, reward_weight, results = ctx.saved_tensors
+        softcap = ctx.settings[1]
 
         def tile_gradient(x, rows, columns):
             reward_w, reward_h = reward_weight[columns].to(x.dtype), reward_hidden[rows].to(x.dtype)
-            f = tile_logits(reward_h, reward_w, 1.0, softcap) - reward_lse[rows, None]  # [R, C or fewer]
-            x -= lse[rows, None]  # log p
-            both = min(x.shape[1], f.shape[1])
-            factor = (alpha * mass - value)[rows, None].repeat(1, x.shape[1])
-            factor[:, :both] += f[:, :both] - alpha * x[:, :both] - alpha
-            return x.exp_().mul_(factor).mul_(grad[rows, None])
+            y = tile_logits(reward_h, reward_w, 1.0, softcap)  # [R, C or fewer]
+            return expected_gradient(x, y, results[:, rows], ctx.alpha).mul_(grad[rows, None])
 
         return *gradients(hidden, weight, *ctx.settings, ctx.needs_input_grad, tile_gradient), *[None] * 6
 
@@ -361,8 +406,38 @@ class _ExpectedReward(torch.autograd.Function):
 def expected_reward_chunked(
     hidden, weight, reward_hidden, reward_weight, alpha, temperature=1.0, softcap=0.0, chunk=None
 ):
-    """`expected_reward_plain`, holding one tile of either [N, V] at a time."""
+    """`expected_reward_plain`, holding one tile of either [N, V] at a time: six products, for both matrices' logits are
+    multiplied again in backward."""
     return _ExpectedReward.apply(hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap, chunk)
+
+
+def expected_reward_by_rows(
+    hidden, weight, reward_hidden, reward_weight, alpha, temperature=1.0, softcap=0.0, rows=None
+):
+    """sum_n `expected_reward_plain`_n, a few rows of both [N, V] at a time, its gradient computed during forward: a
+    number, for four products.
+
+    >>> expected_reward_by_rows(torch.zeros(1, 3), torch.ones(2, 3), torch.zeros(1, 3), torch.ones(4, 3), alpha=1.0)
+    tensor(-0.6931)
+    """
+    reward_w = reward_weight.to(sum_type(hidden))
+    tiles = spans(max(len(weight), len(reward_weight)), tile_size(None, hidden.device)[1])
+
+    def block(x, rows):
+        y = tile_logits(reward_hidden[rows].to(x.dtype), reward_w, 1.0, softcap)  # [R, V']
+        sums = ExpectedSums(len(x), alpha, x)
+        for columns in tiles:
+            sums.add(x[:, columns], y[:, columns])
+        result = sums.result()
+
+        def gradient():
+            for columns in tiles:
+                expected_gradient(x[:, columns], y[:, columns], result, alpha)
+            return x
+
+        return result[0].sum(), gradient
+
+    return sum_by_rows(hidden, weight, block, temperature, softcap, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -509,6 +584,7 @@ def logprobs_triton(hidden, weight, tokens, temperature=1.0, softcap=0.0, entrop
 # 6. Which one
 # ---------------------------------------------------------------------------------------------------------------
 
+ROWS = 2**23  # N * V of the rows that parts 3 and 4 hold at once: 32 MB a tensor
 SMALL = 2**22  # N * V up to which plain is as fast, on two CPU cores; it is 16 MB a tensor
 TRITON = False  # part 4 on CUDA: off until `python -m experiments.bench` has shown there that it pays
 
@@ -521,12 +597,7 @@ def logprobs(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True)
     """
     hidden, weight = as_autocast(hidden, weight)
     method = logprobs_plain if few(hidden, weight) else logprobs_chunked
-    if (
-        TRITON
-        and triton is not None
-        and hidden.is_cuda
-        and {hidden.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
-    ):
+    if fused(hidden, weight):
         method = logprobs_triton
     return method(hidden, weight, tokens, temperature, softcap, entropy)
 
@@ -542,9 +613,45 @@ def expected_reward(hidden, weight, reward_hidden, reward_weight, alpha, tempera
     return method(hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap)
 
 
+def loss_sum(hidden, weight, tokens, loss, temperature=1.0, softcap=0.0):
+    """sum_n loss(log pi, None, rows)_n, what training takes: a number. Few logits: `logprobs`; many: by rows.
+
+    >>> loss_sum(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]), lambda logp, entropy, rows: -2 * logp)
+    tensor(1.3863)
+    """
+    if by_rows(hidden, weight):
+        return loss_by_rows(hidden, weight, tokens, loss, temperature, softcap)
+    logp, entropy = logprobs(hidden, weight, tokens, temperature, softcap, entropy=False)
+    return loss(logp, entropy, slice(0, len(logp))).sum()
+
+
+def expected_reward_sum(hidden, weight, reward_hidden, reward_weight, alpha, temperature=1.0, softcap=0.0):
+    """sum_n `expected_reward`_n, what training takes: a number.
+
+    >>> expected_reward_sum(torch.zeros(1, 3), torch.ones(2, 3), torch.zeros(1, 3), torch.ones(4, 3), alpha=1.0)
+    tensor(-0.6931)
+    """
+    inputs = hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap
+    return expected_reward_by_rows(*inputs) if by_rows(hidden, weight) else expected_reward(*inputs).sum()
+
+
 def few(hidden, weight) -> bool:
     """Whether [N, V] may be held. Not in half precision: plain would copy all of the weight."""
     return len(hidden) * len(weight) <= SMALL and weight.dtype == sum_type(hidden)
+
+
+def by_rows(hidden, weight) -> bool:
+    """Whether a sum is taken by rows: of many logits, but not in half precision, where it would hold copies of the
+    matrices and a gradient in float32, nor where the fused kernels are wanted."""
+    hidden, weight = as_autocast(hidden, weight)
+    half = weight.dtype != sum_type(hidden)
+    return not (half or few(hidden, weight) or fused(hidden, weight))
+
+
+def fused(hidden, weight) -> bool:
+    """Whether the Triton kernels are to be used, and can be."""
+    kinds = {hidden.dtype, weight.dtype}
+    return TRITON and triton is not None and hidden.is_cuda and kinds <= {torch.float32, torch.bfloat16}
 
 
 def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:

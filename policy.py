@@ -427,6 +427,15 @@ def logprobs_of(model, states: torch.Tensor, batch: Batch, temperature: float = 
         return logprob.logprobs(states, weight, response_tokens(batch), temperature, softcap, entropy=False)[0]
 
 
+def loss_of_logprobs(model, states, batch: Batch, loss: Callable, temperature: float = 1.0) -> torch.Tensor:
+    """sum_n loss(log pi(a_n|s_n), n), n all response tokens: a number, with its gradients. What training takes: told the
+    loss, logprob.py need not multiply a large vocabulary's logits twice. loss([R], slice n of 0..N) -> [R]."""
+    weight, softcap = output_layer(model)
+    by_token = lambda logprobs, entropy, n: loss(logprobs, n)
+    with half_precision(states.device):
+        return logprob.loss_sum(states, weight, response_tokens(batch), by_token, temperature, softcap)
+
+
 def token_entropies(model, batch: Batch) -> torch.Tensor:
     """-sum_a pi(a|s_t) log pi(a|s_t) at each response token: [B, T]."""
     states, (weight, softcap) = choosing_states(model, batch), output_layer(model)
@@ -542,7 +551,7 @@ def grpo_advantages(outcomes: torch.Tensor, group: int) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. Losses, one value per token [B, T] or [N]. `update` sums them and divides by the tokens of the whole batch.
+# 5. Losses, one value per token [B, T] or [N]. `accumulate` divides their sum by the tokens of the whole batch.
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -582,8 +591,8 @@ def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Ten
 
 
 def sft_loss(model, batch: Batch) -> torch.Tensor:
-    """-log pi(expert's token | expert's prefix), per response token: [N]. The end token is one of them."""
-    return -logprobs_of(model, choosing_states(model, batch), batch)
+    """-log pi(expert's token | expert's prefix), summed over the response tokens: a number. The end token is one."""
+    return loss_of_logprobs(model, choosing_states(model, batch), batch, lambda logprobs, n: -logprobs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -642,7 +651,7 @@ def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
 def accumulate(loss_of_rows: Callable[[torch.Tensor], torch.Tensor], parts: list[torch.Tensor], total: float) -> float:
     """Backward of sum(losses) / total, part by part of the rows (memory.micro_batches). Returns the loss.
 
-    loss_of_rows(rows) gives per-token losses, 0 outside the response. `total` is that of the *whole* batch (its number
+    loss_of_rows(rows) gives per-token losses, 0 outside the response, or their sum. `total` is that of the *whole* batch (its number
     of response tokens), so the micro-batch size sets the memory and nothing else. Of several processes each brings its
     own rows and their total; the gradients are those of all rows once optimizer_step has summed them.
     """

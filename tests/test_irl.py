@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import baselines
 import data
 import irl
+import logprob
 import lora
 import policy
 import reward
@@ -129,13 +130,14 @@ def test_micro_batch_size_changes_no_policy_gradient(shipped, settings, loss, ga
 
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
 def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma):
-    """-(sum_a pi(a|s_t) (f(s_t,a) - alpha log pi(a|s_t))) - gamma A_{t+1} log pi(a_t|s_t), token by token."""
+    """-(sum_a pi(a|s_t) (f(s_t,a) - alpha log pi(a|s_t))) - gamma A_{t+1} log pi(a_t|s_t), summed token by token, and
+    its gradient."""
     loop = make_loop(shipped, settings, policy_loss="exact", gamma=gamma)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
     advantages = torch.randn(batch.tokens.shape) * batch.response_mask
     states = loop.discriminator.reward_model.states(batch).detach()
     fast = loop.policy_loss(batch, torch.zeros(batch.tokens.shape), advantages, states)
-    fast = policy.spread(fast, batch.response_mask)
+    parameters, slow = list(loop.policy_model.parameters()), 0.0
     for row in range(2):
         ids = batch.tokens[row : row + 1, : batch.lengths[row]]
         log_pi = loop.policy_model(ids).logits[0].log_softmax(-1)
@@ -145,8 +147,47 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma):
                 log_pi[t - 1, a].exp() * (f[t - 1, a] - loop.settings.entropy_coef * log_pi[t - 1, a])
                 for a in range(f.shape[1])
             )
-            expected = -expectation - (advantages[row, t] * log_pi[t - 1, ids[0, t]] if gamma else 0)
-            assert_close(fast[row, t], expected, atol=1e-4, rtol=1e-4)
+            slow = slow - expectation - (advantages[row, t] * log_pi[t - 1, ids[0, t]] if gamma else 0)
+    assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+    for a, b in zip(torch.autograd.grad(fast, parameters), torch.autograd.grad(slow, parameters), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo", "exact", "exact, gamma and KL", "reinforce", "ppo, KL"])
+def test_the_loss_by_rows_has_the_same_gradient(shipped, settings, method, monkeypatch):
+    """A large vocabulary's losses are summed a few rows at a time: the same loss, the same gradient of every weight."""
+    changes = dict(policy_loss=method.split(",")[0], gamma=0.9 * ("gamma" in method), kl_coef=0.3 * ("KL" in method))
+    loop = make_loop(shipped, settings, **changes if method not in ("sft", "grpo") else {})
+    for parameter in (*loop.policy_model.parameters(), *loop.discriminator.reward_model.parameters()):
+        parameter.data += 0.02 * torch.randn_like(parameter)  # policy, reward and reference differ
+    parameters = list(loop.policy_model.parameters())
+    batch = data.demonstration_batch(loop.tokenizer, loop.experts[:4])
+    states = loop.discriminator.reward_model.states(batch).detach()
+    old, advantages = (x * batch.response_mask for x in torch.randn(2, *batch.tokens.shape))
+    old = policy.token_logprobs(loop.policy_model, batch).detach() + 0.3 * old  # some ratios are clipped
+
+    def loss():
+        if method == "sft":
+            return policy.sft_loss(loop.policy_model, batch)
+        if method == "grpo":
+            trainer = baselines.GRPO(loop.settings, loop.tokenizer, loop.policy_model, loop.experts)
+            return trainer.loss(batch, old, advantages)
+        return loop.policy_loss(batch, old, advantages, states)
+
+    plain = loss()
+    monkeypatch.setattr(logprob, "SMALL", 0)
+    monkeypatch.setattr(logprob, "ROWS", 5 * len(loop.tokenizer))  # and not all rows at once
+    blocks, add = [], logprob.OnlineSoftmax.add
+    monkeypatch.setattr(logprob.OnlineSoftmax, "add", lambda self, x, *v: blocks.append(len(x)) or add(self, x, *v))
+    with monkeypatch.context() as context:
+        if not loop.settings.kl_coef:  # the reference needs no gradient and no sum
+            context.delattr(logprob, "logprobs_chunked")
+        context.delattr(logprob, "expected_reward_chunked")
+        rows = loss()
+    assert blocks and (max(blocks) <= 5 or loop.settings.kl_coef)
+    assert_close(rows, plain, atol=1e-4, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(rows, parameters), torch.autograd.grad(plain, parameters), strict=True):
+        assert b.any() and (a - b).norm() <= 1e-4 * b.norm()
 
 
 def test_exact_baseline_leaves_no_advantage_on_average(shipped, settings):
@@ -191,7 +232,8 @@ def test_best_learns_from_the_winners_alone(shipped, settings):
     winners = (rewards.sum(1) / rollout.batch.response_mask.sum(1)).view(2, 4).argmax(1) + torch.tensor([0, 4])
     states = loop.discriminator.reward_model.states(rollout.batch).detach()
     loss = loop.update_policy(rollout, rewards, states)["loss"]
-    expected = policy.sft_loss(shipped[0], rollout.batch[winners]).mean()
+    tokens = rollout.batch[winners].response_mask.sum()
+    expected = policy.sft_loss(shipped[0], rollout.batch[winners]) / tokens
     assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
 
 

@@ -243,6 +243,95 @@ def test_loss_by_rows_refuses_a_second_backward():
         loss.backward()
 
 
+def sums_by_rows(rows=None):
+    """(function by rows, the plain one, products), each of (hidden, weight) -> a number in a tuple."""
+    _, _, tokens = draw()
+    reward_hidden, reward_weight, _ = draw(37, 131, 16)
+    cast = lambda t, like: t.to(like.dtype if like.dtype == torch.float64 else torch.float32)
+    loss = row_losses(False)
+    f = lambda function, **o: lambda h, w, **s: function(h, w, cast(reward_hidden, h), cast(reward_weight, h), 0.3, **s, **o)
+    return [
+        (
+            lambda h, w, **s: logprob.loss_by_rows(h, w, tokens, loss, rows=rows, **s)[None] / 3,
+            lambda h, w, **s: loss(*logprob.logprobs_plain(h, w, tokens, **s), slice(0, 37)).sum()[None] / 3,
+            3,
+        ),
+        (
+            lambda *inputs, **s: f(logprob.expected_reward_by_rows, rows=rows)(*inputs, **s)[None] / 3,
+            lambda *inputs, **s: f(logprob.expected_reward_plain)(*inputs, **s).sum()[None] / 3,
+            4,
+        ),
+    ]
+
+
+@SCALES
+@pytest.mark.parametrize("which", [0, 1])
+def test_by_rows_in_float64_float32_and_bf16(temperature, softcap, which, monkeypatch):
+    monkeypatch.setattr(logprob, "tile_size", lambda *_: (512, 64))  # the block of rows is read in three tiles
+    function, plain, _ = sums_by_rows(rows=10)[which]
+    scales = dict(temperature=temperature, softcap=softcap)
+    for dtype, of_values, of_gradients in (
+        (torch.float64, 1e-13, 1e-13),
+        (torch.float32, 1e-5, 1e-5),
+        (torch.bfloat16, 1e-5, 2**-8),  # products of bf16 numbers are exact in float32; a gradient is rounded once
+    ):
+        hidden, weight, _ = draw(dtype=dtype)
+        exact = run(plain, hidden.double(), weight.double(), **scales)
+        for frozen in (False, True):
+            actual = run(function, hidden, weight, frozen=frozen, **scales)
+            assert actual[1].dtype == dtype and (actual[2] is None) == frozen
+            assert_near(actual[:1], exact[:1], of_values)
+            assert_near(actual[1 : 3 - frozen], exact[1 : 3 - frozen], of_gradients)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_by_rows_takes_no_product_in_vain(which):
+    function, _, products = sums_by_rows()[which]
+    hidden, weight, _ = draw()
+    for frozen in (False, True):
+        with Watch() as watch:
+            run(function, hidden, weight, frozen=frozen)
+        assert watch.products() == products - frozen
+    with Watch() as watch, torch.no_grad():
+        assert not function(hidden, weight.requires_grad_()).requires_grad
+    assert watch.products() == products - 2
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_by_rows_holds_a_block_of_rows(which, monkeypatch):
+    monkeypatch.setattr(logprob, "ROWS", 4 * 4096)
+    hidden, weight, tokens = draw(64, 4096, 2)
+    function = (
+        lambda h, w: logprob.loss_by_rows(h, w, tokens, lambda logp, entropy, rows: logp)[None],
+        lambda h, w: logprob.expected_reward_by_rows(h, w, hidden.flip(0), weight, 0.3)[None],
+    )[which]
+    with Watch() as watch:
+        run(function, hidden, weight)
+    assert max(watch.sizes) == 4 * 4096
+
+
+def test_a_sum_is_by_rows_where_the_vocabulary_is_large_and_the_matrix_whole(monkeypatch):
+    hidden, weight, tokens = draw()
+    loss = lambda logp, entropy, rows: -logp
+    sums = lambda h, w: (logprob.loss_sum(h, w, tokens, loss), logprob.expected_reward_sum(h, w, h, w, 0.3))
+    called, apply = [], logprob._ByRows.apply
+    monkeypatch.setattr(logprob._ByRows, "apply", lambda *inputs: called.append(inputs[0].dtype) or apply(*inputs))
+    small = sums(hidden, weight)
+    expected = -logprob.logprobs_plain(hidden, weight, tokens)[0].sum()
+    expected = expected, logprob.expected_reward_plain(hidden, weight, hidden, weight, 0.3).sum()
+    assert not called and small == expected  # bit for bit
+    monkeypatch.setattr(logprob, "SMALL", 0)
+    assert_close(sums(hidden, weight), small)
+    assert called == [torch.float32] * 2
+    sums(hidden.double(), weight.double())
+    assert called[2:] == [torch.float64] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        sums(hidden, weight)
+    sums(hidden.bfloat16(), weight.bfloat16())
+    sums(hidden, weight.bfloat16())
+    assert len(called) == 4  # half precision: tile by tile
+
+
 # expected reward ------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +354,11 @@ def test_expected_reward_chunked_equals_plain(temperature, softcap, reward_colum
     exact = run(logprob.expected_reward_plain, *(t.double() for t in inputs), 0.3, **options)
     for chunk in ((10, 64), (37, 180), (50, 7)):
         assert_near(run(logprob.expected_reward_chunked, *inputs, 0.3, chunk=chunk, **options), exact)
+    exact = run(lambda *i, **o: logprob.expected_reward_plain(*i, **o).sum()[None], *(t.double() for t in inputs), 0.3,
+                **options)  # fmt: skip
+    by_rows = lambda *i, **o: logprob.expected_reward_by_rows(*i, **o)[None]
+    for rows in (1, 10, None):
+        assert_near(run(by_rows, *inputs, 0.3, rows=rows, **options), exact)
 
 
 def test_expected_reward_has_no_gradient_through_the_reward():

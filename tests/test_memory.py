@@ -44,7 +44,7 @@ def test_checkpointing_changes_no_gradient(shipped, batch, rank, monkeypatch):
         model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))  # noqa: B023
         if checkpointed:
             memory.recompute_layers(model)
-        loss = policy.sft_loss(model, batch).mean()
+        loss = policy.sft_loss(model, batch) / batch.response_mask.sum()
         if other is not None:
             policy.token_logprobs(other, batch)
         before = len(forwards)
@@ -290,7 +290,7 @@ def test_the_output_matrix_takes_what_is_said(rank, weights, monkeypatch):
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):
-            loss = logprob.expected_reward(hidden, matrices[0], reward_hidden, matrices[1].detach(), 0.1).sum()
+            loss = logprob.expected_reward_sum(hidden, matrices[0], reward_hidden, matrices[1].detach(), 0.1)
         loss.backward()
 
     config = copy.copy(memory.SHAPES["Qwen2.5-0.5B"])

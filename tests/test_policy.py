@@ -199,13 +199,16 @@ def test_padding_changes_nothing(shipped):
 
 
 def test_the_end_token_is_trained_and_the_prompt_is_not(shipped):
-    model, tokenizer = shipped
+    model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
+    for parameter in model.parameters():  # the base is certain of the end
+        parameter.data += 0.1 * torch.randn_like(parameter)
     batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 1))
-    losses = policy.sft_loss(model, batch)
-    assert len(losses) == int(batch.lengths - batch.prompt_lengths)
-    model = copy.deepcopy(model)
-    policy.sft_loss(model, batch)[-1].backward()  # the end token's loss alone
-    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    tokens, first = batch.tokens[0], int(batch.prompt_lengths[0])
+    assert tokens[-1] == tokenizer.eos_token_id
+    logprobs = model(batch.tokens).logits[0].log_softmax(-1)  # [T, V]
+    by_token = torch.stack([-logprobs[t - 1, tokens[t]] for t in range(first, len(tokens))])
+    assert_close(policy.sft_loss(model, batch), by_token.sum(), atol=1e-4, rtol=1e-5)
+    assert by_token[-1] > 0.01  # so that the end token would be missed
 
 
 # returns, baselines, advantages --------------------------------------------------------------------------------
