@@ -229,8 +229,8 @@ def logprobs_chunked(hidden, weight, tokens, temperature=1.0, softcap=0.0, entro
 
 
 class _ByRows(torch.autograd.Function):
-    """sum L over blocks of rows. block(x [R, V], rows) -> (L of these rows, function () -> dL/dx in the memory of x,
-    or None where L does not depend on x)."""
+    """The sum of L over blocks of rows. block(x [R, V], rows) -> (L of these rows, a function that returns dL/dx in the
+    memory of x, or None where nothing is learnt from them)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, block, temperature, softcap, tile_rows):
@@ -238,13 +238,15 @@ class _ByRows(torch.autograd.Function):
         total, w = torch.zeros((), dtype=kind, device=hidden.device), weight.to(kind)
         grad_hidden = torch.zeros_like(hidden, dtype=kind) if wants_hidden else None
         grad_weight = torch.zeros_like(w) if wants_weight else None
-        for rows in spans(len(hidden), tile_rows or max(1, ROWS // len(weight))):
+        for rows in spans(len(hidden), tile_rows or ROWS):
             h = hidden[rows].to(kind)
             x = tile_logits(h, w, temperature, softcap)  # [R, V]
-            slope = 1 - (x * (temperature / softcap)) ** 2 if softcap else None
             value, gradient = block(x, rows)
             total += value
-            g = gradient() if wants_hidden or wants_weight else None  # [R, V]
+            if not (wants_hidden or wants_weight):
+                continue
+            slope = 1 - (x * (temperature / softcap)) ** 2 if softcap else None
+            g = gradient()  # [R, V]
             if g is None:
                 continue
             if softcap:
@@ -265,6 +267,7 @@ class _ByRows(torch.autograd.Function):
 
 
 def sum_by_rows(hidden, weight, block, temperature, softcap, rows):
+    """A number, with its gradients where they are wanted."""
     if not torch.is_grad_enabled():  # the function below is not told
         hidden, weight = hidden.detach(), weight.detach()
     return _ByRows.apply(hidden, weight, block, temperature, softcap, rows)
@@ -584,7 +587,7 @@ def logprobs_triton(hidden, weight, tokens, temperature=1.0, softcap=0.0, entrop
 # 6. Which one
 # ---------------------------------------------------------------------------------------------------------------
 
-ROWS = 2**23  # N * V of the rows that parts 3 and 4 hold at once: 32 MB a tensor
+ROWS = 256  # of [N, V] that are held at once by rows: with fewer, the matrix would be read too often
 SMALL = 2**22  # N * V up to which plain is as fast, on two CPU cores; it is 16 MB a tensor
 TRITON = False  # part 4 on CUDA: off until `python -m experiments.bench` has shown there that it pays
 
@@ -619,6 +622,7 @@ def loss_sum(hidden, weight, tokens, loss, temperature=1.0, softcap=0.0):
     >>> loss_sum(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]), lambda logp, entropy, rows: -2 * logp)
     tensor(1.3863)
     """
+    hidden, weight = as_autocast(hidden, weight)
     if by_rows(hidden, weight):
         return loss_by_rows(hidden, weight, tokens, loss, temperature, softcap)
     logp, entropy = logprobs(hidden, weight, tokens, temperature, softcap, entropy=False)
@@ -631,8 +635,10 @@ def expected_reward_sum(hidden, weight, reward_hidden, reward_weight, alpha, tem
     >>> expected_reward_sum(torch.zeros(1, 3), torch.ones(2, 3), torch.zeros(1, 3), torch.ones(4, 3), alpha=1.0)
     tensor(-0.6931)
     """
-    inputs = hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap
-    return expected_reward_by_rows(*inputs) if by_rows(hidden, weight) else expected_reward(*inputs).sum()
+    inputs = as_autocast(hidden, weight, reward_hidden, reward_weight)
+    if by_rows(*inputs[:2]):
+        return expected_reward_by_rows(*inputs, alpha, temperature, softcap)
+    return expected_reward(*inputs, alpha, temperature, softcap).sum()
 
 
 def few(hidden, weight) -> bool:
@@ -643,9 +649,8 @@ def few(hidden, weight) -> bool:
 def by_rows(hidden, weight) -> bool:
     """Whether a sum is taken by rows: of many logits, but not in half precision, where it would hold copies of the
     matrices and a gradient in float32, nor where the fused kernels are wanted."""
-    hidden, weight = as_autocast(hidden, weight)
-    half = weight.dtype != sum_type(hidden)
-    return not (half or few(hidden, weight) or fused(hidden, weight))
+    whole = weight.dtype == sum_type(hidden)
+    return whole and not few(hidden, weight) and not fused(hidden, weight)
 
 
 def fused(hidden, weight) -> bool:

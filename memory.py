@@ -212,10 +212,10 @@ def empty_model(config, layers: int, dtype: torch.dtype):
 
 
 def output_bytes(config, rank: int, weights: str, tokens: int) -> int:
-    """What logprob.expected_reward and its backward take for `tokens` response tokens. [N, V] is never held, only tiles
-    of it: what counts is the output matrix [V, H] itself. Of float32 matrices, the policy's and the reward's, there are
-    bf16 copies (2 bytes each) until the policy's has its gradient (bf16). When these and the tiles are gone, the gradient
-    becomes float32 to be added. A frozen matrix has none.
+    """What logprob.expected_reward_sum and its backward take for `tokens` response tokens, under CUDA's autocast: in bf16
+    they go tile by tile, not by rows, and [N, V] is never held. What counts is the output matrix [V, H] itself. Of
+    float32 matrices, the policy's and the reward's, there are bf16 copies (2 bytes each) until the policy's has its
+    gradient (bf16). When these and the tiles are gone, the gradient becomes float32 to be added. A frozen matrix has none.
     """
     matrix = config.vocab_size * config.hidden_size
     rows, columns = logprob.tile_size(None, torch.device("cuda"))

@@ -429,7 +429,7 @@ def logprobs_of(model, states: torch.Tensor, batch: Batch, temperature: float = 
 
 def loss_of_logprobs(model, states, batch: Batch, loss: Callable, temperature: float = 1.0) -> torch.Tensor:
     """sum_n loss(log pi(a_n|s_n), n), n all response tokens: a number, with its gradients. What training takes: told the
-    loss, logprob.py need not multiply a large vocabulary's logits twice. loss([R], slice n of 0..N) -> [R]."""
+    loss, logprob.py need not multiply a large vocabulary's logits twice. loss([R], slice n of 0..N) -> [R], by token."""
     weight, softcap = output_layer(model)
     by_token = lambda logprobs, entropy, n: loss(logprobs, n)
     with half_precision(states.device):
@@ -651,9 +651,9 @@ def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
 def accumulate(loss_of_rows: Callable[[torch.Tensor], torch.Tensor], parts: list[torch.Tensor], total: float) -> float:
     """Backward of sum(losses) / total, part by part of the rows (memory.micro_batches). Returns the loss.
 
-    loss_of_rows(rows) gives per-token losses, 0 outside the response, or their sum. `total` is that of the *whole* batch (its number
-    of response tokens), so the micro-batch size sets the memory and nothing else. Of several processes each brings its
-    own rows and their total; the gradients are those of all rows once optimizer_step has summed them.
+    loss_of_rows(rows) gives per-token losses, 0 outside the response, or their sum. `total` is that of the *whole* batch
+    (its number of response tokens), so the micro-batch size sets the memory and nothing else. Of several processes each
+    brings its own rows and their total; the gradients are those of all rows once optimizer_step has summed them.
     """
     loss, total = 0.0, parallel.total(total)
     for rows in parts:

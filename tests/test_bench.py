@@ -77,7 +77,7 @@ def test_plain_is_extrapolated_where_it_does_not_fit_and_only_there(monkeypatch,
     asked = []
     monkeypatch.setattr(bench, "in_a_child", lambda *a: asked.append(a[2]) or line(*a))
     monkeypatch.setattr(bench, "available_bytes", lambda device: free)
-    result = bench.logprob_memory(["plain", "chunked"], 1024, 4096, 8, False)
+    result = bench.logprob_memory(["plain", "loss_by_rows"], 1024, 4096, 8, False)
     assert result["extrapolated"] == (not free) and asked == ([1024, 1024] if free else [1024, 128, 256])
     gradients = 4 * (1024 + 4096) * 8
     assert result["bytes"]["plain"] == pytest.approx(gradients + 1000 * 1024)
@@ -122,7 +122,8 @@ def test_quick_writes_the_ratios_and_prints_them(monkeypatch, tmp_path, capsys):
     assert results["logprob"]["with_entropy"]["time_ratio"] > 0 and results["sample"]["speedup"] > 0
     printed = capsys.readouterr().out
     assert f"ours / generate      {results['sample']['speedup']:5.2f} [" in printed
-    assert f"chunked / plain      {100 * results['logprob']['memory_ratio']:7.2f} %" in printed
+    assert results["logprob"]["time_ratio"] == results["logprob"]["ways"]["loss_by_rows"]["to_plain"]["ratio"]
+    assert f"loss_by_rows / plain {100 * results['logprob']['memory_ratio']:7.2f} %" in printed
     if bench.find_spec("trl") is None:
         assert "step" not in results and "TRL is not installed" in printed
     else:

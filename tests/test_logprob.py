@@ -299,7 +299,7 @@ def test_by_rows_takes_no_product_in_vain(which):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_by_rows_holds_a_block_of_rows(which, monkeypatch):
-    monkeypatch.setattr(logprob, "ROWS", 4 * 4096)
+    monkeypatch.setattr(logprob, "ROWS", 4)
     hidden, weight, tokens = draw(64, 4096, 2)
     function = (
         lambda h, w: logprob.loss_by_rows(h, w, tokens, lambda logp, entropy, rows: logp)[None],
