@@ -3,17 +3,18 @@
     1. logprobs_plain     the specification, in four lines
     2. logprobs_chunked   the same tile by tile, with its own backward: any device, float32, bf16 or float64
     3. loss_by_rows       a loss of them, its gradient computed during forward
-    4. expected_reward_*  E_{a~pi}[f - alpha log pi] over the whole vocabulary: plain and tile by tile
+    4. expected_reward_*  E_{a~pi}[f - alpha log pi] over the whole vocabulary: plain, tile by tile, its sum by rows
     5. logprobs_triton    part 2 as fused CUDA kernels
-    6. logprobs           picks one of them
+    6. logprobs, loss_sum, expected_reward, expected_reward_sum    pick one of them; the sums are what training takes
 
 With N = 8,192 response tokens and V = 151,936 one [N, V] tensor is 5 GB, and autograd keeps several. Here a tile of it
 lives at a time. What must be kept for backward is one number per row, the log-sum-exp; backward multiplies each tile of
-logits again. That makes four matrix products where plain autograd needs three: the price, in time, of the memory. (On
-one CPU thread, N = 512, V = 32,768, H = 896: 1.16 times plain's time without the entropy, 1.04 times with; the products
-alone would be 4/3. `loss_by_rows`, which needs three, 0.90 and 0.85 times. `python -m experiments.bench` measures it.)
-(Gradients computed during forward would save the fourth, but forward does not know yet what each row's log-probability
-will be multiplied by, and the gradient of the output matrix mixes all rows. Part 3 is told the loss, and does.)
+logits again. That makes four matrix products where plain autograd needs three: the price, in time, of the memory. (Gradients
+computed during forward would save the fourth, but forward does not know yet what each row's log-probability will be
+multiplied by, and the gradient of the output matrix mixes all rows.) Part 3 is told the loss and needs three products,
+for [256, V] held at a time; the exact loss needs four that way, six tile by tile. So that is what training takes, but in
+half precision. (On one CPU thread of a busy machine, N = 512, V = 32,768, H = 896, without the entropy: tile by tile 1.13
+times plain's time, by rows 0.90; the exact loss 1.08 and 0.75. `python -m experiments.bench` measures the former.)
 
 hidden [N, H], weight [V, H], tokens [N]. Sums are float32 whatever the inputs are, float64 if those are; a gradient is
 rounded to its input's type once, at the end. No second derivatives. The Triton kernels are tested in Triton's
