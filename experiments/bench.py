@@ -260,7 +260,7 @@ def bench_logprob(quick: bool, rounds: int, device="cpu") -> dict:
     """time_ratio and memory_ratio of training's way to plain, of log-probabilities alone; `with_entropy` has both."""
     on_gpu = torch.device(device).type == "cuda"
     sizes = dict(N=512, V=32768, H=256) if quick else CLAIM | dict(N=8192 if on_gpu else 512)
-    memory_sizes = sizes | dict(N=2048) if quick else CLAIM
+    memory_sizes = sizes | dict(N=4096) if quick else CLAIM
     result = sizes | {"dtype": "float32", "in_training": in_training(device)}
     for entropy in (False, True):
         forward, times, absent = logprob_times(**sizes, entropy=entropy, rounds=rounds, seconds=4 if quick else 240,
