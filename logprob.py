@@ -94,10 +94,11 @@ def tile_size(chunk: tuple[int, int] | None, device: torch.device) -> tuple[int,
     return chunk or ((512, 2048) if device.type == "cpu" else (4096, 4096))
 
 
-def tile_logits(hidden, weight, temperature, softcap):
-    """x of some rows and columns, [R, H] and [C, H] -> [R, C]. Scaling inside the product saves a pass over the tile.
-    Products here and in backward are `out=` or in place: those autocast leaves in the type they are given."""
-    x = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+def tile_logits(hidden, weight, temperature, softcap, memory=None):
+    """x of some rows and columns, [R, H] and [C, H] -> [R, C], in `memory` [R or more, C] if there is any. Scaling inside
+    the product saves a pass over the tile. Products here and in backward are `out=` or in place: those autocast leaves
+    in the type they are given."""
+    x = hidden.new_empty(len(hidden), len(weight)) if memory is None else memory[: len(hidden)]
     torch.addmm(x, hidden, weight.T, beta=0, alpha=1 / (softcap or temperature), out=x)
     return x.tanh_().mul_(softcap / temperature) if softcap else x
 
@@ -239,9 +240,11 @@ class _ByRows(torch.autograd.Function):
         total, w = torch.zeros((), dtype=kind, device=hidden.device), weight.to(kind)
         grad_hidden = torch.zeros_like(hidden, dtype=kind) if wants_hidden else None
         grad_weight = torch.zeros_like(w) if wants_weight else None
-        for rows in spans(len(hidden), tile_rows or ROWS):
+        tile_rows = min(tile_rows or ROWS, len(hidden))
+        memory = w.new_empty(tile_rows, len(w))  # one block for all, or a new one would be made before the last is gone
+        for rows in spans(len(hidden), max(1, tile_rows)):
             h = hidden[rows].to(kind)
-            x = tile_logits(h, w, temperature, softcap)  # [R, V]
+            x = tile_logits(h, w, temperature, softcap, memory)  # [R, V]
             value, gradient = block(x, rows)
             total += value
             if not (wants_hidden or wants_weight):

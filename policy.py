@@ -277,11 +277,13 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (store[:, :, :used] for store in self.store)
 
 
-def make_roomy(cache) -> None:
-    """Give every growing layer of a filled cache room. (A sliding window keeps the layer it has: it does not grow.)"""
+def make_roomy(cache) -> bool:
+    """Give every growing layer of a filled cache room. Returns whether all of them grow: a sliding window does not, it
+    keeps the layer that it has."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__, layer.store = RoomyLayer, [layer.keys, layer.values]
+    return all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
 @torch.inference_mode()
@@ -296,7 +298,8 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
     output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     cache = output.past_key_values
     cache.batch_repeat_interleave(group)
-    make_roomy(cache)
+    # Where every layer sees all columns, their mask is ours, and we need not have transformers derive it at each token.
+    sees_all = make_roomy(cache) and model.config._attn_implementation == "sdpa"
     mask = mask.repeat_interleave(group, 0)  # [B, L], B = P * G
     position = positions[:, -1].repeat_interleave(group)  # [B]
     logits = output.logits[:, -1].repeat_interleave(group, 0)  # [B, V]
@@ -327,7 +330,7 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
         position = position + 1
         logits = model(
             input_ids=token[:, None],
-            attention_mask=mask,
+            attention_mask=mask.bool()[:, None, None] if sees_all else mask,
             position_ids=position[:, None],
             past_key_values=cache,
             use_cache=True,

@@ -154,7 +154,7 @@ class Settings:
 PRESETS = {
     "small": dict(data="words", method="all", extra_questions=4000, max_new_tokens=64, warm_up_lr=3e-4, reward_lr=1e-5,
                   reward_average=0.5, policy_loss="exact", entropy_coef=0.2, gamma=0.0, questions=16, group=4,
-                  max_steps=100, policy_lr=1e-4, grpo_steps=400, grpo_lr=4e-4, sft_steps=480, sft_lr=3e-4, micro_batch=256,
+                  max_steps=100, policy_lr=1e-4, grpo_steps=400, grpo_lr=4e-4, sft_steps=480, sft_lr=3e-4, micro_batch=96,
                   eval_questions=500, eval_samples=8, rerank_questions=250),
     "large": dict(data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, warm_up_lr=1e-5, reward_lr=2e-6,
                   reward_average=0.0, policy_loss="exact", entropy_coef=0.1, gamma=0.0, questions=32, group=8,

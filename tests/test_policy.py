@@ -72,7 +72,7 @@ def test_room_in_the_cache_changes_nothing(shipped, prompts, monkeypatch):
     for room in (None, 1, 7, 100):
         monkeypatch.setattr(policy.RoomyLayer, "ROOM", room)
         if room is None:
-            monkeypatch.setattr(policy, "make_roomy", lambda cache: None)
+            monkeypatch.setattr(policy, "make_roomy", lambda cache: False)
         generator = torch.Generator().manual_seed(0)
         rollouts.append(policy.sample(model, prompts, tokenizer.eos_token_id, 64, 4, generator=generator))
         monkeypatch.undo()
