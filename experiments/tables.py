@@ -26,6 +26,9 @@ RULES = ("random", "majority", "logprob", "sft_logprob", "reward", "reward_lowes
 SIGNALS = {"reward": "reward_first", "logprob": "logprob_first", "sft_logprob": "sft_logprob_first",
            "reward_lowest": "reward", "logprob_lowest": "logprob", "sft_logprob_lowest": "sft_logprob",
            "reward_drop": "reward_drop", "entropy": "entropy", "chance": "chance"}  # fmt: skip
+# ways to go wrong, and the metric of metrics.jsonl that tells (docs/collapses.md)
+TELLING = {"discriminator 30 x faster": "discriminator/d_negative", "policy rate x 3": "rollout/entropy",
+           "random reward, PPO": "rollout/length", "linear head, PPO": "discriminator/accuracy"}  # fmt: skip
 COLLAPSE = (
     0.1  # a run has collapsed if its validation accuracy ends this far below its best, or its test below the base's
 )
@@ -157,17 +160,17 @@ def main_tables(summary: dict) -> list[str]:
     return parts
 
 
-def changed_table(part: str, changes: dict[str, str]) -> str:
+def changed_table(part: str, changes: dict[str, str], flags: bool = True) -> str:
     """One row per change: T = 1, greedy, AUROC, over how many seeds, and how many of them collapsed."""
     rows = []
-    for label, flags in changes.items():
+    for label, change in changes.items():
         found = seeds_of(f"{part}-{runs.plain(label)}")
         if found:
             fell = sum(map(collapsed, found))
             values = [over_seeds(found, "methods", "irl", "t1"), over_seeds(found, "methods", "irl", "greedy"),
                       over_seeds(found, "reward", "auroc")]  # fmt: skip
-            rows.append([label, f"`{flags}`" if flags else "", *map(percent, values), str(len(found)), str(fell)])
-    return table(["", "flags", "T = 1", "greedy", "AUROC", "seeds", "collapsed"], rows) if rows else ""
+            rows.append([label, *[f"`{change}`"] * flags, *map(percent, values), str(len(found)), str(fell)])
+    return table(["", *["flags"] * flags, "T = 1", "greedy", "AUROC", "seeds", "collapsed"], rows) if rows else ""
 
 
 def choice_table() -> str:
@@ -210,23 +213,35 @@ def save(figure, path: Path) -> None:
 
 
 def draw_collapses(path: Path) -> None:
-    """Validation accuracy of every ablation: the default, what collapsed, and the others behind."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for label in runs.ABLATIONS:
-        for found in seeds_of(f"ablations-{runs.plain(label)}")[:1]:
-            steps, values = zip(*found["curve"]["irl validation/t1"])
-            fell = collapsed(found)
-            style = (
-                dict(linewidth=2, label=label)
-                if fell or label == "default"
-                else dict(color="0.8", linewidth=1, zorder=0)
-            )
-            axes.plot(steps, values, **style)
-    if not axes.lines:
-        return plt.close(figure)
-    axes.set(xlabel="policy step", ylabel="right at T = 1, validation", ylim=(0, 1), title="seed 0; grey: no collapse")
-    axes.legend(fontsize=8, frameon=False)
+    """A row per way to go wrong (docs/collapses.md): validation accuracy, and the metric that tells, beside the default's.
+
+    Thin lines are single seeds, thick ones their means."""
+    wrong = [(label, metric) for label, metric in TELLING.items() if seeds_of(f"ablations-{runs.plain(label)}")]
+    if not wrong:
+        return
+    figure, grid = plt.subplots(len(wrong), 2, figsize=(9, 2.1 * len(wrong)), squeeze=False)
+    for row, (label, telling) in zip(grid, wrong):
+        for axes, metric in zip(row, ("validation/t1", telling)):
+            for name, color in (("default", "0.45"), (label, "tab:orange")):
+                draw_seeds(axes, [f["curve"] for f in seeds_of(f"ablations-{runs.plain(name)}")], metric, color, name)
+            axes.set_title(metric, fontsize=9)
+            axes.tick_params(labelsize=8)
+        row[0].set_ylim(0, 1)
+        row[0].legend(fontsize=8, frameon=False)
+    for axes in grid[-1]:
+        axes.set_xlabel("policy step", fontsize=9)
     save(figure, path)
+
+
+def draw_seeds(axes, curves: list[dict], metric: str, color: str, label: str) -> None:
+    """A metric of IRL's steps in some runs, and its mean."""
+    series = [curve[f"irl {metric}"] for curve in curves if curve.get(f"irl {metric}")]
+    for points in series:
+        axes.plot(*zip(*points), color=color, linewidth=0.6, alpha=0.6)
+    if series:
+        steps = [step for step, _ in series[0]]
+        means = [sum(values) / len(values) for values in zip(*([v for _, v in points] for points in series))]
+        axes.plot(steps[: len(means)], means, color=color, linewidth=2, label=label)
 
 
 def draw_best_of_n(path: Path) -> None:
@@ -246,8 +261,63 @@ def draw_best_of_n(path: Path) -> None:
     save(figure, path)
 
 
+# README's rows: what they are called there, and in summary.json
+README_METHODS = {"base": "base", "sft": "SFT, updates and rate best at T = 1",
+                  "sft_greedy": "SFT, updates and rate best greedy", "irl": "**IRL, no verifier**",
+                  "grpo": "GRPO, true answers, 400 steps"}  # fmt: skip
+README_RULES = {"random": "a random pick", "majority": "majority vote", "logprob": "the base's own log-probability",
+                "sft_logprob": "the SFT model's log-probability", "reward": "**the learned reward**, mean of f",
+                "oracle": "an oracle"}  # fmt: skip
+README_SIGNALS = {"reward": "**reward**: first token below −1",
+                  "sft_logprob": "SFT model's log-probability: first below −1",
+                  "logprob": "base's log-probability: first below −1", "reward_lowest": "reward: lowest token",
+                  "reward_drop": "reward: largest drop", "sft_logprob_lowest": "SFT model's log-probability: lowest",
+                  "logprob_lowest": "base's log-probability: lowest", "entropy": "base's entropy: highest",
+                  "chance": "chance"}  # fmt: skip
+
+
+def readme_tables(summary: dict) -> str:
+    """The results as README.md has them: every number of theirs is in summary.json."""
+    main, rerank, found = summary["main"], summary["rerank"], summary["localise"]
+    accuracies = [[name, *(percent(main[str(size)][m][key]) for size in runs.SIZES for key in ("t1", "greedy"))]
+                  for m, name in README_METHODS.items()]  # fmt: skip
+    ns, kinds = ("4", "8", "16"), ("natural", "single")
+    best = [[name, *(percent(rerank[n][rule]) for n in ns)] for rule, name in README_RULES.items()]
+    hits = [[name, *(percent(found[kind]["hit0"][s]) for kind in kinds)] for s, name in README_SIGNALS.items()]
+    auroc, low, high = summary["auroc"]
+    return "\n\n".join([
+        table([f"{summary['seeds']} seeds, 1,000 test questions", "64 demonstrations: T = 1", "greedy", "256: T = 1",
+               "greedy", "1,024: T = 1", "greedy"], accuracies),
+        table(["best of N samples of the base, chosen by (256 demonstrations)", *(f"N = {n}" for n in ns)], best),
+        table(["exact first wrong token found, %", "the base's own errors", "one planted error"], hits),
+        f"*% right, or found: means over seeds with 95% intervals (Student's t). AUROC of the reward, right against wrong "
+        f"traces: {auroc:.3f} [{low:.3f}, {high:.3f}]; collapses: {summary['collapses']} in {summary['runs']} runs of IRL "
+        f"with the default settings.*",
+    ])  # fmt: skip
+
+
+def between_marks(text: str, part: str, new: str) -> str:
+    """`text` with what stands between the two marks of a part replaced.
+
+    >>> text = between_marks("a <!-- x: by python -m experiments.run --> old <!-- end of x --> b", "x", "new")
+    >>> "old" in text, text.startswith("a <!--"), text.endswith("--> b"), text.count("new")
+    (False, True, True, 1)
+    """
+    head, rest = text.split(f"<!-- {part}: by python -m experiments.run -->")
+    tail = rest.split(f"<!-- end of {part} -->")[1]
+    return f"{head}<!-- {part}: by python -m experiments.run -->\n\n{new}\n\n<!-- end of {part} -->{tail}"
+
+
+def into_readme(text: str, summary: dict) -> str:
+    """README.md with the tables of what is there."""
+    text = between_marks(text, "results", readme_tables(summary))
+    for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS)):
+        text = between_marks(text, part, changed_table(part, changes, flags=False))
+    return text
+
+
 def write() -> None:
-    """summary.json, tables.md, two figures."""
+    """summary.json, tables.md, two figures; and the tables in README.md, once the main part is complete."""
     folder = runs.results_folder()
     folder.mkdir(exist_ok=True)
     summary = main_summary()
@@ -263,6 +333,9 @@ def write() -> None:
     parts += ["### How SFT was chosen, on validation questions\n\n" + choices] if choices else []
     parts += ["Failed: " + ", ".join(failed)] if failed else []
     runs.keep(folder / "tables.md", "\n\n".join(parts) + "\n")
+    readme = runs.ROOT / "README.md"
+    if folder.name == "results" and summary.get("seeds", 0) > 1 and len(summary["main"]) == len(runs.SIZES):
+        runs.keep(readme, into_readme(readme.read_text(encoding="utf-8"), summary))
     draw_collapses(folder / "collapses.svg")
     draw_best_of_n(folder / "best-of-n.svg")
     print(f"{folder / 'summary.json'}, {folder / 'tables.md'}")
