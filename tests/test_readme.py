@@ -1,6 +1,7 @@
 """What README.md and docs/ say about the code is there: files, anchors, functions, flags, metrics."""
 
 import importlib
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ import baselines
 import checkpoint
 import memory
 import train
+from experiments import tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,3 +75,12 @@ def test_the_memory_table_is_the_programs(capsys):
     memory.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Qwen")]
     assert len(rows) == 6 and "\n".join(rows) in TEXT
+
+
+def test_results_are_those_of_the_trials(monkeypatch):
+    """summary.json is what the committed trials say, and README.md's tables are what summary.json says."""
+    monkeypatch.delenv("IRL_RESULTS", raising=False)
+    summary = json.loads((ROOT / "results" / "summary.json").read_text(encoding="utf-8"))
+    assert summary == tables.main_summary() and summary["seeds"] >= 5
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == tables.into_readme(text, summary)
