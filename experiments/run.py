@@ -54,6 +54,7 @@ VARIANTS = {
 ABLATIONS = {
     "default": BASE,
     "linear head, PPO": f"{PPO} {BASE} --reward head",
+    "linear head, PPO, warm-up 300": f"{PPO} {BASE} --reward head --warm-up 300",
     "likelihood, PPO": f"{PPO} {BASE}",
     "GAIL logit, PPO": f"{PPO} {BASE} --logit gail",
     "random reward, PPO": f"{PPO} {BASE} --reward random",

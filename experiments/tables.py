@@ -26,9 +26,10 @@ RULES = ("random", "majority", "logprob", "sft_logprob", "reward", "reward_lowes
 SIGNALS = {"reward": "reward_first", "logprob": "logprob_first", "sft_logprob": "sft_logprob_first",
            "reward_lowest": "reward", "logprob_lowest": "logprob", "sft_logprob_lowest": "sft_logprob",
            "reward_drop": "reward_drop", "entropy": "entropy", "chance": "chance"}  # fmt: skip
-# ways to go wrong, and the metric of metrics.jsonl that tells (docs/collapses.md)
-TELLING = {"discriminator 30 x faster": "discriminator/d_negative", "policy rate x 3": "rollout/entropy",
-           "random reward, PPO": "rollout/length", "linear head, PPO": "discriminator/accuracy"}  # fmt: skip
+# docs/collapses.md: ways to go wrong among the ablations, and the metrics of metrics.jsonl that tell
+WRONG = ("linear head, PPO", "random reward, PPO", "Wasserstein", "policy rate x 3", "discriminator 30 x faster",
+         "alpha 0.05", "gamma 1", "KL 0.1")  # fmt: skip
+TELLING = ("validation/t1", "reward/mean", "rollout/length", "rollout/entropy")
 COLLAPSE = (
     0.1  # a run has collapsed if its validation accuracy ends this far below its best, or its test below the base's
 )
@@ -213,15 +214,13 @@ def save(figure, path: Path) -> None:
 
 
 def draw_collapses(path: Path) -> None:
-    """A row per way to go wrong (docs/collapses.md): validation accuracy, and the metric that tells, beside the default's.
-
-    Thin lines are single seeds, thick ones their means."""
-    wrong = [(label, metric) for label, metric in TELLING.items() if seeds_of(f"ablations-{runs.plain(label)}")]
+    """A row per way to go wrong (docs/collapses.md), four metrics of training beside the default's."""
+    wrong = [label for label in WRONG if seeds_of(f"ablations-{runs.plain(label)}")]
     if not wrong:
         return
-    figure, grid = plt.subplots(len(wrong), 2, figsize=(9, 2.1 * len(wrong)), squeeze=False)
-    for row, (label, telling) in zip(grid, wrong):
-        for axes, metric in zip(row, ("validation/t1", telling)):
+    figure, grid = plt.subplots(len(wrong), len(TELLING), figsize=(12, 1.9 * len(wrong)), squeeze=False)
+    for row, label in zip(grid, wrong):
+        for axes, metric in zip(row, TELLING):
             for name, color in (("default", "0.45"), (label, "tab:orange")):
                 draw_seeds(axes, [f["curve"] for f in seeds_of(f"ablations-{runs.plain(name)}")], metric, color, name)
             axes.set_title(metric, fontsize=9)
@@ -234,7 +233,7 @@ def draw_collapses(path: Path) -> None:
 
 
 def draw_seeds(axes, curves: list[dict], metric: str, color: str, label: str) -> None:
-    """A metric of IRL's steps in some runs, and its mean."""
+    """A metric of IRL's steps: thin lines for single seeds, a thick one for their mean."""
     series = [curve[f"irl {metric}"] for curve in curves if curve.get(f"irl {metric}")]
     for points in series:
         axes.plot(*zip(*points), color=color, linewidth=0.6, alpha=0.6)
