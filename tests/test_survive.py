@@ -424,10 +424,10 @@ def test_out_of_memory_says_what_to_turn(here, monkeypatch, capsys, error):
         at_call(patch, irl.IRL, "step", 2, raises(error))
         assert train.main(IRL) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: out of memory: ") and "--micro-batch helps (256 now)" in told
+    assert told.startswith("error: out of memory: ") and "--micro-batch helps (96 now)" in told
     assert train.main([*RESUME, "--micro-batch", "5"]) == 0
     results = json.loads((RUN / "results.json").read_text())
-    assert results["settings"]["micro_batch"] == 5 and results["changed"][0]["settings"] == {"micro_batch": [256, 5]}
+    assert results["settings"]["micro_batch"] == 5 and results["changed"][0]["settings"] == {"micro_batch": [96, 5]}
     assert results["changed"][0]["after_steps"] == {"warm-up": 2, "irl": 1}
 
 
