@@ -234,3 +234,12 @@ def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
     results = json.loads(Path("runs/demo/results.json").read_text())
     assert set(results["methods"]) == {"base", "irl"} and results["localise"] == {}
     AutoTokenizer.from_pretrained("runs/demo/policy")
+
+
+@pytest.mark.parametrize(
+    "flags, updates",
+    [("--demonstrations 64", 60), ("", 64), ("--demonstrations 1024", 256), ("--warm-up 7", 7), ("--reward random", 0)],
+)
+def test_the_warm_up_takes_four_passes_over_the_demonstrations_60_updates_at_least(flags, updates):
+    flags += " --policy-loss ppo" if "random" in flags else ""
+    assert train.parse_settings(flags.split()).warm_up == updates
