@@ -27,8 +27,8 @@ SIGNALS = {"reward": "reward_first", "logprob": "logprob_first", "sft_logprob": 
            "reward_lowest": "reward", "logprob_lowest": "logprob", "sft_logprob_lowest": "sft_logprob",
            "reward_drop": "reward_drop", "entropy": "entropy", "chance": "chance"}  # fmt: skip
 # docs/collapses.md: ways to go wrong among the ablations, and the metrics of metrics.jsonl that tell
-WRONG = ("linear head, PPO", "linear head, PPO, warm-up 300", "random reward, PPO", "Wasserstein", "policy rate x 3", "discriminator 30 x faster",
-         "warm-up 15")  # fmt: skip
+WRONG = ("linear head, PPO", "linear head, PPO, warm-up 300", "random reward, PPO", "Wasserstein", "policy rate x 3",
+         "discriminator 30 x faster", "warm-up 15")  # fmt: skip
 TELLING = ("validation/t1", "reward/mean", "rollout/length", "rollout/entropy")
 COLLAPSE = (
     0.1  # a run has collapsed if its validation accuracy ends this far below its best, or its test below the base's
