@@ -300,7 +300,7 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
     cache.batch_repeat_interleave(group)
     # Where every layer sees all columns, their mask is ours, and we need not have transformers derive it at each token.
     sees_all = make_roomy(cache) and model.config._attn_implementation == "sdpa"
-    mask = mask.repeat_interleave(group, 0)  # [B, L], B = P * G
+    mask = mask.bool().repeat_interleave(group, 0)  # [B, L], B = P * G
     position = positions[:, -1].repeat_interleave(group)  # [B]
     logits = output.logits[:, -1].repeat_interleave(group, 0)  # [B, V]
 
@@ -330,7 +330,7 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
         position = position + 1
         logits = model(
             input_ids=token[:, None],
-            attention_mask=mask.bool()[:, None, None] if sees_all else mask,
+            attention_mask=mask[:, None, None] if sees_all else mask,
             position_ids=position[:, None],
             past_key_values=cache,
             use_cache=True,

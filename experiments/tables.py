@@ -18,8 +18,8 @@ from experiments import run as runs
 
 # two-sided 95% points of Student's t for 1, 2, .. degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-NAMES = {"base": "base", "sft": "SFT, best at T = 1", "sft_greedy": "SFT, best greedy", "irl": "IRL, no verifier",
-         "grpo": "GRPO, true answers"}  # fmt: skip
+NAMES = {"base": "base", "sft": "SFT, updates and rate best at T = 1", "sft_greedy": "SFT, updates and rate best greedy",
+         "irl": "**IRL, no verifier**", "grpo": "GRPO, true answers, 400 steps"}  # fmt: skip
 RULES = ("random", "majority", "logprob", "sft_logprob", "reward", "reward_lowest", "reward_last", "reward_discounted",
          "weighted_majority", "oracle")  # fmt: skip
 # what points at a token: its name in summary.json, and in a run's results.json
@@ -260,10 +260,7 @@ def draw_best_of_n(path: Path) -> None:
     save(figure, path)
 
 
-# README's rows: what they are called there, and in summary.json
-README_METHODS = {"base": "base", "sft": "SFT, updates and rate best at T = 1",
-                  "sft_greedy": "SFT, updates and rate best greedy", "irl": "**IRL, no verifier**",
-                  "grpo": "GRPO, true answers, 400 steps"}  # fmt: skip
+# README's rows: their names in summary.json, and there
 README_RULES = {"random": "a random pick", "majority": "majority vote", "logprob": "the base's own log-probability",
                 "sft_logprob": "the SFT model's log-probability", "reward": "**the learned reward**, mean of f",
                 "oracle": "an oracle"}  # fmt: skip
@@ -279,7 +276,7 @@ def readme_tables(summary: dict) -> str:
     """The results as README.md has them: every number of theirs is in summary.json."""
     main, rerank, found = summary["main"], summary["rerank"], summary["localise"]
     accuracies = [[name, *(percent(main[str(size)][m][key]) for size in runs.SIZES for key in ("t1", "greedy"))]
-                  for m, name in README_METHODS.items()]  # fmt: skip
+                  for m, name in NAMES.items()]  # fmt: skip
     ns, kinds = ("4", "8", "16"), ("natural", "single")
     best = [[name, *(percent(rerank[n][rule]) for n in ns)] for rule, name in README_RULES.items()]
     hits = [[name, *(percent(found[kind]["hit0"][s]) for kind in kinds)] for s, name in README_SIGNALS.items()]
