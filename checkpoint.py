@@ -30,6 +30,11 @@ from safetensors.torch import load_file, save_file
 
 from data import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Files
 # ---------------------------------------------------------------------------------------------------------------
@@ -81,6 +86,26 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path):
+    """Have one process at a time write to a folder. The system drops the lock with the process, however it ends. On Windows,
+    and on network disks without locks, two at once are not noticed."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}: wait for it, or give another --name") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def checksum(path: Path) -> int:

@@ -24,6 +24,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -396,18 +397,21 @@ class Run:
         parallel.wait()  # all have seen that the folder is free
         if s.explain:  # a lecture leaves nothing behind
             return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
+
+    def open(self, resume: bool) -> None:
+        """Go back to the newest checkpoint, or begin; make the files that the run writes to as it goes."""
         self.progress, self.saved = Progress(), None
         if resume:
             self.restore()
-        try:
-            if parallel.rank() == 0:  # writes for all
-                self.folder.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_text(self.folder / "settings.json", json.dumps(asdict(s), indent=1))
-                self.log = Log(self.folder / "metrics.jsonl", self.progress.metrics_size)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
+        if parallel.rank() == 0:  # writes for all
+            checkpoint.write_text(self.folder / "settings.json", json.dumps(asdict(self.s), indent=1))
+            self.log = Log(self.folder / "metrics.jsonl", self.progress.metrics_size)
         self.results = self.progress.results
-        self.results["settings"] = asdict(s)
+        self.results["settings"] = asdict(self.s)
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
 
     def restore(self) -> None:
@@ -518,15 +522,17 @@ class Run:
             phases["use reward"] = self.use_reward
         return phases
 
-    def go(self) -> None:
+    def go(self, resume: bool = False) -> None:
         """Every phase that is not finished yet, then the results."""
-        for name, phase in self.phases().items():
-            if name not in self.progress.finished:
-                phase()
-                self.progress.finished.append(name)
-                self.save()
-                self.signals.check()
-        self.finish()
+        with checkpoint.locked(self.folder) if parallel.rank() == 0 else nullcontext():
+            self.open(resume)
+            for name, phase in self.phases().items():
+                if name not in self.progress.finished:
+                    phase()
+                    self.progress.finished.append(name)
+                    self.save()
+                    self.signals.check()
+            self.finish()
 
     def run_steps(self, method: str, trainer, steps: int, validate: bool = False) -> None:
         """Call trainer.step (warm_up) until `steps` are done, looking at the validation questions now and then."""
@@ -752,7 +758,7 @@ def main(arguments: list[str] | None = None) -> int:
             if s.explain:
                 return run.make_loop(explain.Lecture).give()
             begun = run.alone  # otherwise there is nothing to go on with
-            run.go()
+            run.go(resume)
 
     try:
         with signals:

@@ -527,6 +527,18 @@ def test_an_unfinished_run_is_not_started_again_and_a_finished_one_not_resumed(h
     assert "go on with it" not in capsys.readouterr().err
 
 
+@pytest.mark.skipif(checkpoint.fcntl is None, reason="this system has no locks on folders")
+def test_two_processes_do_not_go_on_with_one_run(here, finished, monkeypatch, capsys):
+    interrupt(monkeypatch)
+    before = {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    with checkpoint.locked(RUN):
+        assert train.main([*RESUME, "--policy-lr", "1e-5"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: another process is writing runs/demo")
+    assert before == {file: file.read_bytes() for file in RUN.rglob("*") if file.is_file()}
+    assert train.main(RESUME) == 0 and contents(RUN) == finished()
+
+
 def test_other_examples_are_refused(here, monkeypatch, capsys):
     interrupt(monkeypatch)
     real = data.load_examples
