@@ -48,7 +48,6 @@ RULES = ("mean", "last", "lowest", "discounted")
 GAMMA = 0.9  # discount of a trace's later scores; the training's gamma is another matter
 VOTE_TEMPERATURE = 0.25  # of 1, 1/2 and 1/4 the best on validation questions of words
 VOTE_SUBSETS = 20  # subsets of n candidates that a majority vote is averaged over, where there are more
-SUSPICIOUS = -1.0  # log-probability below which a token is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation
 PERTURBED_PER_EXPERT = 4  # broken copies of each expert trace in the synthetic localisation test
 
 # ------------------------------------------------------------------------------------------------------------
@@ -310,7 +309,7 @@ def predicted_place(values: torch.Tensor, ends: torch.Tensor, rule: str) -> torc
     lowest, highest: there, at the first of equals.
     drop: at t+1 of the largest r_t - r_{t+1}, the token after the fall (the released code of arXiv 2510.01857); t and
     t+1 are neighbours among the values read. A lone value is its own place.
-    first: the first value below SUSPICIOUS, or else the lowest. For log-probabilities: what follows an error, and does
+    first: the first value below reward.SUSPICIOUS, or else the lowest. For log-probabilities: what follows an error, and does
     not fit it, can look worse than the error itself.
 
     >>> r, ends = torch.tensor([[9.0, 5.0, 4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]])
@@ -321,7 +320,7 @@ def predicted_place(values: torch.Tensor, ends: torch.Tensor, rule: str) -> torc
     """
     read = ends.bool()
     if rule == "first":
-        low = read & (values < SUSPICIOUS)
+        low = read & (values < reward.SUSPICIOUS)
         return torch.where(low.any(1), low.long().argmax(1), predicted_place(values, ends, "lowest"))
     if rule == "drop":
         columns = torch.arange(values.shape[1], device=values.device)
@@ -332,6 +331,11 @@ def predicted_place(values: torch.Tensor, ends: torch.Tensor, rule: str) -> torc
         return predicted_place(change, torch.where(follows.any(1, keepdim=True), follows, read), "lowest")
     kept = (values if rule == "lowest" else -values).masked_fill(~read, math.inf)
     return kept.argmin(1)
+
+
+def points_at_first(discriminator) -> bool:
+    """Whether a reward is a log-probability per token, of which rule `first` knows which are suspicious."""
+    return discriminator.reward_model.scores_all_actions and discriminator.granularity == "dense"
 
 
 def near(mask: torch.Tensor, truth: torch.Tensor, within: int) -> torch.Tensor:
@@ -659,7 +663,7 @@ def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], to
     batch = candidates.batch[rows]
     kept = {name: value[rows, : batch.tokens.shape[1]] for name, value in values.items()}
     ends = reward_ends(batch, discriminator)
-    likelihood = discriminator.reward_model.scores_all_actions and discriminator.granularity == "dense"
+    likelihood = points_at_first(discriminator)
     natural = place_results(batch, truth[rows], rows // candidates.n, kept, ends, ends_step, seed, likelihood)
 
     rng = random.Random(f"broken {seed}")
@@ -695,7 +699,8 @@ def assess(candidates: Candidates, discriminator, policy_model, sft_model, token
 def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, settings, count=24) -> list:
     """Some traces with the logit of D for each token (positive: the expert's), for report.py.
 
-    Of each question one right and one wrong trace, where there are; the predicted place is f's lowest.
+    Of each question one right and one wrong trace, where there are. The predicted place is that of the first suspicious
+    token, if any, for a likelihood per token; for other rewards that of the lowest f.
     """
     rows: list[int] = []
     for question, right in enumerate(candidates.correct):
@@ -706,7 +711,9 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
     examples = [candidates.examples[row // candidates.n] for row in rows]
     shown = Candidates(examples, candidates.batch[rows], texts, 1)
     values, ends = signals(shown, discriminator, policy_model), reward_ends(shown.batch, discriminator)
-    places = predicted_place(values["reward"], ends, "lowest") - shown.batch.prompt_lengths
+    likelihood = points_at_first(discriminator)
+    places = predicted_place(values["reward"], ends, "first" if likelihood else "lowest")
+    pointed = values["reward"].gather(1, places[:, None]).squeeze(1) < (reward.SUSPICIOUS if likelihood else math.inf)
     batch = shown.batch.to(policy_model.device)
     with torch.no_grad():
         scores = discriminator.reward_model.scores(batch)
@@ -719,7 +726,7 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
         traces.append({
             "question": example.question, "source": "policy", "correct": bool(shown.correct[i, 0]),
             "answer": shown.answers[i][0], "tokens": [tokenizer.decode([t]) for t in shown.batch.response(i)],
-            "rewards": [value if read else None for value, read in scored], "predicted": int(places[i]),
+            "rewards": [value if read else None for value, read in scored], "predicted": int(places[i]) - first if pointed[i] else None,
             "first_wrong": int(wrong[i]) - first if wrong[i] >= 0 else None,
         })  # fmt: skip
     return traces

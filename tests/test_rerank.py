@@ -483,6 +483,11 @@ def test_assess_finds_a_known_reward(shipped):
     assert all(abs(r) < 1e-4 for trace in traces for r in trace["rewards"])  # f = log pi: D is 1/2 everywhere
     assert all((trace["first_wrong"] is None) == trace["correct"] for trace in traces)
     assert all("".join(trace["tokens"]).startswith("<think>\n") for trace in traces)
+    for trace in traces:  # the first token whose f is below -1, if there is one
+        text = "".join(trace["tokens"][:-1])  # without the end token, which is no text
+        f = [f for _, f in reward.explain(discriminator.reward_model, tokenizer, trace["question"], text)]
+        assert trace["predicted"] == next((i for i, value in enumerate(f) if value < -1), None)
+    assert {trace["predicted"] is None for trace in traces} == {True, False}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -318,6 +318,16 @@ def test_explain_names_the_token_and_refuses_unknown_words(shipped):
         reward.LikelihoodReward(model), tokenizer, "Ava has 24 pens. Ava loses 9. How many pens?", "<think>\n24-9=99"
     )
     assert "".join(token for token, _ in scored) == "<think>\n24-9=99"
-    assert "most suspicious: token" in reward.show(scored)
+    assert "suspicious" in reward.show(scored)
     with pytest.raises(UserError, match="vocabulary"):
         reward.explain(reward.LikelihoodReward(model), tokenizer, "Zeno has 24 pens.", "<think>")
+
+
+@pytest.mark.parametrize("values, likelihood, said", [
+    ([-0.1, -1.2, -0.3, -3.0], True, "most suspicious: token 2 of 4, 'b' after 'a', f = -1.20"),  # the first, not the lowest
+    ([-0.1, -1.2, -0.3, -3.0], False, "most suspicious: token 4 of 4, 'd' after 'abc', f = -3.00"),
+    ([-0.1, -1.0, -0.3, -0.2], True, "nothing suspicious; lowest: token 2 of 4, 'b' after 'a', f = -1.00"),
+    ([0.1, 1.0, 0.3, 0.2], False, "most suspicious: token 1 of 4, 'a' after '', f = 0.10"),
+])  # fmt: skip
+def test_where_a_trace_goes_wrong_by_hand(values, likelihood, said):
+    assert said in reward.show(list(zip("abcd", values)), likelihood)

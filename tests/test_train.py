@@ -153,7 +153,7 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     for trace in (["3+12=15\\n24+15=39\\n39-9=30"], ["3*12=36\\n24+36=60\\n60-9=51", "--answer", "51"]):
         monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", *question, "--trace", *trace])
         assert data.exit_status(reward.main) == 0
-    assert "most suspicious" in capsys.readouterr().out
+    assert "suspicious" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [
