@@ -338,6 +338,18 @@ def points_at_first(discriminator) -> bool:
     return discriminator.reward_model.scores_all_actions and discriminator.granularity == "dense"
 
 
+def alarm_rates(values: torch.Tensor, ends: torch.Tensor, correct: torch.Tensor) -> dict:
+    """What a log-probability says of a trace by itself, with no others to compare it with: the share of right and of wrong
+    traces in which a token is suspicious. [B, T], [B, T], [B] -> {"right": share or None if there are none, "wrong": ..}
+
+    >>> alarm_rates(torch.tensor([[-2.0, 0.0], [-0.1, -0.2]]), torch.ones(2, 2), torch.tensor([0.0, 1.0]))
+    {'right': 0.0, 'wrong': 1.0}
+    """
+    alarm = (ends.bool() & (values < reward.SUSPICIOUS)).any(1).float()
+    groups = {"right": alarm[correct > 0], "wrong": alarm[correct == 0]}
+    return {name: float(found.mean()) if len(found) else None for name, found in groups.items()}
+
+
 def near(mask: torch.Tensor, truth: torch.Tensor, within: int) -> torch.Tensor:
     """Which places count as Hit@W: those within W tokens of the true one. [B, T], [B] -> [B, T] bool.
 
@@ -677,7 +689,7 @@ def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], to
 
 
 def assess(candidates: Candidates, discriminator, policy_model, sft_model, tokenizer, settings) -> dict:
-    """What a reward is worth at inference: {"rerank": .., "distributions": .., for `words` "localise": ..}.
+    """What a reward is worth at inference: {"rerank": .., "distributions": .., "alarms": .., for `words` "localise": ..}.
 
     settings: anything with rule, seed and data. distributions: the scores of right and of wrong traces.
     """
@@ -688,6 +700,10 @@ def assess(candidates: Candidates, discriminator, policy_model, sft_model, token
     scores, right = trace_scores(values["reward"], ends, settings.rule), candidates.correct.flatten() > 0
     results = {"rerank": ranking}
     results["distributions"] = {"right": scores[right].tolist(), "wrong": scores[~right].tolist()}
+    readings = {name: (values[name], candidates.batch.response_mask) for name in ("logprob", "sft_logprob") if name in values}
+    if points_at_first(discriminator):
+        readings["reward"] = values["reward"], ends
+    results["alarms"] = {name: alarm_rates(*reading, candidates.correct.flatten()) for name, reading in readings.items()}
     if settings.data == "words":
         results["localise"] = localise_results(
             candidates, values, tokenizer, discriminator, policy_model, sft_model, settings.seed
@@ -726,7 +742,8 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
         traces.append({
             "question": example.question, "source": "policy", "correct": bool(shown.correct[i, 0]),
             "answer": shown.answers[i][0], "tokens": [tokenizer.decode([t]) for t in shown.batch.response(i)],
-            "rewards": [value if read else None for value, read in scored], "predicted": int(places[i]) - first if pointed[i] else None,
+            "rewards": [value if read else None for value, read in scored],
+            "predicted": int(places[i]) - first if pointed[i] else None,
             "first_wrong": int(wrong[i]) - first if wrong[i] >= 0 else None,
         })  # fmt: skip
     return traces

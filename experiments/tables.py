@@ -112,6 +112,12 @@ def main_summary() -> dict:
             hit: {s: over_seeds(found, "localise", kind, hit, path) for s, path in SIGNALS.items()}
             for hit in ("hit0", "hit1", "step")
         }
+    cases = [case["base"] for case in read_all("inference/*.json")]
+    if cases:
+        summary["alarms"] = {
+            kind: {s: over_seeds(cases, "alarms", s, kind) for s in ("reward", "sft_logprob", "logprob")}
+            for kind in ("wrong", "right")
+        }
     summary["seeds"] = len(found)
     irl = [result for results in by_size.values() for result in results]
     summary["collapses"], summary["runs"] = sum(map(collapsed, irl)), len(irl)
@@ -157,8 +163,17 @@ def main_tables(summary: dict) -> list[str]:
         ]
         head = ["pointed at by", "own errors, exact", "within 1", "planted, exact", "within 1"]
         parts.append("### First wrong token\n\n" + table(head, rows))
+        if "alarms" in summary:
+            parts.append("### Traces of the base with a token below −1\n\n" + alarm_table(summary))
         parts.append(f"AUROC, right against wrong: {percent(summary['auroc'])}")
     return parts
+
+
+def alarm_table(summary: dict) -> str:
+    """Of the base's wrong and right traces, the share in which a signal finds a token suspicious."""
+    names = {"reward": "**reward**", "sft_logprob": "SFT model's log-probability", "logprob": "base's log-probability"}
+    rows = [[name, *(percent(summary["alarms"][kind][s]) for kind in ("wrong", "right"))] for s, name in names.items()]
+    return table(["a token below −1 is found, %", "in wrong traces of the base", "in right ones"], rows)
 
 
 def changed_table(part: str, changes: dict[str, str], flags: bool = True) -> str:
@@ -286,6 +301,7 @@ def readme_tables(summary: dict) -> str:
                "greedy", "1,024: T = 1", "greedy"], accuracies),
         table(["best of N samples of the base, chosen by (256 demonstrations)", *(f"N = {n}" for n in ns)], best),
         table(["exact first wrong token found, %", "the base's own errors", "one planted error"], hits),
+        *([alarm_table(summary)] if "alarms" in summary else []),
         f"*% right, or found: means over seeds with 95% intervals (Student's t). AUROC of the reward, right against wrong "
         f"traces: {auroc:.3f} [{low:.3f}, {high:.3f}]; collapses: {summary['collapses']} in {summary['runs']} runs of IRL "
         f"with the default settings.*",

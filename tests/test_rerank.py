@@ -463,6 +463,14 @@ def test_rerank_results_default_rule(shipped):
         assert found["2"]["reward"][0] == expected
 
 
+def test_alarm_rates_by_hand():
+    values = torch.tensor([[-5.0, -0.5, -0.5], [-5.0, -1.0, -1.1], [-5.0, -3.0, 0.0], [-5.0, -0.1, -4.0]])
+    ends = torch.tensor([[0.0, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]])  # column 0 is a prompt, the last padding
+    found = rerank.alarm_rates(values, ends, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    assert found == {"right": 0.5, "wrong": 0.5}  # rows 1 and 2; -1 itself is not below -1
+    assert rerank.alarm_rates(values, ends, torch.zeros(4)) == {"right": None, "wrong": 0.5}
+
+
 def test_assess_finds_a_known_reward(shipped):
     """With the base as reward and as policy, reward and logprob are the same number under two names."""
     model, tokenizer = shipped
@@ -477,6 +485,8 @@ def test_assess_finds_a_known_reward(shipped):
         assert found["localise"][kind]["hit0"]["reward"] == found["localise"][kind]["hit0"]["logprob"]
         assert found["localise"][kind]["hit0"]["chance"][0] < 0.1
     assert len(found["distributions"]["right"]) == candidates.correct.sum()
+    assert found["alarms"]["reward"] == found["alarms"]["logprob"] == found["alarms"]["sft_logprob"]
+    assert 0 <= found["alarms"]["reward"]["right"] < found["alarms"]["reward"]["wrong"]
     assert sum(map(len, found["distributions"].values())) == 16
     json.dumps(found, allow_nan=False)
     traces = rerank.show_traces(candidates, discriminator, model, tokenizer, settings)
