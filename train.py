@@ -718,6 +718,10 @@ def table(results: dict) -> str:
         lines.append(f"{'best of ' + n + ' samples of the base':37s}{found}")
     if results["reward"].get("auroc") is not None:  # None where all samples were right, or all wrong
         lines.append(f"{'AUROC, right against wrong':37s}reward {results['reward']['auroc']:.3f}")
+    for kind in ("wrong", "right"):
+        rates = {name: found[kind] for name, found in results.get("alarms", {}).items() if found[kind] is not None}
+        shown = ", ".join(f"{name} {rates[name]:.3f}" for name in ("logprob", "sft_logprob", "reward") if name in rates)
+        lines += [f"{f'{kind} traces with a token below -1':37s}{shown}"] if shown else []
     for kind, name in (("natural", "its own errors"), ("single", "one planted error")):
         hits = results["localise"].get(kind, {}).get("hit0", {})
         found = ", ".join(

@@ -142,7 +142,9 @@ def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
     monkeypatch.setattr(data, "same_answer", lambda predicted, truth: False)
     assert train.main([*TINY, "--method", "irl"]) == 0
     assert json.loads(Path("runs/demo/results.json").read_text())["reward"]["auroc"] is None
-    assert "best of 4 samples of the base" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "best of 4 samples of the base" in shown
+    assert "wrong traces with a token below -1" in shown and "right traces with" not in shown
 
 
 def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
