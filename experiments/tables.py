@@ -132,12 +132,12 @@ def main_summary() -> dict:
     return summary
 
 
-def percent(value: list | None) -> str:
-    """[0.825, 0.81, 0.84] as '82.5 [81.0, 84.0]'."""
+def percent(value: list | None, signed: bool = False) -> str:
+    """[0.825, 0.81, 0.84] as '82.5 [81.0, 84.0]'; signed, of differences, as '+82.5 [+81.0, +84.0]'."""
     if value is None:
         return "–"
-    mean, low, high = value
-    return f"{100 * mean:.1f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+    mean, *ends = (f"{100 * v:{'+' if signed else ''}.1f}" for v in value if v is not None)
+    return mean + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -176,17 +176,31 @@ def alarm_table(summary: dict) -> str:
     return table(["a token below −1 is found, %", "in wrong traces of the base", "in right ones"], rows)
 
 
-def changed_table(part: str, changes: dict[str, str], flags: bool = True) -> str:
-    """One row per change: T = 1, greedy, AUROC, over how many seeds, and how many of them collapsed."""
+def beyond(found: list[dict], reference: list[dict], *path: str) -> list[float] | None:
+    """The interval of what each seed has beyond the same seed of the reference: demonstrations and questions are theirs
+    both, so that what seeds differ in drops out."""
+    pairs = [[over_seeds([result], *path) for result in pair] for pair in zip(found, reference)]
+    return interval([a[0] - b[0] for a, b in pairs]) if pairs else None
+
+
+def changed_table(part: str, changes: dict[str, str], short: bool = False) -> str:
+    """One row per change: accuracies, what they have beyond the defaults', AUROC, over how many seeds, and how many of them
+    collapsed. `short` leaves out the flags, and the intervals of what is not compared."""
+    default = seeds_of({"variants": "main-256", "ablations": "ablations-default"}[part])
+    show = (lambda value: percent(value[:1] + [None, None])) if short else percent
     rows = []
     for label, change in changes.items():
         found = seeds_of(f"{part}-{runs.plain(label)}")
         if found:
-            fell = sum(map(collapsed, found))
-            values = [over_seeds(found, "methods", "irl", "t1"), over_seeds(found, "methods", "irl", "greedy"),
-                      over_seeds(found, "reward", "auroc")]  # fmt: skip
-            rows.append([label, *[f"`{change}`"] * flags, *map(percent, values), str(len(found)), str(fell)])
-    return table(["", *["flags"] * flags, "T = 1", "greedy", "AUROC", "seeds", "collapsed"], rows) if rows else ""
+            row = [label, *[f"`{change}`"] * (not short)]
+            for key in ("t1", "greedy"):
+                path = ("methods", "irl", key)
+                more = "–" if label == "default" else percent(beyond(found, default, *path), signed=True)
+                row += [show(over_seeds(found, *path)), more]
+            row.append(show(over_seeds(found, "reward", "auroc")))
+            rows.append([*row, str(len(found)), str(sum(map(collapsed, found)))])
+    head = ["", *["flags"] * (not short), "T = 1", "beyond the default", "greedy", "beyond the default", "AUROC", "seeds"]
+    return table([*head, "collapsed"], rows) if rows else ""
 
 
 def choice_table() -> str:
@@ -324,7 +338,7 @@ def into_readme(text: str, summary: dict) -> str:
     """README.md with the tables of what is there."""
     text = between_marks(text, "results", readme_tables(summary))
     for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS)):
-        text = between_marks(text, part, changed_table(part, changes, flags=False))
+        text = between_marks(text, part, changed_table(part, changes, short=True))
     return text
 
 
