@@ -41,6 +41,8 @@ QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --warm-up 4 --extra-questio
 # What is changed, in train.py's flags. PPO is the loss that takes every reward.
 PPO = "--policy-loss ppo --gamma 0.9"
 BASE = "--start base --policy-lr 4e-4 --max-steps 200"  # a policy that has all the way to go needs more steps
+# what a linear head needs: found on validation questions of seed 100
+SLOW_HEAD = "--reward head --warm-up 300 --entropy-coef 0 --policy-lr 1e-4"
 VARIANTS = {
     "start at the base": "--start base --policy-lr 4e-4 --max-steps 400",
     "start at SFT": "--start sft --max-steps 200",
@@ -55,6 +57,8 @@ ABLATIONS = {
     "default": BASE,
     "linear head, PPO": f"{PPO} {BASE} --reward head",
     "linear head, PPO, warm-up 300": f"{PPO} {BASE} --reward head --warm-up 300",
+    "linear head, PPO, slow, alpha 0, KL 0.3": f"{PPO} {BASE} {SLOW_HEAD} --kl-coef 0.3",
+    "linear head, PPO, slow, alpha 0, KL 1": f"{PPO} {BASE} {SLOW_HEAD} --kl-coef 1",
     "likelihood, PPO": f"{PPO} {BASE}",
     "GAIL logit, PPO": f"{PPO} {BASE} --logit gail",
     "random reward, PPO": f"{PPO} {BASE} --reward random",
