@@ -76,14 +76,16 @@ def seeds_of(name: str) -> list[dict]:
     return read_all(f"trials/{name}-[0-9].json")
 
 
+def value_at(result: dict, *path: str) -> float | None:
+    """The value at this path, None where there is none; of a [mean, low, high] its mean."""
+    for key in path:
+        result = result.get(key) if isinstance(result, dict) else None
+    return result[0] if isinstance(result, list) else result
+
+
 def over_seeds(found: list[dict], *path: str) -> list[float] | None:
-    """The interval of the value at this path in each of `found`; of a [mean, low, high], of its mean."""
-    values = []
-    for result in found:
-        for key in path:
-            result = result.get(key) if isinstance(result, dict) else None
-        if result is not None:
-            values.append(result[0] if isinstance(result, list) else result)
+    """The interval of the value at this path in each of `found`."""
+    values = [value for result in found if (value := value_at(result, *path)) is not None]
     return interval(values) if values else None
 
 
@@ -178,16 +180,20 @@ def alarm_table(summary: dict) -> str:
 
 def beyond(found: list[dict], reference: list[dict], *path: str) -> list[float] | None:
     """The interval of what each seed has beyond the same seed of the reference: demonstrations and questions are theirs
-    both, so that what seeds differ in drops out."""
-    pairs = [[over_seeds([result], *path) for result in pair] for pair in zip(found, reference)]
-    return interval([a[0] - b[0] for a, b in pairs]) if pairs else None
+    both, so that what seeds differ in drops out.
+
+    >>> beyond([{"a": 0.9}, {"a": 0.7}], [{"a": 0.8}, {"a": 0.5}], "a")
+    [0.15, -0.4853, 0.7853]
+    """
+    differences = [value_at(a, *path) - value_at(b, *path) for a, b in zip(found, reference)]
+    return interval(differences) if differences else None
 
 
 def changed_table(part: str, changes: dict[str, str], short: bool = False) -> str:
     """One row per change: accuracies, what they have beyond the defaults', AUROC, over how many seeds, and how many of them
     collapsed. `short` leaves out the flags, and the intervals of what is not compared."""
     default = seeds_of({"variants": "main-256", "ablations": "ablations-default"}[part])
-    show = (lambda value: percent(value[:1] + [None, None])) if short else percent
+    show = lambda value: percent(value[:1] if short else value)
     rows = []
     for label, change in changes.items():
         found = seeds_of(f"{part}-{runs.plain(label)}")
