@@ -303,13 +303,18 @@ def bootstrap(values: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[fl
 # ------------------------------------------------------------------------------------------------------------
 
 
+def suspicious(values: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Which tokens' log-probabilities are too low: [B, T], [B, T] -> [B, T] bool. `ends` is 1 where a value was read."""
+    return ends.bool() & (values < reward.SUSPICIOUS)
+
+
 def predicted_place(values: torch.Tensor, ends: torch.Tensor, rule: str) -> torch.Tensor:
     """The column that a signal points at: [B, T], [B, T] -> [B]. `ends` is 1 where a value was read.
 
     lowest, highest: there, at the first of equals.
     drop: at t+1 of the largest r_t - r_{t+1}, the token after the fall (the released code of arXiv 2510.01857); t and
     t+1 are neighbours among the values read. A lone value is its own place.
-    first: the first value below reward.SUSPICIOUS, or else the lowest. For log-probabilities: what follows an error, and does
+    first: the first `suspicious` value, or else the lowest. For log-probabilities: what follows an error, and does
     not fit it, can look worse than the error itself.
 
     >>> r, ends = torch.tensor([[9.0, 5.0, 4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0]])
@@ -320,7 +325,7 @@ def predicted_place(values: torch.Tensor, ends: torch.Tensor, rule: str) -> torc
     """
     read = ends.bool()
     if rule == "first":
-        low = read & (values < reward.SUSPICIOUS)
+        low = suspicious(values, ends)
         return torch.where(low.any(1), low.long().argmax(1), predicted_place(values, ends, "lowest"))
     if rule == "drop":
         columns = torch.arange(values.shape[1], device=values.device)
@@ -345,7 +350,7 @@ def alarm_rates(values: torch.Tensor, ends: torch.Tensor, correct: torch.Tensor)
     >>> alarm_rates(torch.tensor([[-2.0, 0.0], [-0.1, -0.2]]), torch.ones(2, 2), torch.tensor([0.0, 1.0]))
     {'right': 0.0, 'wrong': 1.0}
     """
-    alarm = (ends.bool() & (values < reward.SUSPICIOUS)).any(1).float()
+    alarm = suspicious(values, ends).any(1).float()
     groups = {"right": alarm[correct > 0], "wrong": alarm[correct == 0]}
     return {name: float(found.mean()) if len(found) else None for name, found in groups.items()}
 
@@ -729,7 +734,7 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
     values, ends = signals(shown, discriminator, policy_model), reward_ends(shown.batch, discriminator)
     likelihood = points_at_first(discriminator)
     places = predicted_place(values["reward"], ends, "first" if likelihood else "lowest")
-    pointed = values["reward"].gather(1, places[:, None]).squeeze(1) < (reward.SUSPICIOUS if likelihood else math.inf)
+    pointed = suspicious(values["reward"], ends).any(1) | (not likelihood)
     batch = shown.batch.to(policy_model.device)
     with torch.no_grad():
         scores = discriminator.reward_model.scores(batch)

@@ -374,7 +374,7 @@ class Run:
 
     def __init__(self, settings: Settings, signals: checkpoint.Signals, resume: bool = False):
         self.s = s = settings
-        self.signals, self.folder = signals, run_folder(s.name)
+        self.signals, self.resume, self.folder = signals, resume, run_folder(s.name)
         self.command = f"python train.py --resume --name {s.name}"
         if (
             not (resume or s.explain)
@@ -402,10 +402,10 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
 
-    def open(self, resume: bool) -> None:
+    def open(self) -> None:
         """Go back to the newest checkpoint, or begin; make the files that the run writes to as it goes."""
         self.progress, self.saved = Progress(), None
-        if resume:
+        if self.resume:
             self.restore()
         if parallel.rank() == 0:  # writes for all
             checkpoint.write_text(self.folder / "settings.json", json.dumps(asdict(self.s), indent=1))
@@ -522,10 +522,10 @@ class Run:
             phases["use reward"] = self.use_reward
         return phases
 
-    def go(self, resume: bool = False) -> None:
+    def go(self) -> None:
         """Every phase that is not finished yet, then the results."""
         with checkpoint.locked(self.folder) if parallel.rank() == 0 else nullcontext():
-            self.open(resume)
+            self.open()
             for name, phase in self.phases().items():
                 if name not in self.progress.finished:
                     phase()
@@ -720,7 +720,7 @@ def table(results: dict) -> str:
         lines.append(f"{'AUROC, right against wrong':37s}reward {results['reward']['auroc']:.3f}")
     for kind in ("wrong", "right"):
         rates = {name: found[kind] for name, found in results.get("alarms", {}).items() if found[kind] is not None}
-        shown = ", ".join(f"{name} {rates[name]:.3f}" for name in ("logprob", "sft_logprob", "reward") if name in rates)
+        shown = ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items())
         lines += [f"{f'{kind} traces with a token below -1':37s}{shown}"] if shown else []
     for kind, name in (("natural", "its own errors"), ("single", "one planted error")):
         hits = results["localise"].get(kind, {}).get("hit0", {})
@@ -762,7 +762,7 @@ def main(arguments: list[str] | None = None) -> int:
             if s.explain:
                 return run.make_loop(explain.Lecture).give()
             begun = run.alone  # otherwise there is nothing to go on with
-            run.go(resume)
+            run.go()
 
     try:
         with signals:
