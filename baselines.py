@@ -1,8 +1,8 @@
 """What IRL is measured against, with the same sampler, losses and optimizer.
 
 SFT imitates the demonstrations: it sees what IRL sees and never samples. GRPO (Shao et al. 2024, arXiv 2402.03300)
-samples and asks a verifier about each answer: it sees what IRL may not see, and is the upper bound. It is the only
-place where the answer check enters training, and the reason why these two live outside irl.py.
+samples and asks a verifier about each answer: it sees what IRL may not see, and shows what a verifier buys. It is the
+only place where the answer check enters training, and the reason why these two live outside irl.py.
 
 Run `python baselines.py` for a few updates of each on the shipped base.
 """

@@ -8,7 +8,6 @@
     6. update                           one optimizer step in micro-batches, whose size changes no gradient
 
 Index t is the same everywhere: column t speaks of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
-Equations are numbered after arXiv 2510.01857 (v2) and the papers named beside them.
 
 Run `python policy.py` to sample the shipped base and see that its log-probabilities are those of a fresh forward pass.
 """

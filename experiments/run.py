@@ -60,7 +60,7 @@ ABLATIONS = {
     "linear head, PPO, slow, alpha 0, KL 0.3": f"{PPO} {BASE} {SLOW_HEAD} --kl-coef 0.3",
     "linear head, PPO, slow, alpha 0, KL 1": f"{PPO} {BASE} {SLOW_HEAD} --kl-coef 1",
     "likelihood, PPO": f"{PPO} {BASE}",
-    "GAIL logit, PPO": f"{PPO} {BASE} --logit gail",
+    "likelihood, logit f, PPO": f"{PPO} {BASE} --logit gail",  # f <= 0, so D <= 1/2: not GAIL's discriminator
     "random reward, PPO": f"{PPO} {BASE} --reward random",
     "Bradley-Terry": f"{BASE} --discriminator-loss bt",
     "Wasserstein": f"{BASE} --discriminator-loss wgan",

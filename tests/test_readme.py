@@ -12,6 +12,7 @@ import baselines
 import checkpoint
 import memory
 import train
+from experiments import run as runs
 from experiments import tables
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,14 @@ def test_flags_named_in_the_text_exist():
     known = {"--" + f.name.replace("_", "-") for f in fields(train.Settings)} | {"--help", "--resume", "--only", "--quick"}
     flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
     assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
+
+
+def test_nothing_is_called_what_it_is_not():
+    """GAIL's discriminator needs a head: a likelihood with logit = f has D <= 1/2. GRPO, not tuned, bounds nothing."""
+    for label, flags in runs.ABLATIONS.items():
+        assert "GAIL" not in label or "--reward head" in flags, label
+    for path in (*PAGES, *ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")):
+        assert "upper bound" not in path.read_text(encoding="utf-8"), path
 
 
 def test_every_metric_is_explained():
