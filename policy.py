@@ -502,18 +502,17 @@ def group_baseline(returns: torch.Tensor, mask: torch.Tensor, group: int) -> tor
 
     [B, T] -> [B, T]; rows i*group .. i*group + group-1 share a prompt, so column t is the same step for all of them.
     In the units of the return at t, not of the reward: a baseline of another length of future would be a bias.
-    Leaving the row itself out keeps the gradient unbiased (Kool et al. 2019). A row alone at t has nothing to be
-    compared with: its baseline is its own return, its advantage 0.
+    Leaving the row itself out keeps the gradient unbiased (Kool et al. 2019). A row alone at t is compared with 0: its
+    own return would be a baseline that knows a_t, and would drop the gradient.
 
     >>> group_baseline(torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]), 2)
-    tensor([[3., 4.],
+    tensor([[3., 0.],
             [1., 0.]])
     """
     grouped, alive = (returns * mask).view(-1, group, returns.shape[1]), mask.view(-1, group, returns.shape[1])
     others = grouped.sum(1, keepdim=True) - grouped
     how_many = alive.sum(1, keepdim=True) - alive
-    baseline = torch.where(how_many > 0, others / how_many.clamp(min=1), grouped)
-    return baseline.view_as(returns) * mask
+    return (others / how_many.clamp(min=1)).view_as(returns) * mask
 
 
 def normalise(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

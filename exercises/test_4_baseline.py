@@ -9,8 +9,9 @@ RETURNS = torch.tensor([[1.0, 4.0, 5.0], [3.0, 8.0, 0.0], [8.0, 0.0, 0.0],  # th
 MASK = torch.tensor([[1.0, 1, 1], [1.0, 1, 0], [1.0, 0, 0], [1.0, 1, 1], [1.0, 1, 1], [1.0, 1, 0]])
 
 
-def by_loops(rows_of, itself=False, dead=False, alone=None) -> torch.Tensor:
-    """Mean of the returns at t over rows_of(i), with the row itself or not, with rows that have ended or not."""
+def by_loops(rows_of, itself=False, dead=False, alone=0.0) -> torch.Tensor:
+    """Mean of the returns at t over rows_of(i), with the row itself or not, with rows that have ended or not; for a row
+    alone at t `alone`, by None its own return."""
     baseline = torch.zeros_like(RETURNS)
     for i in range(6):
         for t in range(3):
@@ -41,9 +42,9 @@ def test_group_baseline():
             by_loops(same_question, dead=True),
         "rows that have ended count as zeros, and the row itself is in its own mean.":
             by_loops(same_question, itself=True, dead=True),
-        "a row that is alone at t (row 0, column 2) has nothing to be compared with: its baseline is its own return.":
-            by_loops(same_question, alone=0.0),
-        "a row that is alone at t (row 0, column 2): 0/0 is nan. Its baseline is its own return.":
+        "a row that is alone at t (row 0, column 2) gets its own return, which depends on its own token: its advantage "
+        "is 0 whatever it did, and that gradient is lost. Its baseline is 0.": by_loops(same_question, alone=None),
+        "a row that is alone at t (row 0, column 2): 0/0 is nan. Its baseline is 0.":
             by_loops(same_question, alone=float("nan")),
         "the groups are mixed up: the samples of a question are next to each other, view(-1, group, T).":
             by_loops(lambda i: range(i % 2, 6, 2)),

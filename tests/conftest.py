@@ -1,5 +1,6 @@
 """Fixtures that several test files share. No test needs a network."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -54,6 +55,27 @@ def all_logprobs(model, batch):
     tiles. What the fast functions are compared with."""
     logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
     return logits[:, :-1][batch.response_mask[:, 1:].bool()].log_softmax(-1)
+
+
+TRACES = ((0,), (1, 0), (1, 1))  # of a tiny decision process: end (0) or go on (1); then one of two last tokens
+
+
+def all_groups(log_pi, rewards, group: int):
+    """Every group of traces that a policy log_pi [2, 2] (by step and action) can write in the process with the rewards
+    [2, 2]: (its probability, mask [G, 2], rewards [G, 2], log pi of the chosen tokens [G, 2]). For exact expectations."""
+    for traces in itertools.product(TRACES, repeat=group):
+        mask = torch.tensor([[1.0, float(len(trace) == 2)] for trace in traces])
+        chosen = torch.tensor([[trace[0], trace[-1]] for trace in traces])
+        steps = torch.arange(2).expand_as(chosen)
+        logprobs = log_pi[steps, chosen] * mask
+        yield logprobs.detach().sum().exp(), mask, rewards[steps, chosen] * mask, logprobs
+
+
+def true_gradient(theta, rewards):
+    """Of E[r_0 + r_1] under the policy softmax(theta), [2, 2]."""
+    groups = all_groups(theta.log_softmax(-1), rewards, 1)
+    value = sum(logprobs.sum().exp() * r.sum() for _, _, r, logprobs in groups)
+    return torch.autograd.grad(value, theta)[0]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import all_groups, true_gradient
 from torch.testing import assert_close
 
 import data
@@ -229,8 +230,20 @@ def test_returns_do_not_overflow_where_division_by_gamma_powers_does():
 def test_group_baseline_by_hand():
     mask = torch.tensor([[0.0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 1, 1]])
     returns = torch.tensor([[0.0, 2, 5], [0, 4, 0], [0, 7, 1], [0, 9, 3]])
-    expected = torch.tensor([[0.0, 4, 5], [0, 2, 0], [0, 9, 3], [0, 7, 1]])  # the others'; alone at t: one's own
+    expected = torch.tensor([[0.0, 4, 0], [0, 2, 0], [0, 9, 3], [0, 7, 1]])  # the others'; alone at t: 0
     assert_close(policy.group_baseline(returns, mask, 2), expected)
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_the_group_baseline_is_unbiased(group):
+    """The mean over all groups of samples of sum_t (G_t - b_t) grad log pi_t is the gradient of E[G_0]."""
+    theta = torch.tensor([[0.3, -0.2], [0.5, 0.1]], requires_grad=True)
+    rewards, surrogate = torch.tensor([[0.2, -0.5], [2.0, -1.0]]), 0.0
+    for probability, mask, r, logprobs in all_groups(theta.log_softmax(-1), rewards, group):
+        returns = policy.returns_to_go(r, mask, 1.0)
+        advantages = returns - policy.group_baseline(returns, mask, group)
+        surrogate = surrogate + probability * (advantages * logprobs).sum() / group
+    assert_close(torch.autograd.grad(surrogate, theta)[0], true_gradient(theta, rewards))
 
 
 def test_normalise_keeps_the_sign_of_every_advantage():

@@ -53,20 +53,20 @@ WRONG = {
             "(returns * mask).view(-1, group, returns.shape[1]), mask.view(-1, group, returns.shape[1])",
             "(returns * mask).view(group, -1, returns.shape[1]), mask.view(group, -1, returns.shape[1])\n"
             "    k = alive.sum(0) - alive\n"
-            "    others = torch.where(k > 0, (grouped.sum(0) - grouped) / k.clamp(min=1), grouped)\n"
-            "    return others.view_as(returns) * mask",
+            "    return ((grouped.sum(0) - grouped) / k.clamp(min=1)).view_as(returns) * mask",
             "groups are mixed up",
         ),
         ("view(-1, group,", "view(1, -1,", "over all questions"),
         ("how_many = alive.sum(1, keepdim=True) - alive", "how_many = alive * 0 + group - 1", "count as zeros. Divide"),
-        (".clamp(min=1), grouped)", ".clamp(min=1), 0 * grouped)", "its baseline is its own return"),
-        ("others / how_many.clamp(min=1), grouped)", "others / how_many, others / how_many)", "0/0 is nan"),
+        ("others /", "torch.where(how_many > 0, others, grouped) /", "gets its own return, which depends on"),
+        (".clamp(min=1)", "", "0/0 is nan"),
         (
             "others = grouped.sum(1, keepdim=True) - grouped\n    how_many = alive.sum(1, keepdim=True) - alive",
             "others, how_many = grouped.sum(1, True).expand_as(grouped), alive.sum(1, True).expand_as(alive)",
             "the row itself is in its own mean. Then",
         ),
-        ("baseline.view_as(returns) * mask", "(returns - baseline.view_as(returns)) * mask", "these are advantages"),
+        ("(others / how_many.clamp(min=1)).view_as(returns)", "(returns - (others / how_many.clamp(min=1)).view_as(returns))",
+         "these are advantages"),
     ],
     "5_discriminator": [
         ("scores - policy_logprobs", "scores", "GAIL's logit"),
