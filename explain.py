@@ -282,7 +282,7 @@ class Lecture(irl.IRL):
         if s.policy_loss == "best":
             return "1 on the sample of its group with the highest mean r_t, 0 on the others"
         if s.policy_loss == "exact":
-            return f"gamma A_(t+1), gamma {s.gamma:g}: what follows; the loss itself sums r_t over all actions"
+            return f"gamma G_(t+1), gamma {s.gamma:g}, less its mean in the group; the loss itself sums r_t over all actions"
         return f"return - {s.baseline} baseline, divided by their root mean square"
 
     def table(self, batch: Batch, row: int, columns: dict[str, torch.Tensor], ends: torch.Tensor,

@@ -161,19 +161,24 @@ class IRL:
         return metrics
 
     def advantages(self, batch: data.Batch, rewards: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]"""
+        """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]
+
+        Where the reward of t itself is summed over all actions, only F_t = gamma G_{t+1}, what follows, is sampled. It is
+        0 after an end token, and that counts in the group's mean: ending is compared with going on.
+        """
         s, mask = self.settings, batch.response_mask
         if s.policy_loss == "best":
             return policy.best_of_group(rewards.sum(1) / mask.sum(1), s.group)[:, None] * mask
         returns = policy.returns_to_go(rewards, mask, s.gamma)
+        if "exact" in (s.policy_loss, s.baseline):
+            returns = s.gamma * torch.nn.functional.pad(returns[:, 1:], (0, 1)) * mask  # F_t
         advantages = returns - policy.group_baseline(returns, mask, s.group)
-        future = s.gamma * torch.nn.functional.pad(advantages[:, 1:], (0, 1)) * mask  # gamma A_{t+1}
-        if s.policy_loss == "exact":  # the loss sums r_t over all actions itself: only what follows is left
-            return future
+        if s.policy_loss == "exact":  # the loss sums r_t over all actions itself
+            return advantages
         if s.baseline == "exact":
             expected = policy.in_chunks(lambda b, x: policy.spread(self.expected_reward(b, x), b.response_mask),
                                         batch, s.micro_batch, states, tokens=s.micro_tokens)  # fmt: skip
-            advantages = (rewards - expected) * mask + future
+            advantages = advantages + (rewards - expected) * mask
         return policy.normalise(advantages, mask)
 
     def expected_reward(self, batch: data.Batch, reward_states, policy_states=None, method=logprob.expected_reward):

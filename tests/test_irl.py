@@ -2,10 +2,11 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import all_logprobs
+from conftest import all_groups, all_logprobs, true_gradient
 from torch.testing import assert_close
 
 import baselines
@@ -130,8 +131,8 @@ def test_micro_batch_size_changes_no_policy_gradient(shipped, settings, loss, ga
 
 @pytest.mark.parametrize("gamma", [0.0, 0.9])
 def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma):
-    """-(sum_a pi(a|s_t) (f(s_t,a) - alpha log pi(a|s_t))) - gamma A_{t+1} log pi(a_t|s_t), summed token by token, and
-    its gradient."""
+    """-(sum_a pi(a|s_t) (f(s_t,a) - alpha log pi(a|s_t))) - A_t log pi(a_t|s_t), A_t of what follows, summed token by
+    token, and its gradient."""
     loop = make_loop(shipped, settings, policy_loss="exact", gamma=gamma)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
     advantages = torch.randn(batch.tokens.shape) * batch.response_mask
@@ -209,6 +210,28 @@ def test_exact_baseline_leaves_no_advantage_on_average(shipped, settings):
         atol=1e-4,
         rtol=1e-4,
     )
+
+
+@pytest.mark.parametrize("loss, group", [("exact", 2), ("exact", 3), ("reinforce", 2), ("reinforce", 3)])
+def test_sums_over_actions_and_what_follows_make_the_true_gradient(loss, group, monkeypatch):
+    """gamma 1, two steps: the mean over all groups of samples of the exact loss's gradient, and of the exact baseline's, is
+    that of E[r_0 + r_1]. Ending early is judged against going on."""
+    theta = torch.tensor([[0.0, 0.0], [0.2, -0.3]], requires_grad=True)
+    rewards, surrogate = torch.tensor([[0.1, -0.4], [2.0, 0.6]]), 0.0
+    log_pi = theta.log_softmax(-1)
+    expected = (log_pi.exp() * rewards).sum(-1)  # [2], E_{a~pi} r(s_t, a)
+    loop = SimpleNamespace(
+        settings=SimpleNamespace(policy_loss=loss, baseline="exact", gamma=1.0, group=group, micro_batch=9, micro_tokens=0),
+        expected_reward=lambda batch, _: expected.detach()[batch.response_mask.nonzero()[:, 1] - 1])  # fmt: skip
+    monkeypatch.setattr(policy, "normalise", lambda advantages, mask: advantages)  # a scale by the batch is a bias
+    for probability, mask, r, logprobs in all_groups(log_pi, rewards, group):
+        tokens, ones = torch.zeros(group, 3, dtype=torch.long), torch.ones(group, dtype=torch.long)
+        batch = data.Batch(tokens, ones, ones + mask.sum(1).long())  # columns: a prompt token, t = 0, t = 1
+        r = torch.nn.functional.pad(r, (1, 0))
+        advantages = irl.IRL.advantages(loop, batch, r, torch.zeros(group, 3, 1))[:, 1:]
+        gained = (advantages * logprobs).sum() + (loss == "exact") * (expected * mask).sum()
+        surrogate = surrogate + probability * gained / group
+    assert_close(torch.autograd.grad(surrogate, theta)[0], true_gradient(theta, rewards))
 
 
 def test_the_end_token_is_paid(shipped, settings):
