@@ -140,7 +140,8 @@ class IRL:
         states = policy.in_chunks(reward_model.states, batch, s.micro_batch, tokens=s.micro_tokens)
         scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, states, tokens=s.micro_tokens)  # f, [B, T]
         rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
-        lowest = rewards.min(1).values.mean()
+        read = self.discriminator.ends(batch).bool()  # elsewhere r_t is 0, which is no opinion
+        lowest = rewards.masked_fill(~read, torch.inf).amin(1).mean()
         return rewards, states, {"mean": float(rewards.sum() / batch.response_mask.sum()), "lowest": float(lowest)}
 
     def update_policy(self, rollout: Rollout, rewards: torch.Tensor, states: torch.Tensor) -> dict:

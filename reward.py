@@ -209,13 +209,17 @@ class Discriminator:
     ends_step: torch.Tensor
     clip: float = 0.0
 
+    def ends(self, batch: Batch) -> torch.Tensor:
+        """[B, T], 1 where a score is read."""
+        return segment_ends(batch, self.granularity, self.interval, self.ends_step)
+
     def segments(self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor):
         """(f, log pi, ends) per segment, each [B, T], on the segment's last token.
 
         A segment's log pi is the sum over its tokens, and so is a likelihood's f: both are log-probabilities of the
         segment. A head reads its f at the segment's end.
         """
-        ends = segment_ends(batch, self.granularity, self.interval, self.ends_step)
+        ends = self.ends(batch)
         if self.granularity == "dense":
             return scores, policy_logprobs, ends
         mask = batch.response_mask
@@ -382,10 +386,7 @@ def comparison_loss(logits_e, weights_e, logits_n, weights_n, pair, kind: str, s
 def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
     """`trace_weights` of experts [E, T] and negatives [M, T], padded to one width; a negative counts from its first
     changed token on."""
-    expert, negative = (
-        segment_ends(batch, discriminator.granularity, discriminator.interval, discriminator.ends_step)
-        for batch in (comparison.expert, comparison.negative)
-    )
+    expert, negative = map(discriminator.ends, (comparison.expert, comparison.negative))
     columns = torch.arange(negative.shape[1], device=negative.device)
     negative = negative * (columns >= comparison.negative_from[:, None])
     width = max(expert.shape[1], negative.shape[1])

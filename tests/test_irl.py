@@ -260,6 +260,21 @@ def test_best_learns_from_the_winners_alone(shipped, settings):
     assert loss == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
+@pytest.mark.parametrize("granularity", ["dense", "sparse"])
+def test_the_lowest_reward_is_one_that_was_read(shipped, settings, granularity, monkeypatch):
+    """Neither prompt, padding nor a token between two scores, where r_t is 0, is the lowest."""
+    loop = make_loop(shipped, settings, granularity=granularity, policy_loss="ppo")
+    rollout, _ = loop.rollout([e.question for e in loop.experts[:2]], 4)
+    mask = rollout.batch.response_mask
+    monkeypatch.setattr(loop.discriminator.reward_model, "scores", lambda batch, states: (
+        2 + torch.arange(batch.tokens.shape[1])) * batch.response_mask)  # fmt: skip
+    rollout.logprobs.zero_()
+    _, _, metrics = loop.rewards(rollout)
+    whole = ((2 + torch.arange(mask.shape[1])) * mask).sum(1)
+    lowest = 2 + rollout.batch.prompt_lengths if granularity == "dense" else whole
+    assert metrics["lowest"] == pytest.approx(float(lowest.float().mean()), rel=1e-5)
+
+
 def test_sft_fits_its_demonstrations(shipped, settings):
     s = replace(settings, sft_steps=15, sft_lr=1e-3)
     trainer = baselines.SFT(s, shipped[1], copy.deepcopy(shipped[0]), data.load_examples("words", "train", 16))
