@@ -172,7 +172,7 @@ def load_trainer(trainer, state: dict) -> None:
 
 
 def random_state() -> dict:
-    """torch's global generators. (A model's dropout and the gradient penalty draw from them.)"""
+    """torch's global generators. (A model's dropout draws from them.)"""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 

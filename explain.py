@@ -272,7 +272,7 @@ class Lecture(irl.IRL):
         """The discriminator's loss in words."""
         s = self.settings
         name = {"bce": f"cross-entropy, labels {1 - s.label_smoothing / 2:g} and {s.label_smoothing / 2:g}",
-                "bt": "Bradley-Terry", "wgan": "Wasserstein, with its penalty"}[s.discriminator_loss]  # fmt: skip
+                "bt": "Bradley-Terry"}[s.discriminator_loss]  # fmt: skip
         return name + (f", + {s.reward_nll:g} x -log p of the demonstrations"
                        if s.reward_nll and self.discriminator.reward_model.scores_all_actions else "")  # fmt: skip
 

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -136,12 +135,6 @@ class LikelihoodReward(torch.nn.Module):
         states, mask = self.states(batch) if states is None else states, batch.response_mask
         return policy.spread(policy.logprobs_of(self.model, states[mask.bool()], batch), mask)
 
-    def relaxed_scores(self, batch: Batch, soft_tokens: torch.Tensor) -> torch.Tensor:
-        """f for tokens that are mixtures, soft_tokens [B, T, V]: what the gradient penalty differentiates. [B, T]"""
-        embeddings = soft_tokens @ self.model.get_input_embeddings().weight
-        logits = self.model(inputs_embeds=embeddings, attention_mask=batch.attention_mask).logits
-        return pad((logits[:, :-1].log_softmax(-1) * soft_tokens[:, 1:]).sum(-1), (1, 0)) * batch.response_mask
-
 
 class HeadReward(torch.nn.Module):
     """f(s,a) = w . h + b, with h the hidden state that has read a: the paper's linear head on a language model.
@@ -166,12 +159,6 @@ class HeadReward(torch.nn.Module):
         states = self.states(batch) if states is None else states
         with policy.half_precision(states.device):
             return self.model.score(states).squeeze(-1).float() * batch.response_mask
-
-    def relaxed_scores(self, batch: Batch, soft_tokens: torch.Tensor) -> torch.Tensor:
-        """f for mixed tokens, soft_tokens [B, T, V]: [B, T]."""
-        embeddings = soft_tokens @ self.model.get_input_embeddings().weight
-        logits = self.model(inputs_embeds=embeddings, attention_mask=batch.attention_mask).logits
-        return logits.squeeze(-1) * batch.response_mask
 
 
 def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:
@@ -339,30 +326,6 @@ def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[in
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def gradient_penalty(reward_model, expert: Batch, negative: Batch) -> torch.Tensor:
-    """(|| d mean f / d x || - 1)^2 at points x between an expert's trace and a negative's (Gulrajani et al. 2017).
-
-    Tokens have nothing between them, so x mixes the two one-hot sequences: the same prompt first, then a mixture at
-    each response position both have. Rows are pairs of the same question. Returns a scalar.
-    """
-    vocabulary = reward_model.model.get_input_embeddings().weight
-    lengths = torch.minimum(expert.lengths, negative.lengths)
-    width = int(lengths.max())
-    both = Batch(expert.tokens[:, :width], expert.prompt_lengths, lengths)
-    one_hots = [
-        torch.nn.functional.one_hot(b.tokens[:, :width], len(vocabulary)).to(vocabulary.dtype)
-        for b in (expert, negative)
-    ]
-    mix = torch.rand(len(both), 1, 1, device=both.tokens.device)
-    x = (mix * one_hots[0] + (1 - mix) * one_hots[1]).requires_grad_(True)  # [B, T, V]
-    mask = both.response_mask
-    with sdpa_kernel(SDPBackend.MATH):  # the fast attention kernels have no second derivative
-        mean_score = (reward_model.relaxed_scores(both, x) * mask).sum(1) / mask.sum(1)  # [B]
-    (gradient,) = torch.autograd.grad(mean_score.sum(), x, create_graph=True)
-    norm = (gradient * mask[..., None]).flatten(1).norm(dim=1)
-    return ((norm - 1) ** 2).mean()
-
-
 def comparison_loss(logits_e, weights_e, logits_n, weights_n, pair, kind: str, smoothing: float) -> torch.Tensor:
     """The discriminator's loss on some experts [E, T] and their negatives [M, T].
 
@@ -370,13 +333,10 @@ def comparison_loss(logits_e, weights_e, logits_n, weights_n, pair, kind: str, s
     pair [M] points into these E rows.
         bce   sum_t w_t BCE(logit_t), half for experts, half for negatives
         bt    Bradley-Terry: -log sigmoid(mean logit of the expert - mean logit of the negative), over pairs
-        wgan  mean logit of the negatives - mean logit of the experts (the penalty is added by `update`)
     """
     if kind == "bce":
         expert = (weights_e * bce_loss(logits_e, 1.0, smoothing)).sum()
         return 0.5 * expert + 0.5 * (weights_n * bce_loss(logits_n, 0.0, smoothing)).sum()
-    if kind == "wgan":
-        return (weights_n * logits_n).sum() - (weights_e * logits_e).sum()
     share = weights_n.sum(1)  # [M], 1 / number of negatives
     mean_e = (weights_e * logits_e).sum(1) / weights_e.sum(1)  # [E]
     mean_n = (weights_n * logits_n).sum(1) / share.clamp(min=1e-9)  # [M]
@@ -411,7 +371,6 @@ def update(
     loss: str = "bce",
     smoothing: float = 0.1,
     nll_coef: float = 0.0,
-    penalty: float = 10.0,
     micro_batch: int = 64,
     temperature: float = 1.0,
     micro_tokens: int = 0,
@@ -425,7 +384,7 @@ def update(
     expert, negative = comparison.expert, comparison.negative
     model = discriminator.reward_model
     weights_e, weights_n = comparison_weights(discriminator, comparison)
-    experts, negatives = parallel.total(len(expert)), parallel.total(len(negative))
+    experts = parallel.total(len(expert))
     sums = defaultdict(float)
     place = torch.zeros_like(expert.lengths)  # [E], an expert's row within its micro-batch
     for rows in expert_parts(comparison, micro_batch, micro_tokens):
@@ -440,11 +399,6 @@ def update(
         logits_e, logits_n = logits[:count], logits[count:]
         w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
         value = comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
-        if loss == "wgan" and penalty:
-            share = len(chosen) / negatives
-            value = value + penalty * share * gradient_penalty(
-                model, both[pair], both[count + torch.arange(len(chosen))]
-            )
         if nll_coef and model.scores_all_actions:  # a head's f is no likelihood
             likelihood = (trace_weights(both.response_mask[:count]) * scores[:count]).sum()  # mean over these experts
             value = value - nll_coef * likelihood * count / experts

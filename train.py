@@ -86,7 +86,7 @@ class Settings:
     logit: str = setting("airl", "logit D = f - log pi, or f", ("airl", "gail"))
     granularity: str = setting("dense", "a score per token, per step, or per trace", ("dense", "interval", "sparse"))
     interval: int = setting(0, "tokens per interval; 0 takes the trace's own lines as steps")
-    discriminator_loss: str = setting("bce", "cross-entropy, Bradley-Terry, or Wasserstein", ("bce", "bt", "wgan"))
+    discriminator_loss: str = setting("bce", "cross-entropy, or Bradley-Terry", ("bce", "bt"))
     label_smoothing: float = setting(0.1, "labels 1 and 0 become 1 - x/2 and x/2")
     reward_nll: float = setting(1.0, "weight of the demonstrations' likelihood in a likelihood reward's loss")
     reward_average: float = setting(None, "share of its start in the reward's weights after the warm-up")
@@ -268,12 +268,6 @@ def check(s: Settings) -> None:
     for name in ("lora_rank", "micro_tokens"):
         if getattr(s, name) < 0:
             raise UserError(f"{flag(name)} must not be negative: {getattr(s, name)} (0 is off)")
-    perhaps_bf16 = s.weights == "bf16" or (s.weights == "auto" and s.lora_rank)
-    if s.discriminator_loss == "wgan" and (s.gradient_checkpointing or perhaps_bf16):
-        raise UserError(
-            "--discriminator-loss wgan takes second derivatives, which need --weights float32 and no "
-            "--gradient-checkpointing; --micro-batch 1 and --lora-rank save memory too"
-        )
     if s.words_largest < 8:
         raise UserError(f"--words-largest must be at least 8, not {s.words_largest}")
     if s.group < 2:

@@ -63,7 +63,6 @@ ABLATIONS = {
     "likelihood, logit f, PPO": f"{PPO} {BASE} --logit gail",  # f <= 0, so D <= 1/2: not GAIL's discriminator
     "random reward, PPO": f"{PPO} {BASE} --reward random",
     "Bradley-Terry": f"{BASE} --discriminator-loss bt",
-    "Wasserstein": f"{BASE} --discriminator-loss wgan",
     "no likelihood term": f"{BASE} --reward-nll 0",
     "reward not averaged": f"{BASE} --reward-average 0",
     "discriminator 10 x faster": f"{BASE} --reward-lr 1e-4",

@@ -27,7 +27,7 @@ SIGNALS = {"reward": "reward_first", "logprob": "logprob_first", "sft_logprob": 
            "reward_lowest": "reward", "logprob_lowest": "logprob", "sft_logprob_lowest": "sft_logprob",
            "reward_drop": "reward_drop", "entropy": "entropy", "chance": "chance"}  # fmt: skip
 # docs/collapses.md: ways to go wrong among the ablations, and the metrics of metrics.jsonl that tell
-WRONG = ("linear head, PPO", "linear head, PPO, warm-up 300", "random reward, PPO", "Wasserstein", "policy rate x 3",
+WRONG = ("linear head, PPO", "linear head, PPO, warm-up 300", "random reward, PPO", "policy rate x 3",
          "discriminator 30 x faster", "warm-up 15")  # fmt: skip
 TELLING = ("validation/t1", "reward/mean", "rollout/length", "rollout/entropy")
 COLLAPSE = (

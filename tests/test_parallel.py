@@ -34,7 +34,7 @@ FLAGS = (
 KINDS = {
     "exact": "",
     "ppo": "--policy-loss ppo --micro-tokens 300",
-    "best": "--policy-loss best --discriminator-loss wgan",
+    "best": "--policy-loss best",
     "bt": "--policy-loss reinforce --discriminator-loss bt",
     "bf16": "--weights bf16",
 }
