@@ -294,14 +294,18 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [P, L]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, L]
     positions = _positions(mask)
-    output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    # Logits in float32 from the hidden states, as in training: bf16 ones are off by 0.05, and so would be PPO's ratio.
+    # What autocast rounds is rounded here too, the output matrix once.
+    decoder, (weight, softcap) = model.get_decoder(), output_layer(model)
+    weight = logprob.as_autocast(weight)[0].to(logprob.sum_type(weight))
+    output = decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True)
     cache = output.past_key_values
     cache.batch_repeat_interleave(group)
     # Where every layer sees all columns, their mask is ours, and we need not have transformers derive it at each token.
     sees_all = make_roomy(cache) and model.config._attn_implementation == "sdpa"
     mask = mask.bool().repeat_interleave(group, 0)  # [B, L], B = P * G
     position = positions[:, -1].repeat_interleave(group)  # [B]
-    logits = output.logits[:, -1].repeat_interleave(group, 0)  # [B, V]
+    states = output.last_hidden_state[:, -1].repeat_interleave(group, 0)  # [B, H]
 
     responses = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(count, max_new_tokens, device=device)
@@ -310,10 +314,10 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     look_every = LOOK_EVERY.get(device.type, 8)
     for t in range(max_new_tokens):
-        logprob = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [B', V]
-        token = choose(logprob, temperature, top_p, generator)  # [B']
+        logp = logprob.all_logprobs(*logprob.as_autocast(states), weight, temperature or 1.0, softcap)  # [B', V]
+        token = choose(logp, temperature, top_p, generator)  # [B']
         responses[rows, t] = token
-        logprobs[rows, t] = logprob.gather(-1, token[:, None]).squeeze(-1)
+        logprobs[rows, t] = logp.gather(-1, token[:, None]).squeeze(-1)
         lengths[rows] += ~ended
         ended = ended | (token == end_token)
         if t + 1 == max_new_tokens:
@@ -327,13 +331,13 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
             cache.batch_select_indices(going)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         position = position + 1
-        logits = model(
+        states = decoder(
             input_ids=token[:, None],
             attention_mask=mask[:, None, None] if sees_all else mask,
             position_ids=position[:, None],
             past_key_values=cache,
             use_cache=True,
-        ).logits[:, -1]
+        ).last_hidden_state[:, -1]
     lengths = lengths.tolist()
     responses, logprobs = responses.tolist(), logprobs.cpu()
     return [r[:n] for r, n in zip(responses, lengths)], [logprobs[i, :n] for i, n in enumerate(lengths)]

@@ -33,6 +33,19 @@ def test_sampled_logprobs_equal_a_fresh_forward_pass(shipped, prompts, temperatu
     assert rollout.finished.all() and (rollout.batch.lengths > rollout.batch.prompt_lengths).all()
 
 
+def test_sampling_and_training_agree_in_half_precision(shipped, prompts, monkeypatch):
+    """Under bf16 autocast too, both take float32 logits of the same states. The layers are kept out of it: their roundings depend on how many
+    tokens are read at once."""
+    model, tokenizer = shipped
+    decoder = model.get_decoder()
+    exact = torch.autocast("cpu", enabled=False)(decoder.forward)
+    monkeypatch.setattr(decoder, "forward", exact)
+    monkeypatch.setattr(policy, "half_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 64, 2, temperature=1.5)
+    trained = policy.in_chunks(lambda b: policy.token_logprobs(model, b, 1.5), rollout.batch)
+    assert_close(rollout.logprobs, trained, atol=1e-3, rtol=0)
+
+
 def test_each_row_continues_its_own_prompt(shipped, prompts):
     model, tokenizer = shipped
     rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 8, group=2, rows=6)  # several chunks
