@@ -71,7 +71,7 @@ class Settings:
     explain: bool = setting(False, "print one iteration of IRL in numbers, stage by stage, and write nothing")
     # Data
     demonstrations: int = setting(256, "expert traces to learn from")
-    wrong_demonstrations: float = setting(0.0, "share of them that is broken on purpose: a control")
+    wrong_demonstrations: float = setting(0.0, "share of them that is broken on purpose: a control of SFT and IRL")
     extra_questions: int = setting(None, "training questions without a demonstration, for the policies of IRL and GRPO")
     words_steps: int = setting(3, "steps of arithmetic in a words problem")
     words_largest: int = setting(40, "largest number in the text of a words problem")
@@ -477,6 +477,7 @@ class Run:
             return examples
 
         train = load("train", s.demonstrations + s.extra_questions)
+        self.answered = parallel.share(train)  # GRPO's: it learns from answers, and these are not broken
         self.experts, self.extra = train[: s.demonstrations], train[s.demonstrations :]
         rng, wrong = random.Random(f"wrong {s.seed}"), round(s.wrong_demonstrations * len(self.experts))
         broken = [data.perturb(example, rng) for example in self.experts[:wrong]]
@@ -648,8 +649,7 @@ class Run:
 
     def train_grpo(self) -> None:
         """Train on the true answers."""
-        examples = self.experts + self.extra
-        trainer = self.resumed(baselines.GRPO(self.mine, self.tokenizer, self.to_train(), examples))
+        trainer = self.resumed(baselines.GRPO(self.mine, self.tokenizer, self.to_train(), self.answered))
         self.run_steps("grpo", trainer, self.s.grpo_steps, validate=True)
         self.save_model(trainer.policy_model, self.folder_of("grpo"))
 

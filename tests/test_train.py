@@ -14,6 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import baselines
 import checkpoint
 import data
 import lora
@@ -244,3 +245,11 @@ def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
 def test_the_warm_up_takes_four_passes_over_the_demonstrations_60_updates_at_least(flags, updates):
     flags += " --policy-loss ppo" if "random" in flags else ""
     assert train.parse_settings(flags.split()).warm_up == updates
+
+
+def test_grpo_learns_from_unbroken_examples(monkeypatch):
+    """--wrong-demonstrations is a control of what learns from demonstrations; GRPO's answers stay the true ones."""
+    seen, real = [], baselines.GRPO.__post_init__
+    monkeypatch.setattr(baselines.GRPO, "__post_init__", lambda self: seen.extend(self.examples) or real(self))
+    assert train.main([*TINY, "--method", "grpo", "--wrong-demonstrations", "1"]) == 0
+    assert seen == data.load_examples("words", "train", 20)
