@@ -165,6 +165,17 @@ PRESETS = {
 LORA_RATES = 10  # adapters take this times the rates: customary, too
 
 
+# From where to where a number may go. A rate, weight or count that is not named may be 0.
+RANGES = {name: ends for names, ends in {
+    "demonstrations questions epochs micro_batch eval_samples eval_questions rerank_n rerank_questions max_steps "
+    "grpo_steps sft_steps sft_batch rollouts_per_expert discriminator_updates sample_rows": (1, 10**9),
+    "group": (2, 10**6),  # a sample is judged against the others of its group
+    "wrong_demonstrations label_smoothing reward_average gamma": (0, 1),
+    "top_p": (0.01, 1),
+    "temperature lora_alpha ppo_clip": (0.01, 1000),
+}.items() for name in names.split()} | reward.LIMITS  # fmt: skip
+
+
 # What may change when a run goes on: where and how it computes, and what is turned when a loss is not finite.
 MAY_CHANGE = ("device", "micro_batch", "micro_tokens", "gradient_checkpointing", "sample_rows", "checkpoint_every",
               "warm_up_lr", "reward_lr", "policy_lr", "grpo_lr", "sft_lr", "reward_clip")  # fmt: skip
@@ -259,25 +270,14 @@ def is_finished(folder: Path) -> bool:
 
 def check(s: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
-    counts = ("demonstrations", "words_steps", "max_new_tokens", "questions", "group", "epochs", "micro_batch",
-              "eval_samples", "eval_questions", "rerank_n", "rerank_questions", "max_steps", "grpo_steps", "sft_steps",
-              "sft_batch", "rollouts_per_expert", "sample_rows")  # fmt: skip
-    for name in counts:
-        if getattr(s, name) < 1:
-            raise UserError(f"{flag(name)} must be at least 1, not {getattr(s, name)}")
-    for name in ("lora_rank", "micro_tokens"):
-        if getattr(s, name) < 0:
-            raise UserError(f"{flag(name)} must not be negative: {getattr(s, name)} (0 is off)")
-    if s.words_largest < 8:
-        raise UserError(f"--words-largest must be at least 8, not {s.words_largest}")
-    if s.group < 2:
-        raise UserError("--group must be at least 2: a sample is judged against the others of its group")
+    for f in fields(s):
+        value, (low, high) = getattr(s, f.name), RANGES.get(f.name, (0, 10**9))
+        if f.type in (int, float) and not (isinstance(value, (int, float)) and low <= value <= high):  # nan is refused too
+            raise UserError(f"{flag(f.name)} must be from {low:,} to {high:,}, not {value}")
     if s.start == "reward" and not can_start_at_reward(s):
         raise UserError(
             "--start reward takes --reward likelihood, --logit airl, an --entropy-coef above 0 and no other --reward-model"
         )
-    if not 0 <= s.reward_average <= 1:
-        raise UserError(f"--reward-average must be between 0 and 1, not {s.reward_average}")
     if s.rollouts_per_expert > s.group:
         raise UserError(f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group} samples")
     sums = "--policy-loss exact" if s.policy_loss == "exact" else "--baseline exact" if s.baseline == "exact" else ""
@@ -288,8 +288,6 @@ def check(s: Settings) -> None:
         )
     if not set(s.methods) <= {"sft", "irl", "grpo"}:
         raise UserError(f"no method '{s.method}': sft, irl, grpo, some of them with commas between, or all")
-    if not 0 <= s.wrong_demonstrations <= 1:
-        raise UserError(f"--wrong-demonstrations must be between 0 and 1, not {s.wrong_demonstrations}")
     if s.explain and ("irl" not in s.methods or s.start == "sft"):
         raise UserError("--explain shows one iteration of IRL from the base: leave out --method and --start")
     run_folder(s.name)

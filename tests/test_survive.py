@@ -500,7 +500,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
     ("--policy-loss best", "--policy-loss best contradicts runs/demo/settings.json, which says exact"),
     ("--freeze-reward", "--freeze-reward True contradicts"), ("--gamma 0.5", "--gamma 0.5 contradicts"),
     ("--name elsewhere", "nothing to resume: there is no runs/elsewhere/settings.json"),
-    ("--micro-batch 0", "--micro-batch must be at least 1"), ("--resmue", "did you mean '--resume'?"),
+    ("--micro-batch 0", "--micro-batch must be from 1 to"), ("--resmue", "did you mean '--resume'?"),
 ])  # fmt: skip
 def test_flags_that_cannot_be_resumed_with(here, monkeypatch, capsys, flags, message):
     RUN.mkdir(parents=True)

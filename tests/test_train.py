@@ -1,6 +1,7 @@
 """train.py as its users run it: whole runs in a temporary folder, and one clear line for each kind of bad input."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -166,16 +167,16 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--data gsm8k", "--data DIR"),
     ("--model Qwen2.5-0.5B", "--model DIR"),
     ("--group many", "invalid int value"),
-    ("--rerank-n 0", "--rerank-n must be at least 1"),
-    ("--group 1", "--group must be at least 2"),
+    ("--rerank-n 0", "--rerank-n must be from 1 to 1,000,000,000, not 0"),
+    ("--group 1", "--group must be from 2 to"),
     ("--method ppo", "no method 'ppo'"),
     ("--reward head", "--policy-loss exact sums"),
-    ("--words-largest 3", "at least 8"),
+    ("--words-largest 3", "from 8 to 1,000,000"),
     ("--max-new-tokens 9999", "fits the model's context"),
     ("--device tpu", "no device 'tpu'"),
     ("--name ../elsewhere", "--name"),
-    ("--lora-rank -1", "--lora-rank must not be negative"),
-    ("--micro-tokens -5", "--micro-tokens must not be negative"),
+    ("--lora-rank -1", "--lora-rank must be from 0 to"),
+    ("--micro-tokens -5", "--micro-tokens must be from 0 to"),
     ("--discriminator-loss wgan", "invalid choice: 'wgan'"),
     ("--weights bf17", "invalid choice: 'bf17'"),
 ])  # fmt: skip
@@ -184,6 +185,22 @@ def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not Path("runs").exists()  # nothing left behind
+
+
+OUT = {"temperature": "0 -1", "gamma": "2 -0.1", "label_smoothing": "3", "kl_coef": "-1", "top_p": "0 1.5", "ppo_clip": "0",
+       "entropy_coef": "-0.2", "reward_average": "1.5", "wrong_demonstrations": "-1", "reward_clip": "-5", "warm_up": "-1",
+       "policy_lr": "-1e-4", "reward_nll": "-1", "perturbed": "-2", "discriminator_updates": "0", "words_steps": "101",
+       "lora_alpha": "0", "interval": "-3", "seed": "-1", "validate_every": "-1"}  # fmt: skip
+OUT_OF_RANGE = [(name, value) for name, values in OUT.items() for value in values.split()]
+OUT_OF_RANGE += [(f.name, value) for f in fields(train.Settings) if f.type is float for value in ("nan", "inf")]
+
+
+@pytest.mark.parametrize("name, value", OUT_OF_RANGE)
+def test_numbers_out_of_range_are_one_line_and_status_2(name, value, capsys):
+    assert train.main([f"--{name.replace('_', '-')}={value}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --{name.replace('_', '-')} must be from ") and error.count("\n") == 1
+    assert not Path("runs").exists()
 
 
 def test_bad_files_are_one_line_and_status_2(capsys):
