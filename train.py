@@ -104,12 +104,12 @@ class Settings:
     # Policy
     policy_loss: str = setting(
         None,
-        "exact sums over the vocabulary, best imitates each group's best sample",
+        "exact sums over the vocabulary (where it cannot, the default is ppo), best imitates each group's best sample",
         ("exact", "reinforce", "ppo", "best"),
     )
     baseline: str = setting("group", "of REINFORCE and PPO: the group's mean, or the exact E[r_t]", ("group", "exact"))
     entropy_coef: float = setting(None, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
-    gamma: float = setting(None, "discount of later tokens' rewards")
+    gamma: float = setting(None, "discount of later tokens' rewards; if not given, 1 with a reward per step or trace")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen start")
     ppo_clip: float = setting(0.2, "PPO and GRPO hold the ratio within 1 +- this")
     epochs: int = setting(1, "passes over each rollout")
@@ -214,7 +214,12 @@ def parse_settings(arguments: list[str]) -> Settings:
 def complete(given: dict) -> Settings:
     """Settings from those that were given, with what the model's size decides filled in."""
     settings = Settings(**given)
-    for name, value in PRESETS["small" if settings.model == "base" else "large"].items():
+    preset = dict(PRESETS["small" if settings.model == "base" else "large"])
+    if settings.granularity != "dense":
+        preset["gamma"] = 1.0  # the tokens between two scores have only what follows
+    if not scores_all_actions(settings):
+        preset["policy_loss"] = "ppo"
+    for name, value in preset.items():
         if getattr(settings, name) is None:
             setattr(settings, name, LORA_RATES * value if settings.lora_rank and name.endswith("_lr") else value)
     settings.reward_model = settings.reward_model or settings.model
@@ -222,15 +227,22 @@ def complete(given: dict) -> Settings:
         settings.warm_up = max(60, 4 * settings.demonstrations // settings.questions)
     if settings.reward == "random":  # and it stays so
         settings.freeze_reward, settings.warm_up = True, 0
-    if settings.start is None:  # a likelihood trained as log-density is a policy, a head or a log-ratio is none
+    if settings.start is None:
         settings.start = "reward" if can_start_at_reward(settings) and settings.model == "base" else "base"
     check(settings)
     return settings
 
 
+def scores_all_actions(s: Settings) -> bool:
+    """Whether there is an f of every action at every token, to be summed."""
+    return s.reward == "likelihood" and s.logit == "airl" and s.granularity == "dense"
+
+
 def can_start_at_reward(s: Settings) -> bool:
-    """Whether the reward is a policy: a language model, of the policy's own size, whose f is the expert's log-density."""
-    return s.reward == "likelihood" and s.logit == "airl" and s.reward_model == s.model and s.entropy_coef > 0
+    """Whether exp(f / alpha) is the best policy: f the expert's log-density, in a network of the policy's own kind, and
+    nothing to be had later."""
+    density = scores_all_actions(s) and s.discriminator_loss == "bce" and s.reward_nll > 0
+    return density and s.reward_model == s.model and s.entropy_coef > 0 and s.gamma == 0
 
 
 def saved_settings(given: dict) -> Settings:
@@ -276,12 +288,13 @@ def check(s: Settings) -> None:
             raise UserError(f"{flag(f.name)} must be from {low:,} to {high:,}, not {value}")
     if s.start == "reward" and not can_start_at_reward(s):
         raise UserError(
-            "--start reward takes --reward likelihood, --logit airl, an --entropy-coef above 0 and no other --reward-model"
+            "--start reward takes --reward likelihood, --logit airl, --granularity dense, --discriminator-loss bce, "
+            "--gamma 0, --reward-nll and --entropy-coef above 0, and no other --reward-model"
         )
     if s.rollouts_per_expert > s.group:
         raise UserError(f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group} samples")
     sums = "--policy-loss exact" if s.policy_loss == "exact" else "--baseline exact" if s.baseline == "exact" else ""
-    if sums and (s.reward != "likelihood" or s.logit != "airl" or s.granularity != "dense"):
+    if sums and not scores_all_actions(s):
         raise UserError(
             f"{sums} sums f over the whole vocabulary, which takes --reward likelihood, --logit airl and "
             "--granularity dense: with others use --policy-loss ppo and --baseline group"

@@ -170,7 +170,12 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--rerank-n 0", "--rerank-n must be from 1 to 1,000,000,000, not 0"),
     ("--group 1", "--group must be from 2 to"),
     ("--method ppo", "no method 'ppo'"),
-    ("--reward head", "--policy-loss exact sums"),
+    ("--reward head --policy-loss exact", "--policy-loss exact sums"),
+    ("--granularity sparse --policy-loss exact", "--policy-loss exact sums"),
+    ("--granularity sparse --baseline exact", "--baseline exact sums"),
+    *((f"--start reward {flags}", "--start reward takes --reward likelihood") for flags in (
+        "--gamma 0.5", "--discriminator-loss bt", "--granularity sparse --gamma 0", "--granularity interval --gamma 0",
+        "--reward-nll 0", "--entropy-coef 0", "--logit gail", "--reward head")),
     ("--words-largest 3", "from 8 to 1,000,000"),
     ("--max-new-tokens 9999", "fits the model's context"),
     ("--device tpu", "no device 'tpu'"),
@@ -270,3 +275,16 @@ def test_grpo_learns_from_unbroken_examples(monkeypatch):
     monkeypatch.setattr(baselines.GRPO, "__post_init__", lambda self: seen.extend(self.examples) or real(self))
     assert train.main([*TINY, "--method", "grpo", "--wrong-demonstrations", "1"]) == 0
     assert seen == data.load_examples("words", "train", 20)
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", ("reward", "exact", 0.0)), ("--gamma 0.9", ("base", "exact", 0.9)), ("--discriminator-loss bt", ("base", "exact", 0.0)),
+    ("--reward-nll 0", ("base", "exact", 0.0)), ("--reward head", ("base", "ppo", 0.0)),
+    ("--logit gail", ("base", "ppo", 0.0)), ("--granularity sparse", ("base", "ppo", 1.0)),
+    ("--granularity interval", ("base", "ppo", 1.0)), ("--granularity sparse --gamma 0.5", ("base", "ppo", 0.5)),
+    ("--granularity interval --policy-loss reinforce --gamma 0", ("base", "reinforce", 0.0)),
+])  # fmt: skip
+def test_defaults_follow_what_the_reward_can_do(flags, expected):
+    """Start, loss and gamma: where only some tokens have a reward, the others learn from what follows."""
+    s = train.parse_settings(flags.split())
+    assert (s.start, s.policy_loss, s.gamma) == expected
