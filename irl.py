@@ -50,8 +50,7 @@ class IRL:
         self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)
         self.replay = reward.Replay(s.replay)
         self.done = 0
-        parameters = lora.to_average(self.discriminator.reward_model) if s.reward_average else ()
-        self.reward_start = [p.detach().clone() for p in parameters]
+        self.reward_start = lora.start_of(self.discriminator.reward_model) if s.reward_average else []
 
     def step(self) -> dict:
         """One iteration of Algorithm 1. Returns every stage's metrics."""
@@ -72,18 +71,19 @@ class IRL:
     def warm_up(self) -> dict:
         """One update of the discriminator alone, on fresh samples of a policy that stands still: a policy that starts on
         a reward at chance learns noise."""
+        s, rollout = self.settings, None
         with data.no_verifier():
-            policy.set_constant_rate(self.reward_optimizer, self.settings.warm_up_lr)
-            examples = draw(self.experts, self.settings.questions, self.rng)
-            rollout, _ = self.rollout([e.question for e in examples], self.settings.rollouts_per_expert)
-            return self.update_discriminator(examples, rollout, self.settings.rollouts_per_expert)
+            policy.set_constant_rate(self.reward_optimizer, s.warm_up_lr)
+            examples = draw(self.experts, s.questions, self.rng)
+            if s.discriminator_coef:
+                rollout, _ = self.rollout([e.question for e in examples], s.rollouts_per_expert)
+            return self.update_discriminator(examples, rollout, s.rollouts_per_expert)
 
     @torch.no_grad()
     def end_warm_up(self) -> None:
         """Once, between the warm-up and the first step.
 
-        A reward that learnt from few demonstrations has paid for it with skills of its start. The mean of its weights
-        before and after keeps most of both (Wortsman et al. 2021, arXiv 2109.01903).
+        The reward is averaged with its start (lora.average says why).
 
         With start = reward the policy begins at the optimum for this f. E[f - alpha log pi] is greatest at
         pi ~ exp(f / alpha), and that is the reward's own network with its logits divided by alpha: what the policy
@@ -91,8 +91,7 @@ class IRL:
         With adapters, these alone are copied: the base is the same.
         """
         s, reward_model = self.settings, self.discriminator.reward_model
-        for parameter, start in zip(lora.to_average(reward_model), self.reward_start):
-            parameter.lerp_(start, s.reward_average)
+        lora.average(reward_model, self.reward_start, s.reward_average)
         self.reward_start = []
         if s.start == "reward":
             for parameter, learnt in zip(lora.trained(self.policy_model), lora.trained(reward_model), strict=True):
@@ -114,22 +113,23 @@ class IRL:
             "entropy": float(-rollout.logprobs.sum() / mask.sum()),  # of the sampled tokens: -E log pi
         }
 
-    def update_discriminator(self, examples: list[Example], rollout: Rollout, group: int) -> dict:
+    def update_discriminator(self, examples: list[Example], rollout: Rollout | None, group: int) -> dict:
         """Stage 2. Rows i*group .. of the rollout answer examples[i]. A few of them, some that the policy wrote before
-        to the same question, and broken copies of the expert's trace are the negatives."""
+        to the same question, and broken copies of the expert's trace are the negatives. With discriminator_coef 0 they
+        would weigh nothing, and are left out: what trains is the demonstrations' likelihood."""
         s, negatives = self.settings, []
-        for i, example in enumerate(examples):
+        compared = bool(s.discriminator_coef)
+        for i, example in enumerate(examples if compared else ()):
             fresh = [rollout.batch.response(i * group + g) for g in range(s.rollouts_per_expert)]
             old = self.replay.draw(example.question, s.rollouts_per_expert // 2 if s.replay else 0, self.rng)
             self.replay.add(example.question, fresh)
             negatives.append(fresh[: len(fresh) - len(old)] + old)
         for _ in range(s.discriminator_updates):
-            comparison = reward.compare(
-                self.tokenizer, examples, negatives, s.perturbed, self.rng, self.policy_model.device
-            )
+            comparison = reward.compare(self.tokenizer, examples, negatives or [[]] * len(examples),
+                                        s.perturbed * compared, self.rng, self.policy_model.device)  # fmt: skip
             metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
                                     s.discriminator_loss, s.label_smoothing, s.reward_nll,
-                                    micro_batch=s.micro_batch, temperature=s.temperature,
+                                    discriminator_coef=s.discriminator_coef, micro_batch=s.micro_batch, temperature=s.temperature,
                                     micro_tokens=s.micro_tokens)  # fmt: skip
         return metrics
 

@@ -114,6 +114,22 @@ def to_average(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in trained(model) if id(p) not in of_adapters]
 
 
+def start_of(model: nn.Module) -> list[torch.Tensor]:
+    """A copy of what `average` will need, taken before training."""
+    return [p.detach().clone() for p in to_average(model)]
+
+
+@torch.no_grad()
+def average(model: nn.Module, start: list[torch.Tensor], share: float) -> None:
+    """Give the weights of before training, `start_of`, this share in the model's: (1 - share) learnt + share start.
+
+    A model that has learnt from few demonstrations has paid for it with skills of its start. The mean of its weights
+    before and after keeps most of both (Wortsman et al. 2021, arXiv 2109.01903).
+    """
+    for parameter, before in zip(to_average(model), start):
+        parameter.lerp_(before, share)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 3. The paper's head on a shared base
 # ---------------------------------------------------------------------------------------------------------------

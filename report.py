@@ -26,6 +26,8 @@ from data import Parser, UserError, exit_status, printable
 METHODS = {
     "base": ("Base", "nothing: the policy before training"),
     "sft": ("SFT", "expert demonstrations"),
+    "sft_fair": ("SFT, averaged and sharpened", "expert demonstrations"),
+    "likelihood": ("IRL without its discriminator", "expert demonstrations"),
     "irl": ("IRL", "expert demonstrations"),
     "grpo": ("GRPO", "the true answers, checked"),
 }
@@ -36,8 +38,11 @@ RULES = {
     "weighted_majority": ("majority, weighted by reward", "", "", ""),
     "majority": ("majority", "other", "--", "s"),
     "sft_logprob": ("SFT log-prob", "sft", "-", "^"),
+    "sft_fair_logprob": ("averaged SFT log-prob", "sft_fair", "-", "^"),
     "logprob": ("policy log-prob", "base", "-", "v"),
     "random": ("random", "soft", ":", ""),
+    "longest": ("longest", "", "", ""),
+    "shortest": ("shortest", "", "", ""),
     "reward_mean": ("reward: mean token", "", "", ""),
     "reward_lowest": ("reward: lowest token", "", "", ""),
     "reward_last": ("reward: last token", "", "", ""),
@@ -47,9 +52,11 @@ POINTERS = {
     "reward": "reward: lowest token",
     "reward_first": "reward: first below -1",
     "sft_logprob_first": "SFT log-prob: first below -1",
+    "sft_fair_logprob_first": "averaged SFT log-prob: first below -1",
     "logprob_first": "policy log-prob: first below -1",
     "reward_drop": "reward: largest drop",
     "sft_logprob": "SFT log-prob: lowest",
+    "sft_fair_logprob": "averaged SFT log-prob: lowest",
     "logprob": "policy log-prob: lowest",
     "entropy": "policy entropy: highest",
     "chance": "chance",
@@ -58,10 +65,11 @@ POINTERS = {
 # (title, a share?, lines, caption); a line is (method, metric, its name in the legend)
 PANELS = (
     ("Right at T = 1, validation", True,
-     (("sft", "validation/t1", "SFT"), ("irl", "validation/t1", "IRL"),
+     (("sft", "validation/t1", "SFT"), ("sft_fair", "validation/t1", "SFT to be averaged"),
+      ("likelihood", "validation/t1", "likelihood alone"), ("irl", "validation/t1", "IRL"),
       ("grpo", "validation/t1", "GRPO")),
      "Healthy: rises, then levels off. A fall after a rise: the policy has begun to exploit the reward."),
-    ("SFT loss", False, (("sft", "policy/loss", "SFT"),),
+    ("SFT loss", False, (("sft", "policy/loss", "SFT"), ("sft_fair", "policy/loss", "SFT to be averaged")),
      "Healthy: falls fast, then flattens. Close to zero, it is learning the demonstrations by heart."),
     ("Discriminator, warm-up", True,
      (("warm-up", "discriminator/d_expert", "expert"),
@@ -291,7 +299,7 @@ def fold(summary: str, body: str) -> str:
 # 3. Figures. Matplotlib knows no CSS variables: it draws in colours that stand for them, renamed in the SVG.
 # ------------------------------------------------------------------------------------------------------------
 
-COLOURS = ("ink", "soft", "line", "base", "sft", "irl", "grpo", "other", "right", "wrong")
+COLOURS = ("ink", "soft", "line", "base", "sft", "sft_fair", "likelihood", "irl", "grpo", "other", "right", "wrong")
 PAINT = {name: f"#0a0b{index:02x}" for index, name in enumerate(COLOURS)}
 STYLE = {
     "font.size": 10, "text.color": PAINT["ink"], "axes.labelcolor": PAINT["soft"],
@@ -610,10 +618,10 @@ def traces_section(traces: list, shown: int = 12) -> str:
 
 CSS = """
 :root { color-scheme: light dark; --page:#f5f6f8; --card:#fff; --ink:#1b2230; --soft:#5b6676; --line:#dfe3e9;
-  --base:#77808e; --sft:#c06f00; --irl:#1f62c7; --grpo:#0f8566; --other:#b03a80; --right:#1f62c7;
+  --base:#77808e; --sft:#c06f00; --sft_fair:#8a5a2b; --likelihood:#6b4fc0; --irl:#1f62c7; --grpo:#0f8566; --other:#b03a80; --right:#1f62c7;
   --wrong:#b85500; --up:58 134 226; --down:244 136 22; --full:.8; }
 @media (prefers-color-scheme: dark) { :root { --page:#0f1319; --card:#171c25; --ink:#e5e9f0; --soft:#9ba6b6;
-  --line:#2d3541; --base:#98a2b2; --sft:#f0a33f; --irl:#6ea9ff; --grpo:#3dc79e; --other:#f08cc2;
+  --line:#2d3541; --base:#98a2b2; --sft:#f0a33f; --sft_fair:#d0a57a; --likelihood:#ac97f0; --irl:#6ea9ff; --grpo:#3dc79e; --other:#f08cc2;
   --right:#6ea9ff; --wrong:#f59a4a; --up:46 112 220; --down:206 100 0; --full:.72; } }
 * { box-sizing:border-box; }
 body { margin:0 auto; padding:40px 24px 64px; max-width:1140px; background:var(--page); color:var(--ink);

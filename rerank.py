@@ -45,6 +45,9 @@ import reward
 from data import Batch, Example, UserError
 
 RULES = ("mean", "last", "lowest", "discounted")
+# Models trained on the demonstrations alone, whose log-probability is the baseline to beat: signal -> folder of a run
+JUDGES = {"sft_logprob": "sft", "sft_fair_logprob": "sft_fair"}
+LOGPROBS = ("logprob", *JUDGES)
 GAMMA = 0.9  # discount of a trace's later scores; the training's gamma is another matter
 VOTE_TEMPERATURE = 0.25  # of 1, 1/2 and 1/4 the best on validation questions of words
 VOTE_SUBSETS = 20  # subsets of n candidates that a majority vote is averaged over, where there are more
@@ -488,14 +491,15 @@ def candidates_record(record) -> tuple[Example, list[str]]:
 
 @torch.no_grad()
 def signals(candidates: Candidates, discriminator: reward.Discriminator | None, policy_model,
-            sft_model=None) -> dict[str, torch.Tensor]:  # fmt: skip
+            judges: dict | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
     """What each model says about every response token: name -> [B, T], on the CPU.
 
     reward       f, where the discriminator reads it (`reward_ends`). A likelihood's f is summed over its
                  segment, as in training. Without a discriminator there is no reward
     logprob      log pi(a_t|s_t) of the policy that wrote the candidates
     entropy      of that policy's choice of token t
-    sft_logprob  as logprob, by a model trained on the demonstrations alone: the baseline to beat
+    sft_logprob, sft_fair_logprob
+                 as logprob, by `judges`: models trained on the demonstrations alone (JUDGES)
     """
     batch = candidates.batch
 
@@ -512,8 +516,8 @@ def signals(candidates: Candidates, discriminator: reward.Discriminator | None, 
     values["entropy"] = run(policy_model, lambda part: policy.token_entropies(policy_model, part))
     if discriminator is not None:
         values["reward"] = run(discriminator.reward_model.model, f)
-    if sft_model is not None:
-        values["sft_logprob"] = run(sft_model, lambda part: policy.token_logprobs(sft_model, part))
+    for name, judge in (judges or {}).items():
+        values[name] = run(judge, lambda part: policy.token_logprobs(judge, part))
     for name, value in values.items():
         if not value.isfinite().all():
             raise UserError(f"the {name} of some token is not a finite number: the weights have diverged")
@@ -542,10 +546,11 @@ def powers_of_two(n: int) -> list[int]:
 
 def score_table(candidates: Candidates, signals: dict[str, torch.Tensor], ends: torch.Tensor | None, rules,
                 default_rule: str, gamma: float) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Trace scores by name, each [Q, N]: the mean log-probability, and the reward by every rule."""
+    """Trace scores by name, each [Q, N]: the length, which asks no model, the mean log-probability, and the reward by
+    every rule."""
     mask = candidates.batch.response_mask
-    scores = {}
-    for name in ("logprob", "sft_logprob"):
+    scores = {"longest": mask.sum(1), "shortest": -mask.sum(1)}
+    for name in LOGPROBS:
         if name in signals:
             scores[name] = trace_scores(signals[name], mask, "mean")
     if "reward" in signals:
@@ -632,7 +637,7 @@ def place_results(
 
     truth [B]: the column of the first error. questions [B]: traces of one are averaged before the bootstrap.
 
-    Signals: reward, logprob and sft_logprob (lowest), the same with _first (of log-probabilities: a reward that is
+    Signals: reward and LOGPROBS (lowest), the same with _first (of log-probabilities: a reward that is
     none, a linear head's, has no such), reward_drop, entropy (highest). chance draws
     from all tokens of the trace; chance_reward from those where the reward is read, the same if it is dense.
     """
@@ -645,7 +650,7 @@ def place_results(
         predicted["reward_drop"] = predicted_place(signals["reward"], ends, "drop")
         if likelihood:
             predicted["reward_first"] = predicted_place(signals["reward"], ends, "first")
-    for name in ("logprob", "sft_logprob"):
+    for name in LOGPROBS:
         if name in signals:
             predicted[name] = predicted_place(signals[name], mask, "lowest")
             predicted[f"{name}_first"] = predicted_place(signals[name], mask, "first")
@@ -666,7 +671,7 @@ def place_results(
 
 
 def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], tokenizer, discriminator,
-                     policy_model, sft_model=None, seed: int = 0) -> dict:  # fmt: skip
+                     policy_model, judges=None, seed: int = 0) -> dict:  # fmt: skip
     """{"natural": .., "single": ..}, each from `place_results`.
 
     natural: the wrong ones among the candidates, which answer `words` problems; `values` are their `signals`.
@@ -687,31 +692,31 @@ def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], to
     broken, truth, questions = perturbed_experts(tokenizer, candidates.examples, rng)
     single: dict = {"count": 0}
     if len(truth):
-        kept = signals(broken, discriminator, policy_model, sft_model)
+        kept = signals(broken, discriminator, policy_model, judges)
         ends = reward_ends(broken.batch, discriminator)
         single = place_results(broken.batch, truth, questions, kept, ends, ends_step, seed, likelihood)
     return {"natural": natural, "single": single}
 
 
-def assess(candidates: Candidates, discriminator, policy_model, sft_model, tokenizer, settings) -> dict:
+def assess(candidates: Candidates, discriminator, policy_model, judges: dict, tokenizer, settings) -> dict:
     """What a reward is worth at inference: {"rerank": .., "distributions": .., "alarms": .., for `words` "localise": ..}.
 
     settings: anything with rule, seed and data. distributions: the scores of right and of wrong traces.
     """
-    values = signals(candidates, discriminator, policy_model, sft_model)
+    values = signals(candidates, discriminator, policy_model, judges)
     ends = reward_ends(candidates.batch, discriminator)
     ns = powers_of_two(candidates.n)
     ranking = rerank_results(candidates, values, ends, ns, RULES, settings.rule, seed=settings.seed)
     scores, right = trace_scores(values["reward"], ends, settings.rule), candidates.correct.flatten() > 0
     results = {"rerank": ranking}
     results["distributions"] = {"right": scores[right].tolist(), "wrong": scores[~right].tolist()}
-    readings = {name: (values[name], candidates.batch.response_mask) for name in ("logprob", "sft_logprob") if name in values}
+    readings = {name: (values[name], candidates.batch.response_mask) for name in LOGPROBS if name in values}
     if points_at_first(discriminator):
         readings["reward"] = values["reward"], ends
     results["alarms"] = {name: alarm_rates(*reading, candidates.correct.flatten()) for name, reading in readings.items()}
     if settings.data == "words":
         results["localise"] = localise_results(
-            candidates, values, tokenizer, discriminator, policy_model, sft_model, settings.seed
+            candidates, values, tokenizer, discriminator, policy_model, judges, settings.seed
         )
     return results
 
@@ -759,18 +764,31 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
 # ------------------------------------------------------------------------------------------------------------
 
 
+def load_judges(run: Path, tokenizer, temperature: float, device, dtype=torch.float32) -> dict:
+    """The JUDGES that this run has trained: signal -> model. temperature: its settings' fair_temperature.
+
+    Fair SFT's policy has its logits divided by that, which would distort the log-probability of a trace as a whole. As
+    IRL's f is the averaged reward before its logits are divided by alpha, the judge is the averaged model before it.
+    """
+    judges = {}
+    for signal, name in JUDGES.items():
+        if (run / name).is_dir():
+            judges[signal] = policy.load_policy(str(run / name), device, dtype)[0]
+            policy.check_same_tokenizer(tokenizer, str(run / name))
+            if name == "sft_fair":
+                policy.divide_logits(judges[signal], 1 / temperature)
+    return judges
+
+
 def load_run(run: Path, policy_name: str, device):
-    """(policy model, tokenizer, discriminator, SFT model or None, settings) of a run's folder."""
+    """(policy model, tokenizer, discriminator, judges, settings) of a run's folder."""
     discriminator, tokenizer, settings = reward.load_run(run, device)
     named = {"base": settings["model"], "run": str(run / "policy")}
     name = named.get(policy_name, policy_name)
     policy_model, _ = policy.load_policy(name, device)
     policy.check_same_tokenizer(tokenizer, name)
-    sft_model = None
-    if (run / "sft").is_dir():
-        sft_model = policy.load_policy(str(run / "sft"), device)[0]
-        policy.check_same_tokenizer(tokenizer, str(run / "sft"))
-    return policy_model, tokenizer, discriminator, sft_model, settings
+    judges = load_judges(run, tokenizer, settings["fair_temperature"], device)
+    return policy_model, tokenizer, discriminator, judges, settings
 
 
 def text_table(title: str, columns: list[str], rows: dict[str, list], width: int = 18) -> str:
@@ -851,9 +869,9 @@ def rerank_run(args) -> None:
     run = Path(args.run)
     given = read_candidates(args.candidates, args.n) if args.candidates else None
     device = policy.pick_device(args.device)
-    policy_model, tokenizer, discriminator, sft_model, settings = load_run(run, args.policy, device)
-    models = (policy_model, discriminator.reward_model.model, sft_model)
-    context = min(policy.context_length(model) for model in models if model is not None)
+    policy_model, tokenizer, discriminator, judges, settings = load_run(run, args.policy, device)
+    models = (policy_model, discriminator.reward_model.model, *judges.values())
+    context = min(policy.context_length(model) for model in models)
     known = True
     if given:
         examples, texts, n, known = given
@@ -875,7 +893,7 @@ def rerank_run(args) -> None:
         return
     # Given candidates come without an expert's trace: there is nothing to find first errors with.
     settings = argparse.Namespace(rule=args.rule, seed=args.seed, data="" if given else settings["data"])
-    results = assess(candidates, discriminator, policy_model, sft_model, tokenizer, settings)
+    results = assess(candidates, discriminator, policy_model, judges, tokenizer, settings)
     print(f"{len(examples)} questions, {n} candidates each; mean and 95% interval over questions; "
           f"a trace's reward is its {args.rule}\n")  # fmt: skip
     print(show_results(results))

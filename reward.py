@@ -318,7 +318,7 @@ def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[in
             start.append(len(prompt) + first_changed)
     expert = data.demonstration_batch(tokenizer, examples, device)
     negative = data.make_batch(prompts, responses, device)
-    return Comparison(expert, negative, torch.tensor(pair, device=device), torch.tensor(start, device=device))
+    return Comparison(expert, negative, *(torch.tensor(x, dtype=torch.long, device=device) for x in (pair, start)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> 
     columns = torch.arange(negative.shape[1], device=negative.device)
     negative = negative * (columns >= comparison.negative_from[:, None])
     width = max(expert.shape[1], negative.shape[1])
-    share = lambda ends: len(ends) / parallel.total(len(ends))  # of all traces, where several processes have some
+    share = lambda ends: len(ends) / max(1, parallel.total(len(ends)))  # of all traces, where several processes have some
     return tuple(trace_weights(pad(ends, (0, width - ends.shape[1]))) * share(ends) for ends in (expert, negative))
 
 
@@ -374,12 +374,13 @@ def update(
     micro_batch: int = 64,
     temperature: float = 1.0,
     micro_tokens: int = 0,
+    discriminator_coef: float = 1.0,
 ) -> dict:
     """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
 
     policy_model: the current pi, at the temperature it samples with, whose log-probability AIRL's logit subtracts (of
     experts and negatives alike; without a gradient). nll_coef adds the likelihood of the demonstrations to the loss of a
-    likelihood reward.
+    likelihood reward, discriminator_coef weighs all the rest of it.
     """
     expert, negative = comparison.expert, comparison.negative
     model = discriminator.reward_model
@@ -398,7 +399,7 @@ def update(
         logits = discriminator.logits(both, scores, log_pi)  # [E + M, T]
         logits_e, logits_n = logits[:count], logits[count:]
         w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
-        value = comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
+        value = discriminator_coef * comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
         if nll_coef and model.scores_all_actions:  # a head's f is no likelihood
             likelihood = (trace_weights(both.response_mask[:count]) * scores[:count]).sum()  # mean over these experts
             value = value - nll_coef * likelihood * count / experts
@@ -469,9 +470,10 @@ def show(scored: list[tuple[str, float]], likelihood: bool = True) -> str:
 SETTINGS = {
     "model": str, "data": str, "reward": ("likelihood", "head", "random"), "logit": ("airl", "gail"),
     "granularity": ("dense", "interval", "sparse"), "interval": int, "words_steps": int, "words_largest": int,
-    "max_new_tokens": int,
+    "max_new_tokens": int, "fair_temperature": float,
 }  # fmt: skip
-LIMITS = {"interval": (0, 10**6), "words_steps": (1, 100), "words_largest": (8, 10**6), "max_new_tokens": (1, 10**6)}
+LIMITS = {"interval": (0, 10**6), "words_steps": (1, 100), "words_largest": (8, 10**6), "max_new_tokens": (1, 10**6),
+          "fair_temperature": (0.01, 1000)}  # fmt: skip
 
 
 def read_settings(run: Path) -> dict:
@@ -488,7 +490,7 @@ def read_settings(run: Path) -> dict:
     for key, kind in SETTINGS.items():
         value = settings.get(key)
         if value not in kind if isinstance(kind, tuple) else type(value) is not kind:  # True is no integer
-            names = {str: "a string", int: "an integer"}
+            names = {str: "a string", int: "an integer", float: "a decimal number"}
             expected = names.get(kind) or "one of " + ", ".join(kind)
             found = "missing" if value is None else repr(value)
             raise UserError(f"{path}: '{key}' is {found}, expected {expected}")

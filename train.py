@@ -7,8 +7,8 @@
     python train.py --resume --name demo                     go on with runs/demo, which was stopped or killed
 
 A run writes runs/<name>/: settings.json, metrics.jsonl (a line per step), results.json, traces.json, report.html, and
-models that `from_pretrained` loads: policy/, reward/, and with SFT and GRPO sft/ and grpo/. Until it is finished also
-checkpoints/, from which --resume goes on. With torchrun --nproc-per-node=N train.py many GPUs share a run (parallel.py).
+models that `from_pretrained` loads: policy/ (IRL's, or the only method's), reward/, and sft/, sft_fair/, likelihood/ and
+grpo/ of what else was trained. Until it is finished also checkpoints/, from which --resume goes on. With torchrun --nproc-per-node=N train.py many GPUs share a run (parallel.py).
 On one machine the same settings give the same numbers, bit for bit, with or
 without interruptions. Across machines they do not: the number of threads, the BLAS library, the processor and CUDA's
 kernels decide in which order sums are taken, and a sampled token that falls otherwise makes another run.
@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,10 @@ import reward
 from data import UserError
 
 
+# In the order in which they are trained
+METHODS = ("sft", "sft_fair", "likelihood", "irl", "grpo")
+
+
 def setting(default, help: str, choices: tuple = ()):
     """A field of Settings: its default, what it does, what it may be. None: depends on the model (PRESETS)."""
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -58,7 +63,11 @@ class Settings:
     # What
     model: str = setting("base", "the policy's start: 'base' (ships here), a folder, a hub name, or e.g. Qwen2.5-0.5B")
     data: str = setting(None, "words, gsm8k, medreason, a JSON-lines file, or a folder with train.jsonl and test.jsonl")
-    method: str = setting(None, "what to train: sft, irl, grpo, some of them (sft,irl), or all")
+    method: str = setting(
+        None,
+        "what to train: sft; sft_fair, SFT with IRL's two tricks; likelihood, IRL with --discriminator-coef 0; irl; grpo; "
+        "some of them (sft,irl), or all",
+    )
     start: str = setting(
         None,
         "where IRL's policy starts: at the base, at SFT, or, the default where that is possible on small models, after "
@@ -89,6 +98,7 @@ class Settings:
     discriminator_loss: str = setting("bce", "cross-entropy, or Bradley-Terry", ("bce", "bt"))
     label_smoothing: float = setting(0.1, "labels 1 and 0 become 1 - x/2 and x/2")
     reward_nll: float = setting(1.0, "weight of the demonstrations' likelihood in a likelihood reward's loss")
+    discriminator_coef: float = setting(1.0, "weight of the discriminator's own loss; 0 leaves the likelihood alone")
     reward_average: float = setting(None, "share of its start in the reward's weights after the warm-up")
     rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included")
     perturbed: int = setting(2, "broken copies of each demonstration as negatives")
@@ -124,6 +134,10 @@ class Settings:
     sft_steps: int = setting(None, "updates of SFT")
     sft_lr: float = setting(None, "peak learning rate of SFT")
     sft_batch: int = setting(32, "demonstrations per update of SFT")
+    fair_steps: int = setting(None, "updates of sft_fair")
+    fair_lr: float = setting(None, "peak learning rate of sft_fair")
+    fair_average: float = setting(None, "share of its start in the weights of sft_fair afterwards")
+    fair_temperature: float = setting(None, "what the logits of sft_fair are divided by afterwards")
     # Memory
     micro_batch: int = setting(None, "rows per forward pass in training: memory, nothing else")
     micro_tokens: int = setting(0, "tokens per forward pass, rows of similar length together; 0: --micro-batch rows")
@@ -148,18 +162,27 @@ class Settings:
     @property
     def methods(self) -> list[str]:
         """What is trained, as a list."""
-        return ["sft", "irl", "grpo"] if self.method == "all" else self.method.split(",")
+        if self.method != "all":
+            return self.method.split(",")
+        return [m for m in METHODS if m != "likelihood" or self.likelihood_alone]
+
+    @property
+    def likelihood_alone(self) -> bool:
+        """Whether a reward can be trained without its discriminator's loss."""
+        return self.reward == "likelihood" and self.reward_nll > 0
 
 
 # What depends on the size of the model. Rates for large models are the customary ones, not tuned here.
 PRESETS = {
     "small": dict(data="words", method="all", extra_questions=4000, max_new_tokens=64, warm_up_lr=3e-4, reward_lr=1e-5,
                   reward_average=0.5, policy_loss="exact", entropy_coef=0.2, gamma=0.0, questions=16, group=4,
-                  max_steps=100, policy_lr=1e-4, grpo_steps=400, grpo_lr=4e-4, sft_steps=480, sft_lr=3e-4, micro_batch=96,
+                  max_steps=100, policy_lr=3e-5, grpo_steps=400, grpo_lr=4e-4, sft_steps=480, sft_lr=3e-4, micro_batch=96,
+                  fair_steps=120, fair_lr=3e-4, fair_average=0.5, fair_temperature=0.2,
                   eval_questions=500, eval_samples=8, rerank_questions=250),
     "large": dict(data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, warm_up_lr=1e-5, reward_lr=2e-6,
                   reward_average=0.0, policy_loss="exact", entropy_coef=0.1, gamma=0.0, questions=32, group=8,
                   max_steps=200, policy_lr=2e-6, grpo_steps=200, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=2,
+                  fair_steps=200, fair_lr=1e-5, fair_average=0.0, fair_temperature=0.1,
                   eval_questions=200, eval_samples=4, rerank_questions=100),
 }  # fmt: skip
 LORA_RATES = 10  # adapters take this times the rates: customary, too
@@ -168,9 +191,9 @@ LORA_RATES = 10  # adapters take this times the rates: customary, too
 # From where to where a number may go. A rate, weight or count that is not named may be 0.
 RANGES = {name: ends for names, ends in {
     "demonstrations questions epochs micro_batch eval_samples eval_questions rerank_n rerank_questions max_steps "
-    "grpo_steps sft_steps sft_batch rollouts_per_expert discriminator_updates sample_rows": (1, 10**9),
+    "grpo_steps sft_steps fair_steps sft_batch rollouts_per_expert discriminator_updates sample_rows": (1, 10**9),
     "group": (2, 10**6),  # a sample is judged against the others of its group
-    "wrong_demonstrations label_smoothing reward_average gamma": (0, 1),
+    "wrong_demonstrations label_smoothing reward_average fair_average gamma": (0, 1),
     "top_p": (0.01, 1),
     "temperature lora_alpha ppo_clip": (0.01, 1000),
 }.items() for name in names.split()} | reward.LIMITS  # fmt: skip
@@ -178,7 +201,7 @@ RANGES = {name: ends for names, ends in {
 
 # What may change when a run goes on: where and how it computes, and what is turned when a loss is not finite.
 MAY_CHANGE = ("device", "micro_batch", "micro_tokens", "gradient_checkpointing", "sample_rows", "checkpoint_every",
-              "warm_up_lr", "reward_lr", "policy_lr", "grpo_lr", "sft_lr", "reward_clip")  # fmt: skip
+              "warm_up_lr", "reward_lr", "policy_lr", "grpo_lr", "sft_lr", "fair_lr", "reward_clip")  # fmt: skip
 
 
 def flag(name: str) -> str:
@@ -291,6 +314,9 @@ def check(s: Settings) -> None:
             "--start reward takes --reward likelihood, --logit airl, --granularity dense, --discriminator-loss bce, "
             "--gamma 0, --reward-nll and --entropy-coef above 0, and no other --reward-model"
         )
+    if not s.likelihood_alone and (not s.discriminator_coef or "likelihood" in s.methods):
+        how = "--method likelihood" if s.discriminator_coef else "--discriminator-coef 0"
+        raise UserError(f"{how} leaves the likelihood alone, which takes --reward likelihood and a --reward-nll above 0")
     if s.rollouts_per_expert > s.group:
         raise UserError(f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group} samples")
     sums = "--policy-loss exact" if s.policy_loss == "exact" else "--baseline exact" if s.baseline == "exact" else ""
@@ -299,10 +325,12 @@ def check(s: Settings) -> None:
             f"{sums} sums f over the whole vocabulary, which takes --reward likelihood, --logit airl and "
             "--granularity dense: with others use --policy-loss ppo and --baseline group"
         )
-    if not set(s.methods) <= {"sft", "irl", "grpo"}:
-        raise UserError(f"no method '{s.method}': sft, irl, grpo, some of them with commas between, or all")
-    if s.explain and ("irl" not in s.methods or s.start == "sft"):
-        raise UserError("--explain shows one iteration of IRL from the base: leave out --method and --start")
+    if not set(s.methods) <= set(METHODS):
+        raise UserError(f"no method '{s.method}': {', '.join(METHODS)}, some of them with commas between, or all")
+    if s.explain and ("irl" not in s.methods or s.start == "sft" or not s.discriminator_coef):
+        raise UserError(
+            "--explain shows one iteration of IRL from the base: leave out --method, --start and --discriminator-coef"
+        )
     run_folder(s.name)
     if s.device not in ("auto", "cpu", "cuda", "mps"):
         raise UserError(f"no device '{s.device}': auto, cpu, cuda or mps")
@@ -390,6 +418,8 @@ class Run:
             raise UserError(f"{self.folder} already holds a run: {how}give another --name, or remove that folder")
         self.device = policy.pick_device(s.device)
         self.dtype = memory.weight_type(s.weights, s.lora_rank, self.device)
+        # merged weights stay float32: bf16 would round away what an adapter has learnt
+        self.trained_dtype = torch.float32 if s.lora_rank else self.dtype
         torch.manual_seed(s.seed)
         base, self.tokenizer = policy.load_policy(s.model, self.device, self.dtype)
         self.context = policy.context_length(base)
@@ -512,18 +542,18 @@ class Run:
         return float(correct.mean())
 
     def phases(self) -> dict[str, Callable]:
-        """What was asked for, in order: base, SFT, IRL, GRPO, then what the reward is worth at inference.
+        """What was asked for, in order: the base, METHODS, then what the reward is worth at inference.
 
         Every phase loads the models that it needs and drops them: at 0.5B each one counts.
         """
-        wanted = self.s.methods
+        wanted = set(self.s.methods)
+        if self.s.start == "sft" and wanted & {"likelihood", "irl"}:
+            wanted.add("sft")
+        trains = dict(zip(METHODS, (self.train_sft, self.train_sft, self.train_irl, self.train_irl, self.train_grpo)))
         phases = {"test base": lambda: self.test_method("base")}
-        if "sft" in wanted or ("irl" in wanted and self.s.start == "sft"):
-            phases |= {"train sft": self.train_sft, "test sft": lambda: self.test_method("sft")}
-        if "irl" in wanted:
-            phases |= {"train irl": self.train_irl, "test irl": lambda: self.test_method("irl")}
-        if "grpo" in wanted:
-            phases |= {"train grpo": self.train_grpo, "test grpo": lambda: self.test_method("grpo")}
+        for method in filter(wanted.__contains__, METHODS):
+            phases[f"train {method}"] = partial(trains[method], method)
+            phases[f"test {method}"] = partial(self.test_method, method)
         if "irl" in wanted:
             phases["use reward"] = self.use_reward
         return phases
@@ -548,7 +578,8 @@ class Run:
                   disable=parallel.rank() > 0) as bar:  # fmt: skip
             for step in bar:
                 start = time.perf_counter()
-                metrics = {"discriminator": trainer.warm_up()} if method == "warm-up" else trainer.step()
+                warm_up = method.endswith("warm-up")
+                metrics = {"discriminator": trainer.warm_up()} if warm_up else trainer.step()
                 progress.seconds[method] = progress.seconds.get(method, 0.0) + time.perf_counter() - start
                 if every and (step % every == 0 or step == steps):
                     metrics["validation"] = {"t1": self.validate(trainer.policy_model)}
@@ -577,8 +608,8 @@ class Run:
 
     def diagnosis(self, method: str, stage: str, step: int, values: dict) -> str:
         """What was not finite, and what to turn: the rate, and with sampled rewards their clip."""
-        rates = {"sft": "sft_lr", "grpo": "grpo_lr", "warm-up": "warm_up_lr"}
-        rate = rates.get(method) or ("policy_lr" if stage == "policy" else "reward_lr")
+        rates = {"sft": "sft_lr", "sft_fair": "fair_lr", "grpo": "grpo_lr", "warm-up": "warm_up_lr"}
+        rate = rates.get(method.split()[-1]) or ("policy_lr" if stage == "policy" else "reward_lr")
         sampled = rate == "policy_lr" and self.s.policy_loss in ("reinforce", "ppo")
         turn = f"{flag(rate)} {getattr(self.s, rate) / 2:g}{' --reward-clip 10' * sampled}"
         return (
@@ -593,9 +624,7 @@ class Run:
         if trained is None and self.base is not None:
             return self.base
         folder = str(self.folder / trained) if trained else self.s.model
-        # merged weights stay float32: bf16 would round away what an adapter has learnt
-        dtype = torch.float32 if trained and self.s.lora_rank else self.dtype
-        return policy.load_policy(folder, self.device, dtype)[0]
+        return policy.load_policy(folder, self.device, self.trained_dtype if trained else self.dtype)[0]
 
     def to_train(self, model=None):
         """The model, by default the base, as it is trained: with an adapter of its own if there is a --lora-rank."""
@@ -611,8 +640,7 @@ class Run:
         trained under that name."""
         s = self.s
         if trained is not None:
-            dtype = torch.float32 if s.lora_rank else self.dtype
-            return reward.load_reward(s.reward, str(self.folder / trained), self.device, dtype)
+            return reward.load_reward(s.reward, str(self.folder / trained), self.device, self.trained_dtype)
         if self.base is None or s.reward_model != s.model:
             reward_model = reward.load_reward(s.reward, s.reward_model, self.device, self.dtype)
         elif s.reward == "likelihood":
@@ -648,41 +676,50 @@ class Run:
             model = self.load(None if method == "base" else self.folder_of(method))
             found = evaluate(model, self.tokenizer, self.test, self.s)
         if method != "base":
-            stages = ("warm-up", "irl") if method == "irl" else (method,)
+            stages = (warm_up_of(method), method)
             found["seconds"] = sum(self.progress.seconds.get(stage, 0.0) for stage in stages)
         self.results["methods"][method] = found
 
-    def train_sft(self) -> None:
-        """Imitate the demonstrations."""
-        trainer = self.resumed(baselines.SFT(self.mine, self.tokenizer, self.to_train(), self.experts))
-        self.run_steps("sft", trainer, self.s.sft_steps, validate=True)
-        self.save_model(trainer.policy_model, self.folder_of("sft"))
+    def train_sft(self, method: str) -> None:
+        """Imitate the demonstrations. sft_fair then gets what IRL's default gets: weights averaged with the start, and
+        logits divided for good; and updates and a rate of its own, for those that are best with these are others."""
+        s, fair, model = self.mine, method == "sft_fair", self.to_train()
+        start = lora.start_of(model) if fair and s.fair_average else []
+        s = replace(s, sft_steps=s.fair_steps, sft_lr=s.fair_lr) if fair else s
+        self.run_steps(method, self.resumed(baselines.SFT(s, self.tokenizer, model, self.experts)), s.sft_steps, validate=True)
+        if fair:
+            lora.average(model, start, s.fair_average)
+            policy.divide_logits(model, s.fair_temperature)
+        self.save_model(model, self.folder_of(method))
 
-    def train_grpo(self) -> None:
+    def train_grpo(self, method: str) -> None:
         """Train on the true answers."""
         trainer = self.resumed(baselines.GRPO(self.mine, self.tokenizer, self.to_train(), self.answered))
-        self.run_steps("grpo", trainer, self.s.grpo_steps, validate=True)
-        self.save_model(trainer.policy_model, self.folder_of("grpo"))
+        self.run_steps(method, trainer, self.s.grpo_steps, validate=True)
+        self.save_model(trainer.policy_model, self.folder_of(method))
 
-    def make_loop(self, kind: type[irl.IRL] = irl.IRL) -> irl.IRL:
-        """The loop with all it needs, before its first update; `kind` may be explain.Lecture."""
+    def make_loop(self, kind: type[irl.IRL] = irl.IRL, **changes) -> irl.IRL:
+        """The loop with all it needs, before its first update; `kind` may be explain.Lecture. changes: of settings."""
         s, start = self.s, "sft" if self.s.start == "sft" else None
         policy.check_same_tokenizer(self.tokenizer, s.reward_model)
         discriminator = self.load_discriminator()
         base = self.load(start)  # under an adapter it is the reference too
         reference = (base if s.lora_rank else self.load(start)).requires_grad_(False) if s.kl_coef else None
         extra = [example.question for example in self.extra]
-        return kind(self.mine, self.tokenizer, self.to_train(base), discriminator, self.experts, extra, reference)
+        mine = replace(self.mine, **changes)
+        return kind(mine, self.tokenizer, self.to_train(base), discriminator, self.experts, extra, reference)
 
-    def train_irl(self) -> None:
-        """Warm the discriminator up, run the loop, save policy and reward."""
-        loop = self.resumed(self.make_loop())
-        self.run_steps("warm-up", loop, self.s.warm_up)
-        if not self.progress.steps.get("irl"):
+    def train_irl(self, method: str) -> None:
+        """Warm the discriminator up, run the loop, save policy and reward. likelihood is the same without the
+        discriminator's loss: what IRL has beyond it is what telling apart from negatives brings."""
+        loop = self.resumed(self.make_loop(**{"discriminator_coef": 0.0} if method == "likelihood" else {}))
+        self.run_steps(warm_up_of(method), loop, self.s.warm_up)
+        if not self.progress.steps.get(method):
             loop.end_warm_up()
-        self.run_steps("irl", loop, self.s.max_steps, validate=True)
-        self.save_model(loop.policy_model, self.folder_of("irl"))
-        self.save_model(loop.discriminator.reward_model.model, "reward")
+        self.run_steps(method, loop, self.s.max_steps, validate=True)
+        self.save_model(loop.policy_model, self.folder_of(method))
+        if method == "irl":
+            self.save_model(loop.discriminator.reward_model.model, "reward")
 
     def use_reward(self) -> None:
         """Rerank the base's samples, find first errors, keep some traces for the report: one process's work."""
@@ -690,11 +727,11 @@ class Run:
         with self.signals.at_once():
             s, test, base = self.s, self.test[: self.s.rerank_questions], self.load()
             discriminator = self.load_discriminator("reward")
-            sft_model = self.load("sft") if (self.folder / "sft").exists() else None
+            judges = rerank.load_judges(self.folder, self.tokenizer, s.fair_temperature, self.device, self.trained_dtype)
             generator = torch.Generator(self.device).manual_seed(s.seed + 1)
             candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator,
                                         s.sample_rows)  # fmt: skip
-            found = rerank.assess(candidates, discriminator, base, sft_model, self.tokenizer, s)
+            found = rerank.assess(candidates, discriminator, base, judges, self.tokenizer, s)
             traces = rerank.show_traces(candidates, discriminator, base, self.tokenizer, s)
         checkpoint.write_text(self.folder / "traces.json", json.dumps(traces))
         self.results |= found
@@ -709,14 +746,20 @@ class Run:
         print("\n" + table(self.results) + f"\n\nresults: {self.folder / 'results.json'}\nreport:  {page}")
 
 
+def warm_up_of(method: str) -> str:
+    """What the steps of a method's warm-up are called in metrics.jsonl."""
+    return "warm-up" if method == "irl" else f"{method} warm-up"
+
+
 def table(results: dict) -> str:
     """The results as plain text: methods, then what the reward is worth at inference."""
     lines = [f"{'share of test questions right':37s}{'temperature 1':>22s}{'greedy':>22s}{'seconds':>9s}"]
-    names = {"base": "base", "sft": "SFT", "irl": "IRL (no verifier)", "grpo": "GRPO (true answer)"}
+    names = {"base": "base", "sft": "SFT", "sft_fair": "SFT, averaged and sharpened as IRL", "irl": "IRL (no verifier)",
+             "likelihood": "IRL without its discriminator", "grpo": "GRPO (true answer)"}  # fmt: skip
     for method, r in results["methods"].items():
         cells = [f"{r[k]:.3f} [{r[k + '_interval'][0]:.3f}, {r[k + '_interval'][1]:.3f}]" for k in ("t1", "greedy")]
         lines.append(f"{names[method]:37s}{cells[0]:>22s}{cells[1]:>22s}{r.get('seconds', 0):9.0f}")
-    rules = ("random", "majority", "logprob", "sft_logprob", "reward", "oracle")
+    rules = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "oracle")
     for n in (key for key in ("4", "16") if key in results["rerank"]):
         row = results["rerank"][n]
         found = ", ".join(f"{rule} {row[rule][0]:.3f}" for rule in rules if rule in row)

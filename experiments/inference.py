@@ -13,7 +13,6 @@ import torch
 import data
 import policy
 import rerank
-import reward
 from data import UserError
 from experiments import run as runs
 
@@ -32,8 +31,7 @@ def judge(seed: int, quick: bool) -> dict:
     folder = runs.ROOT / "runs" / f"x-main-256-{seed}"
     if not (folder / "reward").exists():
         raise UserError(f"{folder} holds no models: run --only main first")
-    discriminator, tokenizer, _ = reward.load_run(folder)
-    base, sft = policy.load_policy("base")[0], policy.load_policy(str(folder / "sft"))[0]
+    base, tokenizer, discriminator, judges, _ = rerank.load_run(folder, "base", "cpu")
     found = {}
     for label, whose, count, problems in CASES:
         model = base if whose == "base" else policy.load_policy(str(folder / whose))[0]
@@ -42,7 +40,7 @@ def judge(seed: int, quick: bool) -> dict:
         generator = torch.Generator().manual_seed(seed)
         candidates = rerank.collect(model, tokenizer, test, count, 96, 1.0, generator)
         settings = SimpleNamespace(rule="mean", seed=seed, data="words")
-        found[label] = rerank.assess(candidates, discriminator, base, sft, tokenizer, settings)
+        found[label] = rerank.assess(candidates, discriminator, base, judges, tokenizer, settings)
         found[label].pop("distributions")
     return found
 

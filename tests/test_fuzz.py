@@ -303,7 +303,8 @@ def test_a_chat_template_that_never_ends(tmp_path):
 # Runs ----------------------------------------------------------------------------------------------------------
 
 SETTINGS = {"model": "base", "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
-            "interval": 0, "words_steps": 3, "words_largest": 40, "max_new_tokens": 64}  # fmt: skip
+            "interval": 0, "words_steps": 3, "words_largest": 40, "max_new_tokens": 64,
+            "fair_temperature": 0.2}  # fmt: skip
 
 
 def test_settings_of_a_run(survives, tmp_path_factory):

@@ -56,6 +56,26 @@ def test_a_policy_improves_from_demonstrations_alone(shipped, settings):
     assert accuracy(loop) > before + 0.15
 
 
+def test_without_its_discriminator_a_reward_learns_the_likelihood_alone(shipped, settings, monkeypatch):
+    """discriminator_coef 0: no negative is sampled in the warm-up or seen later, and an update moves the reward as
+    supervised learning on the same demonstrations would."""
+    loop = make_loop(shipped, settings, discriminator_coef=0.0)
+    seen, real = [], reward.update
+    monkeypatch.setattr(reward, "update", lambda *a, **b: seen.append(a[3]) or real(*a, **b))
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "sample", lambda *a, **b: pytest.fail("sampled"))
+        loop.warm_up()
+    alone = copy.deepcopy(shipped[0])
+    optimizer = policy.make_optimizer(alone, settings.warm_up_lr)
+    batch, mask = seen[0].expert, seen[0].expert.response_mask
+    likelihood = policy.token_logprobs(alone, batch)
+    (-(likelihood.sum(1) / mask.sum(1)).mean()).backward()
+    policy.optimizer_step(optimizer, 0.0)
+    for a, b in zip(loop.discriminator.reward_model.parameters(), alone.parameters(), strict=True):
+        assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert "discriminator" in loop.step() and [len(comparison.negative) for comparison in seen] == [0, 0]
+
+
 def test_training_raises_if_the_answer_check_is_called(shipped, settings, monkeypatch):
     loop = make_loop(shipped, settings)
     honest = loop.rewards

@@ -138,7 +138,7 @@ def test_without_torchrun_nothing_is_shared():
 
 
 TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 11 --rerank-questions 6 --rerank-n 4 "
-        "--eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 2 "
+        "--eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 2 --fair-steps 2 "
         "--warm-up 2 --validate-every 1 --device cpu").split()  # fmt: skip
 
 
@@ -153,12 +153,13 @@ def test_torchrun_runs_every_method(tmp_path):
     assert done.stdout.count("results: ") == 1 and done.stdout.count("IRL (no verifier)") == 1  # one process prints
     run = tmp_path / "runs" / "two"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["sft"] * 2 + ["warm-up"] * 2 + ["irl"] * 2 + ["grpo"] * 2
+    assert [line["method"] for line in lines] == ["sft"] * 2 + ["sft_fair"] * 2 + [
+        "likelihood warm-up"] * 2 + ["likelihood"] * 2 + ["warm-up"] * 2 + ["irl"] * 2 + ["grpo"] * 2  # fmt: skip
     results = json.loads((run / "results.json").read_text())
-    assert set(results["methods"]) == {"base", "sft", "irl", "grpo"} and (run / "report.html").exists()
+    assert set(results["methods"]) == {"base", *train.METHODS} and (run / "report.html").exists()
     assert results["methods"]["base"]["t1"] * 22 == pytest.approx(round(results["methods"]["base"]["t1"] * 22))
     assert results["settings"]["questions"] == 4 and results["settings"]["seed"] == 0
-    for folder in ("policy", "reward", "sft", "grpo"):
+    for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):
         AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
 
 

@@ -121,7 +121,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(page):
 
 def test_figures_follow_the_theme(page):
     assert not any(stand_in in page for stand_in in report.PAINT.values())
-    used = set(re.findall(r"var\(--([a-z]+)\)", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))))
+    used = set(re.findall(r"var\(--([a-z_]+)\)", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))))
     assert used == set(report.PAINT)
     light, dark = report.CSS.split("@media (prefers-color-scheme: dark)")[:2]
     for colour in report.COLOURS:

@@ -1,5 +1,6 @@
 """rerank.py, equation by equation: numbers worked out by hand, or the same thing counted the slow way."""
 
+import copy
 import itertools
 import json
 import math
@@ -363,7 +364,7 @@ def test_signals_are_those_of_a_plain_forward_pass(shipped):
     model, tokenizer = shipped
     candidates = written(tokenizer, [RIGHT, WRONG, ("3*12=36", "36")])
     discriminator = make_discriminator(model, tokenizer, "interval")
-    found = rerank.signals(candidates, discriminator, model, model)
+    found = rerank.signals(candidates, discriminator, model, {"sft_logprob": model})
     ends = rerank.reward_ends(candidates.batch, discriminator)
     for row in range(3):
         length, first = int(candidates.batch.lengths[row]), int(candidates.batch.prompt_lengths[row])
@@ -440,7 +441,7 @@ def test_rerank_results_by_hand(shipped):
     values = {"reward": mask * order, "logprob": mask * -order}
     found = rerank.rerank_results(candidates, values, mask, [1, 2, 4])
     mean = {n: {name: value[0] for name, value in found[n].items()} for n in ("1", "2", "4")}
-    names = {"random", "majority", "logprob", "reward", "weighted_majority", "oracle"}
+    names = {"random", "longest", "shortest", "majority", "logprob", "reward", "weighted_majority", "oracle"}
     assert set(mean["4"]) == names | {f"reward_{rule}" for rule in rerank.RULES}
     assert set(mean["1"].values()) == {0.5}
     assert mean["2"]["reward"] == mean["2"]["oracle"] == pytest.approx(5 / 6) == found["pass@k"]["2"][0]
@@ -449,6 +450,29 @@ def test_rerank_results_by_hand(shipped):
     assert found["success@k"]["1"][0] == 1.0
     assert found["auroc"]["reward"] == 1.0 and found["auroc"]["logprob"] == 0.0
     json.dumps(found, allow_nan=False)
+
+
+def test_longest_and_shortest_count_response_tokens(shipped):
+    """The right trace is longer than the wrong one; two equally long ones are drawn from."""
+    candidates = written(shipped[1], [RIGHT, ("3*12=36", "36")])
+    assert candidates.batch.response_mask[0].sum() > candidates.batch.response_mask[1].sum()
+    found = rerank.rerank_results(candidates, {}, None, [1, 2])
+    assert (found["2"]["longest"][0], found["2"]["shortest"][0], found["1"]["longest"][0]) == (1.0, 0.0, 0.5)
+    assert found["auroc"] == {"longest": 1.0, "shortest": 0.0}
+    even = written(shipped[1], [RIGHT, ("3*12=36\n14+36=50", "51")])
+    assert rerank.rerank_results(even, {}, None, [2])["2"]["longest"][0] == 0.5
+
+
+def test_a_judge_is_the_averaged_model_before_its_logits_are_divided(run, shipped):
+    """Fair SFT's saved policy, here the base at temperature 0.2, judges as the base."""
+    model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
+    policy.divide_logits(model, 0.2)
+    model.save_pretrained(run / "sft_fair")
+    tokenizer.save_pretrained(run / "sft_fair")
+    policy_model, _, discriminator, judges, _ = rerank.load_run(run, "base", "cpu")
+    assert set(judges) == {"sft_fair_logprob"}
+    found = rerank.signals(written(tokenizer, [RIGHT, WRONG]), discriminator, policy_model, judges)
+    torch.testing.assert_close(found["sft_fair_logprob"], found["logprob"], atol=1e-4, rtol=1e-4)
 
 
 def test_rerank_results_default_rule(shipped):
@@ -478,14 +502,16 @@ def test_assess_finds_a_known_reward(shipped):
     candidates = rerank.collect(model, tokenizer, examples, 4, 64, 1.0, torch.Generator().manual_seed(0))
     settings = type("Settings", (), {"rule": "mean", "seed": 0, "data": "words"})
     discriminator = make_discriminator(model, tokenizer)
-    found = rerank.assess(candidates, discriminator, model, model, tokenizer, settings)
+    judges = dict.fromkeys(rerank.JUDGES, model)
+    found = rerank.assess(candidates, discriminator, model, judges, tokenizer, settings)
     best = found["rerank"]["4"]
-    assert best["reward"] == best["logprob"] == best["sft_logprob"]
+    assert best["reward"] == best["logprob"] == best["sft_logprob"] == best["sft_fair_logprob"]
     for kind in ("natural", "single"):
         assert found["localise"][kind]["hit0"]["reward"] == found["localise"][kind]["hit0"]["logprob"]
         assert found["localise"][kind]["hit0"]["chance"][0] < 0.1
     assert len(found["distributions"]["right"]) == candidates.correct.sum()
     assert found["alarms"]["reward"] == found["alarms"]["logprob"] == found["alarms"]["sft_logprob"]
+    assert found["alarms"]["sft_fair_logprob"] == found["alarms"]["logprob"]
     assert 0 <= found["alarms"]["reward"]["right"] < found["alarms"]["reward"]["wrong"]
     assert sum(map(len, found["distributions"].values())) == 16
     json.dumps(found, allow_nan=False)
@@ -506,7 +532,7 @@ def test_assess_finds_a_known_reward(shipped):
 
 SETTINGS = {
     "model": policy.BASE, "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
-    "interval": 0, "words_steps": 3, "words_largest": 40, "max_new_tokens": 64,
+    "interval": 0, "words_steps": 3, "words_largest": 40, "max_new_tokens": 64, "fair_temperature": 0.2,
 }  # fmt: skip
 
 

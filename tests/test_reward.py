@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +32,23 @@ def comparison(shipped):
     ).batch
     rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(4)]
     return reward.compare(tokenizer, examples, rollouts, 2, random.Random(0))
+
+
+def test_the_discriminators_weight(shipped, comparison, monkeypatch):
+    """The gradient is nll's plus the weight times the discriminator's: with 0, none comes from negatives."""
+    other = replace(comparison, negative=data.Batch(comparison.negative.tokens.flip(0).clamp(min=1), *[
+        getattr(comparison.negative, name) for name in ("prompt_lengths", "lengths")]))  # fmt: skip
+
+    def gradient(nll, weight, compared=comparison):
+        monkeypatch.setattr(policy, "optimizer_step", lambda *_: {})  # so that the gradients stay
+        discriminator = make_discriminator(shipped)
+        reward.update(discriminator, None, shipped[0], compared, nll_coef=nll, discriminator_coef=weight)
+        return torch.cat([p.grad.flatten() for p in discriminator.reward_model.parameters()])
+
+    nll, loss = gradient(1.0, 0.0), gradient(0.0, 1.0)
+    assert_close(gradient(1.0, 0.5), nll + 0.5 * loss, atol=1e-5, rtol=1e-4)
+    assert_close(gradient(1.0, 0.0, other), nll, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(gradient(0.0, 1.0, other), loss)
 
 
 # equations -----------------------------------------------------------------------------------------------------

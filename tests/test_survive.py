@@ -25,7 +25,7 @@ import policy
 import train
 
 EVALUATION = "--eval-questions 4 --eval-samples 1 --rerank-questions 4 --rerank-n 2 --max-new-tokens 24 --device cpu"
-ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --warm-up 3 --max-steps 4 --grpo-steps 4 "
+ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 --max-steps 4 --grpo-steps 4 "
        f"--validate-every 4 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
 IRL = (f"--method irl --demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 2 --warm-up 2 "
        f"--max-steps 3 --validate-every 0 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip

@@ -25,7 +25,7 @@ import train
 from data import UserError
 
 TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 12 --rerank-questions 12 "
-        "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --warm-up 2 --validate-every 1 "
+        "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --fair-steps 3 --warm-up 2 --validate-every 1 "
         "--device cpu").split()  # fmt: skip
 
 
@@ -38,18 +38,21 @@ def test_the_demo_writes_everything(capsys):
     assert train.main([*TINY, "--name", "demo"]) == 0
     run = Path("runs/demo")
     results = json.loads((run / "results.json").read_text())
-    assert set(results["methods"]) == {"base", "sft", "irl", "grpo"}
+    assert list(results["methods"]) == ["base", "sft", "sft_fair", "likelihood", "irl", "grpo"]
     for method in results["methods"].values():
         assert 0 <= method["t1_interval"][0] <= method["t1"] <= method["t1_interval"][1] <= 1
         assert 0 <= method["greedy_interval"][0] <= method["greedy"] <= method["greedy_interval"][1] <= 1
     assert 0 <= results["reward"]["auroc"] <= 1
-    assert {"random", "majority", "logprob", "sft_logprob", "reward", "oracle"} <= set(results["rerank"]["4"])
-    assert {"reward", "logprob", "sft_logprob", "entropy", "chance"} <= set(results["localise"]["natural"]["hit0"])
+    logprobs = {"logprob", "sft_logprob", "sft_fair_logprob"}
+    assert {"random", "longest", "shortest", "majority", "reward", "oracle"} | logprobs <= set(results["rerank"]["4"])
+    assert {"reward", "entropy", "chance"} | logprobs <= set(results["localise"]["natural"]["hit0"])
+    assert set(results["alarms"]) == {"reward"} | logprobs
     assert results["settings"] == json.loads((run / "settings.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["sft"] * 3 + ["warm-up"] * 2 + ["irl"] * 2 + ["grpo"] * 2
+    steps = {"sft": 3, "sft_fair": 3, "likelihood warm-up": 2, "likelihood": 2, "warm-up": 2, "irl": 2, "grpo": 2}
+    assert [line["method"] for line in lines] == [method for method, count in steps.items() for _ in range(count)]
     assert "<html" in (run / "report.html").read_text() and json.loads((run / "traces.json").read_text())
-    for folder in ("policy", "reward", "sft", "grpo"):  # loadable by anybody
+    for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):  # loadable by anybody
         AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
     printed = capsys.readouterr().out
     assert "IRL (no verifier)" in printed and "GRPO (true answer)" in printed
@@ -67,19 +70,47 @@ def test_the_demo_writes_everything(capsys):
     "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 8",
     "--method irl --start sft --lora-rank 2 --reward head --policy-loss ppo --weights bf16",
     "--method irl --weights bf16 --gradient-checkpointing --micro-tokens 500",
-    "--method irl --lora-rank 2 --reward random --policy-loss ppo --gamma 0.9",
+    "--method irl --lora-rank 2 --reward random --policy-loss ppo --gamma 0.9", "--method sft_fair,irl --fair-average 0",
+    "--method likelihood --start sft --granularity sparse --policy-loss ppo --discriminator-loss bt",
+    "--method all --reward head --policy-loss ppo --gamma 0.9",  # without the method likelihood
 ])  # fmt: skip
 def test_other_methods_and_variants(flags):
     assert train.main([*TINY, *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
     methods = train.parse_settings([*TINY, *flags.split()]).methods
     assert set(methods) <= set(results["methods"])
+    assert "likelihood" not in results["methods"] or "reward head" not in flags
     head = any(f"--reward {kind}" in flags for kind in ("head", "random"))
     saved = {"policy" if method == "irl" or len(methods) == 1 else method: AutoModelForCausalLM for method in methods}
     saved |= {"reward": AutoModelForTokenClassification if head else AutoModelForCausalLM} if "irl" in methods else {}
     for folder, kind in saved.items():  # all of it is what plain from_pretrained expects
         _, info = kind.from_pretrained(f"runs/demo/{folder}", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def weights(folder) -> dict:
+    return AutoModelForCausalLM.from_pretrained(f"runs/{folder}").state_dict()
+
+
+def test_fair_sft_without_its_tricks_is_sft():
+    flags = "--method sft,sft_fair --fair-average 0 --fair-temperature 1 --fair-lr 1e-3 --sft-lr 1e-3".split()
+    assert train.main([*TINY, *flags]) == 0
+    results = json.loads(Path("runs/demo/results.json").read_text())["methods"]
+    plain, fair = ({k: v for k, v in results[m].items() if k != "seconds"} for m in ("sft", "sft_fair"))
+    assert plain == fair
+    plain, fair = weights("demo/sft"), weights("demo/sft_fair")
+    assert plain.keys() == fair.keys() and all(torch.equal(plain[name], fair[name]) for name in plain)
+
+
+@pytest.mark.parametrize("adapters", [[], ["--lora-rank", "2"]])
+def test_fair_sft_is_averaged_with_the_base_and_sharpened(adapters):
+    flags = "--method sft,sft_fair --fair-average 0.25 --fair-temperature 0.2 --fair-lr 1e-2 --sft-lr 1e-2".split()
+    assert train.main([*TINY, *flags, *adapters]) == 0
+    start, learnt, fair = policy.load_policy(policy.BASE)[0].state_dict(), weights("demo/sft"), weights("demo/sft_fair")
+    assert not torch.equal(start["model.layers.0.mlp.up_proj.weight"], learnt["model.layers.0.mlp.up_proj.weight"])
+    for name in start:
+        by = 0.2 if name == "model.norm.weight" else 1.0
+        torch.testing.assert_close(fair[name] * by, start[name].lerp(learnt[name], 0.75), atol=1e-5, rtol=1e-4)
 
 
 def make_run(*flags) -> train.Run:
@@ -184,6 +215,11 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--micro-tokens -5", "--micro-tokens must be from 0 to"),
     ("--discriminator-loss wgan", "invalid choice: 'wgan'"),
     ("--weights bf17", "invalid choice: 'bf17'"),
+    ("--fair-average 1.5", "--fair-average must be from 0 to 1"),
+    ("--fair-temperature 0", "--fair-temperature must be from 0.01 to"),
+    ("--method likelihood --reward head --policy-loss ppo", "--method likelihood leaves the likelihood alone, which takes"),
+    ("--method irl --discriminator-coef 0 --reward-nll 0", "--discriminator-coef 0 leaves the likelihood alone"),
+    ("--discriminator-coef -1", "--discriminator-coef must be from 0 to"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
     assert train.main([*TINY, *flags.split()]) == 2
