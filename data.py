@@ -15,6 +15,7 @@ Run `python data.py` to see one example of each.
 """
 
 import argparse
+import datetime
 import difflib
 import json
 import math
@@ -497,7 +498,9 @@ def chat_text(tokenizer, message: str, seconds: float = 10.0) -> str:
 
     def render():
         try:
-            found["text"] = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            template = at_date(tokenizer.get_chat_template(), getattr(tokenizer, "date", datetime.date.today()))
+            how = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
+            found["text"] = tokenizer.apply_chat_template(turn, **how)
         except Exception as error:  # Jinja's own, and whatever Python raises inside a template
             found["error"] = error
 
@@ -514,6 +517,24 @@ def chat_text(tokenizer, message: str, seconds: float = 10.0) -> str:
     if problem:
         raise UserError(f"the tokenizer's chat template {problem}. Mend or remove chat_template in the model's folder")
     return text
+
+
+def set_date(tokenizer, date: str | None) -> None:
+    """The day (ISO; None: today) that `chat_text` tells a template that asks for it: the same in all prompts of a run."""
+    try:
+        tokenizer.date = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    except (TypeError, ValueError):
+        raise UserError(f"the date must be written YYYY-MM-DD, not {date!r}") from None
+
+
+def at_date(template: str, day: datetime.date) -> str:
+    """A chat template in which strftime_now, transformers' clock, stands still. (It takes no clock of ours: functions that
+    are handed to a template become text.)
+
+    >>> at_date("{{ strftime_now('%d %b %Y') }}", datetime.date(2026, 1, 31))
+    "{{ '31 Jan 2026' }}"
+    """
+    return re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", lambda m: repr(day.strftime(m[2])), template)
 
 
 def token_ids(tokenizer, text: str) -> list[int]:

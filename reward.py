@@ -506,6 +506,7 @@ def load_run(run: Path, device="cpu") -> tuple[Discriminator, object, dict]:
     if not (run / "reward").is_dir():
         raise UserError(f"run folder {run} holds no reward/: was it trained to its end, with --method irl or all?")
     tokenizer = policy.load_tokenizer(str(run / "reward"))
+    data.set_date(tokenizer, settings.get("date"))
     model = load_reward(settings["reward"], str(run / "reward"), device)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:

@@ -14,6 +14,7 @@ without interruptions. Across machines they do not: the number of threads, the B
 kernels decide in which order sums are taken, and a sampled token that falls otherwise makes another run.
 """
 
+import datetime
 import errno
 import json
 import math
@@ -77,6 +78,7 @@ class Settings:
     name: str = setting("demo", "the run is written to runs/<name>")
     seed: int = setting(0, "seed of the data's order, of sampling and of perturbations")
     device: str = setting("auto", "auto, cpu, cuda or mps")
+    date: str = setting(None, "the day, YYYY-MM-DD, that chat templates are told; if not given, that of the run's start")
     explain: bool = setting(False, "print one iteration of IRL in numbers, stage by stage, and write nothing")
     # Data
     demonstrations: int = setting(256, "expert traces to learn from")
@@ -246,6 +248,7 @@ def complete(given: dict) -> Settings:
         if getattr(settings, name) is None:
             setattr(settings, name, LORA_RATES * value if settings.lora_rank and name.endswith("_lr") else value)
     settings.reward_model = settings.reward_model or settings.model
+    settings.date = settings.date or datetime.date.today().isoformat()  # a resumed run keeps it
     if settings.warm_up is None:  # few demonstrations are learnt in 60 updates, more of them take longer
         settings.warm_up = max(60, 4 * settings.demonstrations // settings.questions)
     if settings.reward == "random":  # and it stays so
@@ -422,6 +425,7 @@ class Run:
         self.trained_dtype = torch.float32 if s.lora_rank else self.dtype
         torch.manual_seed(s.seed)
         base, self.tokenizer = policy.load_policy(s.model, self.device, self.dtype)
+        data.set_date(self.tokenizer, s.date)
         self.context = policy.context_length(base)
         self.base = base if s.lora_rank else None  # kept: every adapter is put on this one copy
         self.load_data()

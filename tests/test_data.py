@@ -1,5 +1,6 @@
 """data.py: splits, the pupil, the step checker, answers, perturbations, masks, bad files."""
 
+import copy
 import json
 import random
 
@@ -251,6 +252,20 @@ def test_chat_template_is_used_where_there_is_one(qwen_tokenizer):
     text = data.response_text("1+1=2", "2")
     ids = data.response_ids(qwen_tokenizer, text)
     assert data.decode(qwen_tokenizer, ids) == text and ids[-1] == qwen_tokenizer.eos_token_id
+
+
+def test_a_prompt_does_not_change_at_midnight(shipped):
+    """transformers' strftime_now, and a date_string made of it, tell the date that was set."""
+    tokenizer = copy.deepcopy(shipped[1])
+    tokenizer.chat_template = (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now( \"%d %b %Y\" ) %}{%- endif %}{%- endif %}"
+        "{{ date_string }} {{ strftime_now('%Y-%m-%d') }}: {{ messages[0].content }}"
+    )
+    data.set_date(tokenizer, "2001-02-03")
+    assert data.chat_text(tokenizer, "1+1?") == "03 Feb 2001 2001-02-03: 1+1?"
+    with pytest.raises(UserError, match="YYYY-MM-DD, not '3.2.2001'"):
+        data.set_date(tokenizer, "3.2.2001")
 
 
 def test_too_long_examples_are_dropped_and_counted(shipped):

@@ -1,6 +1,7 @@
 """A run that is killed, stopped, out of disk or memory, or has a loss that is not finite: nothing is lost, and the user is
 told in one line. What a resumed run leaves behind is compared byte by byte with that of a run nobody disturbed."""
 
+import datetime
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -509,6 +511,15 @@ def test_flags_that_cannot_be_resumed_with(here, monkeypatch, capsys, flags, mes
     assert train.main([*RESUME, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_run_keeps_its_date(here, monkeypatch):
+    """What a chat template tells about today is the day of the run's start, however late it goes on."""
+    given = train.parse_flags(["--name", "dated", "--date", "2001-02-03"])
+    Path("runs/dated").mkdir(parents=True)
+    Path("runs/dated/settings.json").write_text(json.dumps(asdict(train.complete(given))))
+    assert train.saved_settings({"name": "dated"}).date == "2001-02-03"
+    assert train.complete({}).date == datetime.date.today().isoformat()
 
 
 def test_zero_is_a_value():
