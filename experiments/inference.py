@@ -1,8 +1,8 @@
 """What a learnt reward is worth at inference, with the models of the main part (experiments/run.py).
 
 For each seed: the reward learnt from 256 demonstrations reranks the samples of the base (up to N = 64), of SFT and of
-IRL's policy: it was learnt against IRL's policy, and is used on others here. Then transfer: the same reward on problems
-with a step more, and with numbers twice as large, than any it was trained on.
+IRL's policy: it was learnt against IRL's policy, and is used on others here. Then transfer, for words: the same reward on
+problems with a step more, and with numbers twice as large, than any it was trained on.
 """
 
 import json
@@ -26,30 +26,32 @@ CASES = (
 )
 
 
-def judge(seed: int, quick: bool) -> dict:
+def judge(name: str, seed: int, quick: bool) -> dict:
     """{label: what rerank.assess says} for the models of one seed."""
-    folder = runs.ROOT / "runs" / f"x-main-256-{seed}"
+    folder = runs.ROOT / "runs" / f"x-{name}-main-256-{seed}"
     if not (folder / "reward").exists():
         raise UserError(f"{folder} holds no models: run --only main first")
     base, tokenizer, discriminator, judges, _ = rerank.load_run(folder, "base", "cpu")
     found = {}
     for label, whose, count, problems in CASES:
+        if problems and name != "words":
+            continue
         model = base if whose == "base" else policy.load_policy(str(folder / whose))[0]
-        test = data.load_examples("words", "test", 20 if quick else 300, seed, **problems)
+        test = data.load_examples(name, "test", 20 if quick else 300, seed, **problems)
         count = min(count, 4) if quick else count
         generator = torch.Generator().manual_seed(seed)
         candidates = rerank.collect(model, tokenizer, test, count, 96, 1.0, generator)
-        settings = SimpleNamespace(rule="mean", seed=seed, data="words")
+        settings = SimpleNamespace(rule="mean", seed=seed, data=name)
         found[label] = rerank.assess(candidates, discriminator, base, judges, tokenizer, settings)
         found[label].pop("distributions")
     return found
 
 
-def run(seeds: int, quick: bool) -> None:
-    """results/inference/<seed>.json for every seed that has none yet."""
+def run(name: str, seeds: int, quick: bool) -> None:
+    """results/inference/<data>-<seed>.json for every seed that has none yet."""
     policy.quiet()
     for seed in range(seeds):
-        path = runs.results_folder() / "inference" / f"{seed}.json"
+        path = runs.results_folder() / "inference" / f"{name}-{seed}.json"
         if not path.exists():
-            runs.keep(path, json.dumps(judge(seed, quick)))
-            print(f"inference, seed {seed}", flush=True)
+            runs.keep(path, json.dumps(judge(name, seed, quick)))
+            print(f"inference, {name}, seed {seed}", flush=True)

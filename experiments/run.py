@@ -2,6 +2,7 @@
 
     python -m experiments.run                     everything: hours on two cores; started again, it goes on
     python -m experiments.run --only main         one part: choose, main, variants, ablations, inference
+    python -m experiments.run --data D --model M --sizes 64,256      other problems than words, from another base
     python -m experiments.run --quick             the whole path in minutes with tiny counts; its numbers mean nothing
     python -m experiments.run --tables            only the tables and figures, from the results that are there
 
@@ -10,11 +11,12 @@ run `--jobs` at a time, one thread each, in runs/x-<name>; what they found goes 
 a trial whose file is there is not run again. A trial that fails leaves its last lines in results/failed/<name>.txt, and
 the tables say so. (experiments/tables.py makes results/summary.json, the tables and the figures of them.)
 
-    choose      SFT's number of updates and rate, on validation questions: no test set here
-    main        base, SFT, IRL, GRPO with 64, 256 and 1,024 demonstrations, five seeds, 1,000 test questions
+    choose      SFT's and GRPO's settings, on validation questions: no test set here (experiments/choose.py)
+    main        all methods with 64, 256 and 1,024 demonstrations, five seeds, 1,000 test questions
     variants    IRL otherwise: from the base, from SFT, without extra questions, PPO with a reward per token, step or trace
     ablations   one setting changed at a time, three seeds, with a policy that starts at the base
     inference   reranking up to N = 64, localisation, and transfer, with the models of the main part
+    (variants and ablations are of words alone)
 """
 
 import json
@@ -29,13 +31,12 @@ from pathlib import Path
 import checkpoint
 import data
 from data import UserError
+from experiments import choose
 
 ROOT = Path(__file__).parents[1]
-SIZES = (64, 256, 1024)  # demonstrations
+SIZES = (64, 256, 1024)  # demonstrations, of words
 PARTS = ("choose", "main", "variants", "ablations", "inference")
-# SFT's updates: rates
-CHOICES = {60: "3e-4 6e-4", 120: "3e-4 6e-4", 240: "3e-4", 480: "3e-4 6e-4", 960: "3e-4", 1920: "3e-4"}
-QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 "
+QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --fair-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 "
          "--eval-questions 20 --eval-samples 4 --rerank-questions 12 --rerank-n 4 --validate-every 2")  # fmt: skip
 
 # What is changed, in train.py's flags. PPO is the loss that takes every reward.
@@ -127,73 +128,41 @@ def plain(label: str) -> str:
     return "-".join("".join(c if c.isalnum() or c == "." else " " for c in label).split())
 
 
-def choice_trials() -> list[Trial]:
-    """SFT on validation questions: seed 100, which no other part uses. train.py tests on the split it is told to."""
+def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
+    """GRPO learns from answers, not from demonstrations: once per seed, on the questions of the 256 and the extra ones.
+    Fair SFT is trained twice: as it was best at temperature 1, and as it was best greedy."""
     trials = []
-    for size in SIZES:
-        for steps, rates in CHOICES.items():
-            for rate in rates.split():
-                flags = f"--method sft --demonstrations {size} --sft-steps {steps} --sft-lr {rate} --seed 100"
-                flags += " --test-split validation --eval-questions 1000 --eval-samples 4"
-                trials.append(Trial(f"choose-{size}-{steps}-{rate}", flags))
-    return trials
-
-
-def chosen_sft(size: int, by: str = "t1") -> str:
-    """The flags of the SFT that was best on validation questions: t1 at temperature 1, greedy at 0."""
-    found = [read(t) for t in choice_trials() if f"choose-{size}-" in t.name and t.result.exists()]
-    if not found:
-        raise UserError("the SFT baseline is not chosen yet: run --only choose first")
-    best = max(found, key=lambda r: r["methods"]["sft"][by])["settings"]
-    return f"--sft-steps {best['sft_steps']} --sft-lr {best['sft_lr']}"
-
-
-def main_trials(seeds: int) -> list[Trial]:
-    """GRPO learns from answers, not from demonstrations: once per seed, on the questions of the 256 and the extra ones."""
-    trials = []
-    for size in (256, 1024, 64):
+    for size in sorted(sizes, key=lambda n: n != 256):
         for seed in range(seeds):
-            methods = "sft,irl,grpo" if size == 256 else "sft,irl"
-            flags = f"--method {methods} --demonstrations {size} --seed {seed} --eval-questions 1000 --eval-samples 16"
-            flags += f" --rerank-questions 250 --rerank-n 16 {chosen_sft(size)}"
-            trials.append(Trial(f"main-{size}-{seed}", flags))
+            flags = f"--data {data} --model {model} --demonstrations {size} --seed {seed} --eval-questions 1000"
+            flags += " --eval-samples 16"
+            methods = "sft,sft_fair,likelihood,irl" + ",grpo" * (size == 256)
+            chosen = f"{choose.sft_flags(data, size)} {choose.fair_flags(data, size)} {choose.grpo_flags(data)}"
+            more = f"--method {methods} --rerank-questions 250 --rerank-n 16 {chosen}"
+            trials.append(Trial(f"{data}-main-{size}-{seed}", f"{flags} {more}"))
+            greedy = f"--method sft_fair {choose.fair_flags(data, size, 'greedy')}"
+            trials.append(Trial(f"{data}-fair-greedy-{size}-{seed}", f"{flags} {greedy}"))
     return trials
-
-
-def greedy_trials(seeds: int) -> list[Trial]:
-    """SFT once more, with the updates and rate whose greedy answers were best: for those who sample at temperature 0."""
-    flags = "--method sft --eval-questions 1000 --eval-samples 16"
-    return [
-        Trial(f"greedy-{size}-{seed}", f"{flags} --demonstrations {size} --seed {seed} {chosen_sft(size, 'greedy')}")
-        for size in (256, 1024, 64)
-        for seed in range(seeds)
-    ]
 
 
 def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial]:
     """256 demonstrations, one thing changed."""
     flags = "--method irl --demonstrations 256 --eval-questions 1000 --eval-samples 4 --rerank-questions 250"
     return [
-        Trial(f"{part}-{plain(label)}-{seed}", f"{flags} {chosen_sft(256)} --seed {seed} {change}")
+        Trial(f"{part}-{plain(label)}-{seed}", f"{flags} {choose.sft_flags('words', 256)} --seed {seed} {change}")
         for seed in range(seeds)
         for label, change in changes.items()
     ]
 
 
-def all_trials(parts: list[str], seeds: int) -> list[Trial]:
+def all_trials(parts: list[str], data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
     """In the order in which they are worth having."""
-    trials = []
-    if "main" in parts:
-        trials += main_trials(seeds) + greedy_trials(seeds)
+    trials = main_trials(data, model, sizes, seeds) if "main" in parts else []
     if "variants" in parts:
         trials += changed_trials("variants", VARIANTS, seeds)
     if "ablations" in parts:
         trials += changed_trials("ablations", ABLATIONS, min(seeds, 3))
     return trials
-
-
-def read(trial: Trial) -> dict:
-    return json.loads(trial.result.read_text())
 
 
 def run_trial(trial: Trial, quick: bool) -> bool:
@@ -215,7 +184,7 @@ def run_trial(trial: Trial, quick: bool) -> bool:
     results["command"] = "python train.py " + " ".join(flags)
     results["curve"] = curve(trial.folder / "metrics.jsonl")
     keep(trial.result, json.dumps(results))
-    if not trial.name.startswith("main-256"):  # whose models the part `inference` uses
+    if "-main-256-" not in trial.name:  # whose models the part `inference` uses
         shutil.rmtree(trial.folder)
     return True
 
@@ -257,6 +226,9 @@ def main() -> None:
 
     parser = data.Parser(__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--data", default="words", help="whose problems (default words)")
+    parser.add_argument("--model", default="base", help="the base that they start from (default base)")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="numbers of demonstrations (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="trials at a time, one thread each (default 2)")
     parser.add_argument("--quick", action="store_true", help="tiny counts, written to results-quick/")
@@ -266,14 +238,16 @@ def main() -> None:
         raise UserError("--seeds and --jobs must be at least 1")
     if args.quick:
         environ["IRL_RESULTS"] = "results-quick"
-    parts = [args.only] if args.only else list(PARTS)
-    failed = 0
+    parts = [args.only] if args.only else [p for p in PARTS if args.data == "words" or p not in ("variants", "ablations")]
+    if not all(size.isdigit() and int(size) for size in args.sizes.split(",")):
+        raise UserError(f"--sizes must be numbers with commas between, not {args.sizes}")
+    source, failed = (args.data, args.model, tuple(map(int, args.sizes.split(",")))), 0
     if not args.tables:
         if "choose" in parts:
-            failed += run_all(choice_trials(), args.jobs, args.quick)
-        failed += run_all(all_trials(parts, args.seeds), args.jobs, args.quick)
+            choose.run(*source, args.jobs, args.quick)
+        failed += run_all(all_trials(parts, *source, args.seeds), args.jobs, args.quick)
         if "inference" in parts:
-            inference.run(args.seeds, args.quick)
+            inference.run(args.data, args.seeds, args.quick)
     tables.write()
     if failed:
         raise UserError(f"{failed} trials failed: {results_folder() / 'failed'} says why")

@@ -14,18 +14,23 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import rerank
+from experiments import choose
 from experiments import run as runs
 
 # two-sided 95% points of Student's t for 1, 2, .. degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-NAMES = {"base": "base", "sft": "SFT, updates and rate best at T = 1", "sft_greedy": "SFT, updates and rate best greedy",
-         "irl": "**IRL, no verifier**", "grpo": "GRPO, true answers, 400 steps"}  # fmt: skip
-RULES = ("random", "majority", "logprob", "sft_logprob", "reward", "reward_lowest", "reward_last", "reward_discounted",
-         "weighted_majority", "oracle")  # fmt: skip
+# methods: their names in summary.json, and in words
+NAMES = {"base": "base", "sft": "SFT, best at T = 1", "sft_fair": "SFT, averaged and sharpened, best at T = 1",
+         "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
+         "likelihood_only": "IRL without its discriminator", "irl": "**IRL, no verifier**",
+         "grpo": "GRPO, true answers"}  # fmt: skip
+RULES = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "reward_lowest", "reward_last",
+         "reward_discounted", "weighted_majority", "oracle")  # fmt: skip
+FIRST = ("reward", *rerank.LOGPROBS)  # log-probabilities, of which there is a first that is suspicious
 # what points at a token: its name in summary.json, and in a run's results.json
-SIGNALS = {"reward": "reward_first", "logprob": "logprob_first", "sft_logprob": "sft_logprob_first",
-           "reward_lowest": "reward", "logprob_lowest": "logprob", "sft_logprob_lowest": "sft_logprob",
-           "reward_drop": "reward_drop", "entropy": "entropy", "chance": "chance"}  # fmt: skip
+SIGNALS = {name: f"{name}_first" for name in FIRST} | {f"{name}_lowest": name for name in FIRST} | {
+    name: name for name in ("reward_drop", "entropy", "chance")}  # fmt: skip
 # docs/collapses.md: ways to go wrong among the ablations, and the metrics of metrics.jsonl that tell
 WRONG = ("linear head, PPO", "linear head, PPO, warm-up 300", "random reward, PPO", "policy rate x 3",
          "discriminator 30 x faster", "warm-up 15")  # fmt: skip
@@ -89,48 +94,68 @@ def over_seeds(found: list[dict], *path: str) -> list[float] | None:
     return interval(values) if values else None
 
 
+def sources() -> dict[str, list[int]]:
+    """Which problems, with how many demonstrations, the main part has results of: {data: sizes}."""
+    found = defaultdict(set)
+    for path in (runs.results_folder() / "trials").glob("*-main-*-[0-9].json"):
+        data, _, size, _ = path.stem.rsplit("-", 3)
+        found[data].add(int(size))
+    return {data: sorted(sizes) for data, sizes in sorted(found.items(), reverse=True)}  # words first
+
+
 def main_summary() -> dict:
-    """What the main part says: accuracy by size and method, best of N, AUROC, localisation."""
-    by_size = {size: seeds_of(f"main-{size}") for size in runs.SIZES}
-    summary: dict = {"main": {}, "rerank": {}, "localise": {}}
+    """What the main part says: of each kind of problems accuracy by size and method, best of N, AUROC, localisation."""
+    summary, every = {}, []
+    for data, sizes in sources().items():
+        by_size = {size: seeds_of(f"{data}-main-{size}") for size in sizes}
+        summary[data] = summary_of(data, by_size)
+        every += [found for results in by_size.values() for found in results]
+    summary["seeds"] = max((len(seeds_of(f"{data}-main-{n}")) for data, sizes in sources().items() for n in sizes), default=0)
+    summary["collapses"], summary["runs"] = sum(map(collapsed, every)), len(every)
+    return summary | {
+        "names": {
+            "sft": "updates and rate that were best on validation at temperature 1",
+            "sft_fair": "updates, rate, share of the base in the weights and temperature that were best at temperature 1",
+            "sft_fair_greedy": "the same, best greedy",
+            "likelihood_only": "default settings, without the discriminator's loss",
+            "irl": "default settings",
+            "grpo": "steps and rate that were best at temperature 1; one run per seed, the same for every size",
+            "rerank reward": "mean of f over the tokens of a trace; longest, shortest: of response tokens",
+            "localise": "log-probabilities: the first token below -1; _lowest: the lowest",
+        }
+    }
+
+
+def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
+    """The part of one kind of problems."""
+    summary: dict = {"main": {}, "rerank": {}, "auroc": {}, "localise": {}}
     for size, found in by_size.items():
-        if found:
-            where = {method: (found, method) for method in NAMES}
-            where["sft_greedy"] = (seeds_of(f"greedy-{size}"), "sft")
-            where["grpo"] = (by_size[256], "grpo")  # it learns from no demonstration: one run per seed for all sizes
-            summary["main"][str(size)] = {
-                method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
-                | {f"pass@{k}": over_seeds(results, "methods", name, "pass@k", k) for k in ("4", "16")}
-                for method, (results, name) in where.items()
-            }
-    found = by_size[256]
-    if not found:
-        return summary
+        where = {method: (found, method) for method in NAMES}
+        where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
+        where["likelihood_only"] = (found, "likelihood")
+        where["grpo"] = (by_size.get(256, []), "grpo")  # it learns from no demonstration: one run per seed for all sizes
+        summary["main"][str(size)] = {
+            method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
+            | {f"pass@{k}": over_seeds(results, "methods", name, "pass@k", k) for k in ("4", "16")}
+            for method, (results, name) in where.items()
+        }
+    found = by_size.get(256, [])
     for n in ("4", "8", "16"):
         summary["rerank"][n] = {rule: over_seeds(found, "rerank", n, rule) for rule in RULES}
-    summary["auroc"] = over_seeds(found, "reward", "auroc")
+    areas = [rule for rule in RULES if over_seeds(found, "rerank", "auroc", rule)]
+    summary["auroc"] = {rule: over_seeds(found, "rerank", "auroc", rule) for rule in areas}
     for kind in ("natural", "single"):
-        summary["localise"][kind] = {
+        hits = {
             hit: {s: over_seeds(found, "localise", kind, hit, path) for s, path in SIGNALS.items()}
             for hit in ("hit0", "hit1", "step")
         }
-    cases = [case["base"] for case in read_all("inference/*.json")]
+        if hits["hit0"]["chance"]:
+            summary["localise"][kind] = hits
+    cases = [case["base"] for case in read_all(f"inference/{data}-[0-9].json")]
     if cases:
         summary["alarms"] = {
-            kind: {s: over_seeds(cases, "alarms", s, kind) for s in ("reward", "sft_logprob", "logprob")}
-            for kind in ("wrong", "right")
+            kind: {s: over_seeds(cases, "alarms", s, kind) for s in FIRST} for kind in ("wrong", "right")
         }
-    summary["seeds"] = len(found)
-    irl = [result for results in by_size.values() for result in results]
-    summary["collapses"], summary["runs"] = sum(map(collapsed, irl)), len(irl)
-    summary["names"] = {
-        "irl": "default settings",
-        "sft": "updates and rate that were best on validation at temperature 1",
-        "sft_greedy": "updates and rate that were best on validation at temperature 0",
-        "grpo": "one run per seed, the same for every size",
-        "rerank reward": "mean of f over the tokens of a trace",
-        "localise": "reward, logprob, sft_logprob: the first token whose log-probability is below -1; _lowest: the lowest",
-    }
     return summary
 
 
@@ -148,33 +173,34 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main_tables(summary: dict) -> list[str]:
+def main_tables(data: str, summary: dict) -> list[str]:
     parts = []
     for size, methods in summary["main"].items():
         rows = [
             [NAMES[m], *(percent(v.get(k)) for k in ("t1", "greedy", "pass@4", "pass@16"))] for m, v in methods.items()
         ]
-        parts.append(f"### {size} demonstrations\n\n" + table(["", "T = 1", "greedy", "pass@4", "pass@16"], rows))
-    if summary["rerank"]:
-        rows = [[rule, *(percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16"))] for rule in RULES]
-        parts.append("### Best of N samples of the base\n\n" + table(["chosen by", "N = 4", "N = 8", "N = 16"], rows))
-        found = summary["localise"]
+        head = ["", "T = 1", "greedy", "pass@4", "pass@16"]
+        parts.append(f"### {data}, {size} demonstrations\n\n" + table(head, rows))
+    rows = [[rule, *(percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16"))] for rule in RULES]
+    rows = [[*row, percent(summary["auroc"].get(row[0]))] for row in rows]
+    head = ["chosen by", "N = 4", "N = 8", "N = 16", "AUROC"]
+    parts.append(f"### {data}, best of N samples of the base\n\n" + table(head, rows))
+    found = summary["localise"]
+    if found:
         rows = [
-            [s, *(percent(found[kind][hit].get(s)) for kind in ("natural", "single") for hit in ("hit0", "hit1"))]
-            for s in found["natural"]["hit0"]
+            [s, *(percent(found[kind][hit].get(s)) for kind in found for hit in ("hit0", "hit1"))] for s in SIGNALS
         ]
-        head = ["pointed at by", "own errors, exact", "within 1", "planted, exact", "within 1"]
-        parts.append("### First wrong token\n\n" + table(head, rows))
-        if "alarms" in summary:
-            parts.append("### Traces of the base with a token below −1\n\n" + alarm_table(summary))
-        parts.append(f"AUROC, right against wrong: {percent(summary['auroc'])}")
+        titles = {"natural": ["own errors, exact", "within 1"], "single": ["planted, exact", "within 1"]}
+        head = ["pointed at by", *(title for kind in found for title in titles[kind])]
+        parts.append(f"### {data}, first wrong token\n\n" + table(head, rows))
+    if "alarms" in summary:
+        parts.append(f"### {data}, traces of the base with a token below −1\n\n" + alarm_table(summary))
     return parts
 
 
 def alarm_table(summary: dict) -> str:
     """Of the base's wrong and right traces, the share in which a signal finds a token suspicious."""
-    names = {"reward": "**reward**", "sft_logprob": "SFT model's log-probability", "logprob": "base's log-probability"}
-    rows = [[name, *(percent(summary["alarms"][kind][s]) for kind in ("wrong", "right"))] for s, name in names.items()]
+    rows = [[README_RULES[s], *(percent(summary["alarms"][kind][s]) for kind in ("wrong", "right"))] for s in FIRST]
     return table(["a token below −1 is found, %", "in wrong traces of the base", "in right ones"], rows)
 
 
@@ -192,7 +218,7 @@ def beyond(found: list[dict], reference: list[dict], *path: str) -> list[float] 
 def changed_table(part: str, changes: dict[str, str], short: bool = False) -> str:
     """One row per change: accuracies, what they have beyond the defaults', AUROC, over how many seeds, and how many of them
     collapsed. `short` leaves out the flags, and the intervals of what is not compared."""
-    default = seeds_of({"variants": "main-256", "ablations": "ablations-default"}[part])
+    default = seeds_of({"variants": "words-main-256", "ablations": "ablations-default"}[part])
     show = lambda value: percent(value[:1] if short else value)
     rows = []
     for label, change in changes.items():
@@ -209,34 +235,41 @@ def changed_table(part: str, changes: dict[str, str], short: bool = False) -> st
     return table([*head, "collapsed"], rows) if rows else ""
 
 
-def choice_table() -> str:
-    """SFT on validation questions: how its baseline was chosen."""
-    rows = defaultdict(dict)
-    for found in read_all("trials/choose-*.json"):
-        s = found["settings"]
-        rows[f"{s['sft_steps']} updates at {s['sft_lr']:g}"][s["demonstrations"]] = found["methods"]["sft"]
-    cells = lambda row: [
-        f"{100 * row[n]['t1']:.1f} / {100 * row[n]['greedy']:.1f}" if n in row else "–" for n in runs.SIZES
-    ]
-    head = ["SFT, T = 1 / greedy", *map(str, runs.SIZES)]
-    return table(head, [[name, *cells(row)] for name, row in rows.items()]) if rows else ""
+def choice_tables() -> list[str]:
+    """SFT and GRPO on validation questions: how they were chosen. Of all shares of the base and temperatures the best is
+    shown beside neither; results/choose has them all."""
+    groups = defaultdict(list)
+    for one in read_all("choose/*.json"):
+        groups[one["data"], one["method"], one["size"]].append(one)
+    parts = []
+    for (data, method, size), found in sorted(groups.items()):
+        rows = []
+        for one in sorted(found, key=lambda one: (one["steps"], one["lr"])):
+            row = [f"{one['steps']} at {one['lr']:g}"]
+            for by, tricks in (("t1", False), ("t1", True), ("greedy", True)):
+                _, share, t = choose.best([one], by, tricks)
+                accuracies = f"{100 * one['t1'][share][t]:.1f} / {100 * one['greedy'][share]:.1f}"
+                row.append(accuracies + f" ({share}, {t})" * tricks)
+            rows.append(row if method == "sft" else row[:2])
+        head = ["T = 1 / greedy", "plain", "best at T = 1 (share of the base, temperature)", "best greedy (the same)"]
+        title = f"### {data}: how {method.upper()} was chosen" + f", {size} demonstrations" * (method == "sft")
+        parts.append(f"{title}, validation questions\n\n" + table(head if method == "sft" else head[:2], rows))
+    return parts
 
 
-def inference_tables() -> list[str]:
+def inference_tables(data: str) -> list[str]:
     """Reranking on others' samples and on harder problems."""
-    found = read_all("inference/*.json")
+    found = read_all(f"inference/{data}-[0-9].json")
     parts = []
     for label in found[0] if found else ():
         cases = [f[label] for f in found]
         ns = [n for n in cases[0]["rerank"] if n.isdigit()]
         rows = [[rule, *(percent(over_seeds(cases, "rerank", n, rule)) for n in ns)] for rule in RULES]
-        text = f"### Samples of: {label}\n\n" + table(["chosen by", *(f"N = {n}" for n in ns)], rows)
-        found_by = {
-            s: over_seeds(cases, "localise", "natural", "hit0", SIGNALS[s])
-            for s in ("reward", "sft_logprob", "logprob")
-        }
-        text += f"\n\nAUROC {percent(over_seeds(cases, 'rerank', 'auroc', 'reward'))}; first wrong token found by "
-        parts.append(text + ", ".join(f"{s} {percent(value)}" for s, value in found_by.items()))
+        text = f"### {data}, samples of: {label}\n\n" + table(["chosen by", *(f"N = {n}" for n in ns)], rows)
+        places = {s: over_seeds(cases, "localise", "natural", "hit0", SIGNALS[s]) for s in FIRST}
+        text += f"\n\nAUROC {percent(over_seeds(cases, 'rerank', 'auroc', 'reward'))}"
+        text += "; first wrong token found by " * any(places.values())
+        parts.append(text + ", ".join(f"{s} {percent(value)}" for s, value in places.items() if value))
     return parts
 
 
@@ -280,11 +313,11 @@ def draw_seeds(axes, curves: list[dict], metric: str, color: str, label: str) ->
 
 def draw_best_of_n(path: Path) -> None:
     """Best of N on the base's samples, N = 1 .. 64."""
-    found = [seed["base"] for seed in read_all("inference/*.json")]
+    found = [seed["base"] for seed in read_all("inference/words-[0-9].json")]
     if not found:
         return
     figure, axes = plt.subplots(figsize=(7, 4))
-    for rule in ("oracle", "reward", "sft_logprob", "weighted_majority", "majority", "random", "logprob"):
+    for rule in ("oracle", "reward", "sft_fair_logprob", "sft_logprob", "weighted_majority", "majority", "random", "logprob"):
         ns = [n for n in found[0]["rerank"] if n.isdigit()]
         values = [over_seeds(found, "rerank", n, rule) for n in ns]
         axes.plot([int(n) for n in ns], [v[0] for v in values], marker="o", markersize=3, label=rule)
@@ -296,32 +329,36 @@ def draw_best_of_n(path: Path) -> None:
 
 
 # README's rows: their names in summary.json, and there
-README_RULES = {"random": "a random pick", "majority": "majority vote", "logprob": "the base's own log-probability",
-                "sft_logprob": "the SFT model's log-probability", "reward": "**the learned reward**, mean of f",
+README_RULES = {"random": "a random pick", "longest": "the longest", "shortest": "the shortest", "majority": "majority vote",
+                "logprob": "the base's own log-probability", "sft_logprob": "the SFT model's log-probability",
+                "sft_fair_logprob": "the averaged SFT model's log-probability", "reward": "**the learned reward**, mean of f",
                 "oracle": "an oracle"}  # fmt: skip
 README_SIGNALS = {"reward": "**reward**: first token below −1",
                   "sft_logprob": "SFT model's log-probability: first below −1",
+                  "sft_fair_logprob": "averaged SFT model's log-probability: first below −1",
                   "logprob": "base's log-probability: first below −1", "reward_lowest": "reward: lowest token",
                   "reward_drop": "reward: largest drop", "sft_logprob_lowest": "SFT model's log-probability: lowest",
+                  "sft_fair_logprob_lowest": "averaged SFT model's log-probability: lowest",
                   "logprob_lowest": "base's log-probability: lowest", "entropy": "base's entropy: highest",
                   "chance": "chance"}  # fmt: skip
 
 
 def readme_tables(summary: dict) -> str:
     """The results as README.md has them: every number of theirs is in summary.json."""
-    main, rerank, found = summary["main"], summary["rerank"], summary["localise"]
+    words = summary["words"]
+    main, ranking, found = words["main"], words["rerank"], words["localise"]
     accuracies = [[name, *(percent(main[str(size)][m][key]) for size in runs.SIZES for key in ("t1", "greedy"))]
                   for m, name in NAMES.items()]  # fmt: skip
     ns, kinds = ("4", "8", "16"), ("natural", "single")
-    best = [[name, *(percent(rerank[n][rule]) for n in ns)] for rule, name in README_RULES.items()]
+    best = [[name, *(percent(ranking[n][rule]) for n in ns)] for rule, name in README_RULES.items()]
     hits = [[name, *(percent(found[kind]["hit0"][s]) for kind in kinds)] for s, name in README_SIGNALS.items()]
-    auroc, low, high = summary["auroc"]
+    auroc, low, high = words["auroc"]["reward"]
     return "\n\n".join([
         table([f"{summary['seeds']} seeds, 1,000 test questions", "64 demonstrations: T = 1", "greedy", "256: T = 1",
                "greedy", "1,024: T = 1", "greedy"], accuracies),
         table(["best of N samples of the base, chosen by (256 demonstrations)", *(f"N = {n}" for n in ns)], best),
         table(["exact first wrong token found, %", "the base's own errors", "one planted error"], hits),
-        *([alarm_table(summary)] if "alarms" in summary else []),
+        *([alarm_table(words)] if "alarms" in words else []),
         f"*% right, or found: means over seeds with 95% intervals (Student's t). AUROC of the reward, right against wrong "
         f"traces: {auroc:.3f} [{low:.3f}, {high:.3f}]; collapses: {summary['collapses']} in {summary['runs']} runs of IRL "
         f"with the default settings.*",
@@ -356,17 +393,16 @@ def write() -> None:
     runs.keep(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     failed = sorted(path.stem for path in (folder / "failed").glob("*.txt"))
     parts = ["# Results\n\nWritten by `python -m experiments.run`. % right, mean over seeds with its 95% interval."]
-    parts += main_tables(summary)
+    for data in sources():
+        parts += main_tables(data, summary[data]) + inference_tables(data)
     for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS)):
         rows = changed_table(part, changes)
         parts += [f"### {part.capitalize()}, 256 demonstrations\n\n{rows}"] if rows else []
-    parts += inference_tables()
-    choices = choice_table()
-    parts += ["### How SFT was chosen, on validation questions\n\n" + choices] if choices else []
+    parts += choice_tables()
     parts += ["Failed: " + ", ".join(failed)] if failed else []
     runs.keep(folder / "tables.md", "\n\n".join(parts) + "\n")
     readme = runs.ROOT / "README.md"
-    if folder.name == "results" and summary.get("seeds", 0) > 1 and len(summary["main"]) == len(runs.SIZES):
+    if folder.name == "results" and summary["seeds"] > 1 and sources().get("words") == list(runs.SIZES):
         runs.keep(readme, into_readme(readme.read_text(encoding="utf-8"), summary))
     draw_collapses(folder / "collapses.svg")
     draw_best_of_n(folder / "best-of-n.svg")

@@ -89,6 +89,8 @@ def test_the_memory_table_is_the_programs(capsys):
 def test_results_are_those_of_the_trials(monkeypatch):
     """summary.json is what the committed trials say, and README.md's tables are what summary.json says."""
     monkeypatch.delenv("IRL_RESULTS", raising=False)
+    if "words" not in tables.sources():
+        pytest.skip("no trials of the main part: python -m experiments.run --only main")
     summary = json.loads((ROOT / "results" / "summary.json").read_text(encoding="utf-8"))
     assert summary == tables.main_summary() and summary["seeds"] >= 5
     text = (ROOT / "README.md").read_text(encoding="utf-8")
