@@ -37,7 +37,6 @@ class IRL:
     discriminator: reward.Discriminator
     experts: list[Example]  # the demonstrations: question, trace, answer
     extra: list[str] = field(default_factory=list)  # questions without a demonstration: only the policy sees them
-    reference: torch.nn.Module | None = None  # pi_ref, the frozen start of the policy; None without a KL term
 
     changes = ("policy_model", "discriminator.reward_model", "policy_optimizer", "reward_optimizer", "replay", "rng",
                "generator", "done")  # what a checkpoint keeps  # fmt: skip
@@ -51,6 +50,9 @@ class IRL:
         self.replay = reward.Replay(s.replay)
         self.done = 0
         self.reward_start = lora.start_of(self.discriminator.reward_model) if s.reward_average else []
+        if s.kl_coef:
+            self.keep_reference()
+            self.changes = (*self.changes, "reference")
 
     def step(self) -> dict:
         """One iteration of Algorithm 1. Returns every stage's metrics."""
@@ -97,8 +99,14 @@ class IRL:
             for parameter, learnt in zip(lora.trained(self.policy_model), lora.trained(reward_model), strict=True):
                 parameter.copy_(learnt)
             policy.divide_logits(self.policy_model, s.entropy_coef)
+            if s.kl_coef:
+                self.keep_reference()
         for optimizer in (self.policy_optimizer, self.reward_optimizer):
             memory.read_again(optimizer)
+
+    def keep_reference(self) -> None:
+        """pi_ref is the policy as it is now. No optimizer has its parameters; what is frozen in the policy is shared."""
+        self.reference = lora.share(self.policy_model)
 
     def rollout(self, questions: list[str], group: int) -> tuple[Rollout, dict]:
         """Stage 1. `group` responses to each question, sampled from the policy as it is now."""

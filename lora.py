@@ -11,7 +11,7 @@ An adapter of rank r trains r (in + out) numbers per matrix instead of in * out,
     base = policy.load_policy("Qwen2.5-0.5B", "cuda", torch.bfloat16)[0]
     policy_model = adapt(base, rank=16, alpha=32)
     reward_model = adapt(base, rank=16, alpha=32)     # the same base tensors, an adapter of its own
-    reference = base                                  # no adapter
+    reference = share(policy_model)                   # and this one's adapter as it is now
 
 These are three ordinary models in three trees of modules. Nothing is switched on and off between them, so gradient
 checkpointing, which runs a model's forward pass once more in the middle of backward, cannot meet the wrong adapter.

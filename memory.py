@@ -167,8 +167,8 @@ def state_bytes(config, rank: int = 0, weights: str = "float32", reference: bool
     """
     full, adapter = parameters(config, rank)
     kept = {"float32": 4, "bf16": 2}[weights]
-    if rank:  # one base; two adapters of weight 4, moments 8; the gradient 4 of one of them
-        return kept * full + (2 * (4 + 8) + 4) * adapter
+    if rank:  # one base; two adapters of weight 4, moments 8; the gradient 4 of one of them; the reference's 4
+        return kept * full + (2 * (4 + 8) + 4 + 4 * reference) * adapter
     master = 0 if weights == "float32" else 4
     return (2 * (kept + master + 8) + 4 + kept * reference) * full
 

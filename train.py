@@ -707,11 +707,9 @@ class Run:
         s, start = self.s, "sft" if self.s.start == "sft" else None
         policy.check_same_tokenizer(self.tokenizer, s.reward_model)
         discriminator = self.load_discriminator()
-        base = self.load(start)  # under an adapter it is the reference too
-        reference = (base if s.lora_rank else self.load(start)).requires_grad_(False) if s.kl_coef else None
         extra = [example.question for example in self.extra]
-        mine = replace(self.mine, **changes)
-        return kind(mine, self.tokenizer, self.to_train(base), discriminator, self.experts, extra, reference)
+        mine, model = replace(self.mine, **changes), self.to_train(self.load(start))
+        return kind(mine, self.tokenizer, model, discriminator, self.experts, extra)
 
     def train_irl(self, method: str) -> None:
         """Warm the discriminator up, run the loop, save policy and reward. likelihood is the same without the

@@ -29,8 +29,7 @@ def make_loop(shipped, settings, **changes):
         if s.extra_questions
         else []
     )
-    reference = shipped[0] if s.kl_coef else None
-    return irl.IRL(s, tokenizer, model, discriminator, experts, extra, reference)
+    return irl.IRL(s, tokenizer, model, discriminator, experts, extra)
 
 
 def accuracy(loop, questions=64):
@@ -425,6 +424,33 @@ def test_masters_follow_the_averaged_weights(shipped, settings):
     for a, b in zip(averaged, reward_model.parameters(), strict=True):
         assert_close(b, a, atol=1e-3, rtol=2**-7)
         assert torch.equal(b, loop.reward_optimizer.state[b]["master"].bfloat16())
+
+
+@pytest.mark.parametrize("start, rank", [("reward", 0), ("reward", 2), ("base", 0), ("base", 2)])
+def test_the_reference_is_the_policy_at_its_first_step(shipped, settings, start, rank):
+    """After the warm-up pi_ref = pi, so the KL is 0; then the policy moves and the reference does not."""
+    base, s = policy.load_policy("base")[0], replace(settings, start=start, kl_coef=0.5, warm_up_lr=1e-2, policy_lr=1e-3)
+    models = [lora.adapt(base, rank, 8.0) if rank else copy.deepcopy(base) for _ in range(2)]
+    ends_step = reward.step_end_tokens(shipped[1], len(shipped[1]))
+    discriminator = reward.Discriminator(reward.LikelihoodReward(models[1]), "airl", "dense", 0, ends_step)
+    loop = irl.IRL(s, shipped[1], models[0], discriminator, data.load_examples("words", "train", 16))
+    for _ in range(3):
+        loop.warm_up()
+    loop.end_warm_up()
+    batch = data.demonstration_batch(shipped[1], loop.experts[:4])
+
+    def logprobs():
+        with torch.no_grad():
+            return [all_logprobs(model, batch) for model in (loop.policy_model, loop.reference)]
+
+    (pi, reference), start_at = logprobs(), all_logprobs(base, batch).detach()
+    assert torch.equal(pi, reference) and torch.allclose(pi, start_at, atol=1e-3) == (start == "base")
+    for _ in range(2):
+        loop.step()
+    pi, after = logprobs()
+    assert torch.equal(after, reference) and not torch.allclose(pi, reference, atol=1e-3)
+    held = {id(p) for g in loop.policy_optimizer.param_groups for p in g["params"]}
+    assert not held & {id(p) for p in lora.trained(loop.reference)}
 
 
 def test_a_start_at_the_base_leaves_the_policy(shipped, settings):

@@ -244,7 +244,8 @@ def test_the_states_are_those_that_an_iteration_holds(small_config, rank, weight
         policy.optimizer_step(optimizer, 0.0)
         for values in optimizer.state.values():
             held |= {v.data_ptr(): v for v in values.values() if torch.is_tensor(v) and v.ndim}
-    held |= {p.data_ptr(): p for model in (*models, base) for p in model.parameters()}
+    reference = lora.share(models[0]) if rank else base
+    held |= {p.data_ptr(): p for model in (*models, base, reference) for p in model.parameters()}
     expected = memory.state_bytes(small_config, rank, weights)
     assert sum(v.nbytes for v in held.values()) + gradient == expected
 

@@ -248,6 +248,7 @@ def interrupt(monkeypatch, *flags, name="step", number=3) -> None:
     "--reward head --policy-loss reinforce --logit gail --granularity sparse", "--freeze-reward",
     "--lora-rank 2 --start reward --gradient-checkpointing", "--weights bf16 --start reward --micro-tokens 200",
     "--lora-rank 2 --start sft --reward head --policy-loss ppo --weights bf16 --kl-coef 0.1",
+    "--start reward --kl-coef 0.1", "--lora-rank 2 --start reward --kl-coef 0.1",
 ])  # fmt: skip
 @pytest.mark.parametrize("name, number", [("warm_up", 2), ("step", 3)])
 def test_every_kind_of_trainer_is_restored(here, finished, monkeypatch, flags, name, number):
