@@ -226,6 +226,15 @@ class IRL:
         return loss + policy.loss_of_logprobs(self.policy_model, states, batch, sampled, s.temperature)
 
 
+def first_logprob(model, tokenizer, experts: list[Example]) -> float:
+    """Mean log pi of the demonstrations' first token. The exact loss's gradient on an action is proportional to pi(a), and
+    sampling must meet it: a policy that never begins so learns it from SFT alone."""
+    prompts = [data.prompt_ids(tokenizer, e.question) for e in experts]
+    first = [data.response_ids(tokenizer, data.response_text(e.trace, e.answer))[:1] for e in experts]
+    batch = data.make_batch(prompts, first, model.device)
+    return float(policy.in_chunks(lambda b: policy.token_logprobs(model, b), batch, 4).sum()) / len(experts)
+
+
 def draw(items: list, count: int, rng: random.Random) -> list:
     """`count` items, without repeats where there are enough."""
     return rng.sample(items, count) if len(items) >= count else rng.choices(items, k=count) if items else []

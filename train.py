@@ -71,8 +71,8 @@ class Settings:
     )
     start: str = setting(
         None,
-        "where IRL's policy starts: at the base, at SFT, or, the default where that is possible on small models, after "
-        "the warm-up at the reward",
+        "where IRL's policy starts: at the base, at SFT, or after the warm-up at the reward (default: small models at the "
+        "reward if it can be a policy, else at the base; large ones at SFT)",
         ("base", "sft", "reward"),
     )
     name: str = setting("demo", "the run is written to runs/<name>")
@@ -254,7 +254,9 @@ def complete(given: dict) -> Settings:
     if settings.reward == "random":  # and it stays so
         settings.freeze_reward, settings.warm_up = True, 0
     if settings.start is None:
-        settings.start = "reward" if can_start_at_reward(settings) and settings.model == "base" else "base"
+        small = "reward" if can_start_at_reward(settings) else "base"
+        # a pretrained model hardly ever writes the demonstrations' format (irl.first_logprob); a lecture trains no SFT
+        settings.start = small if settings.model == "base" else "base" if settings.explain else "sft"
     check(settings)
     return settings
 
@@ -715,6 +717,11 @@ class Run:
         """Warm the discriminator up, run the loop, save policy and reward. likelihood is the same without the
         discriminator's loss: what IRL has beyond it is what telling apart from negatives brings."""
         loop = self.resumed(self.make_loop(**{"discriminator_coef": 0.0} if method == "likelihood" else {}))
+        if self.s.start == "base" and not self.progress.steps.get(warm_up_of(method)):
+            first = irl.first_logprob(loop.policy_model, self.tokenizer, self.experts[:32])
+            if first < -8 and parallel.rank() == 0:
+                print(f"the base all but never begins as the demonstrations do (log pi of their first token {first:.1f}): "
+                      "IRL cannot teach it that, --start sft can")  # fmt: skip
         self.run_steps(warm_up_of(method), loop, self.s.warm_up)
         if not self.progress.steps.get(method):
             loop.end_warm_up()

@@ -453,6 +453,13 @@ def test_the_reference_is_the_policy_at_its_first_step(shipped, settings, start,
     assert not held & {id(p) for p in lora.trained(loop.reference)}
 
 
+def test_the_first_token_is_that_of_the_demonstrations(shipped):
+    experts = data.load_examples("words", "train", 5)
+    batch = data.demonstration_batch(shipped[1], experts)
+    first = policy.token_logprobs(shipped[0], batch)[torch.arange(5), batch.prompt_lengths].mean()
+    assert irl.first_logprob(shipped[0], shipped[1], experts) == pytest.approx(float(first.detach()), abs=1e-5)
+
+
 def test_a_start_at_the_base_leaves_the_policy(shipped, settings):
     loop = make_loop(shipped, settings, start="base", reward_average=0.5)
     loop.warm_up()

@@ -18,6 +18,7 @@ from transformers import (
 import baselines
 import checkpoint
 import data
+import irl
 import lora
 import policy
 import reward
@@ -288,11 +289,11 @@ def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
     qwen_tokenizer.save_pretrained("model")
     flags = "--demonstrations 8 --questions 2 --group 2 --eval-questions 3 --rerank-questions 2 --rerank-n 2 "
     flags += (
-        "--eval-samples 1 --max-steps 1 --warm-up 1 --max-new-tokens 12 --micro-batch 2 --validate-every 0 --device cpu"
+        "--eval-samples 1 --max-steps 1 --sft-steps 1 --warm-up 1 --max-new-tokens 12 --micro-batch 2 --validate-every 0 --device cpu"
     )
     assert train.main(["--model", "model", "--data", str(SHARED / "data" / "gsm8k"), *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
-    assert set(results["methods"]) == {"base", "irl"} and results["localise"] == {}
+    assert set(results["methods"]) == {"base", "sft", "irl"} and results["localise"] == {}
     AutoTokenizer.from_pretrained("runs/demo/policy")
 
 
@@ -319,8 +320,18 @@ def test_grpo_learns_from_unbroken_examples(monkeypatch):
     ("--logit gail", ("base", "ppo", 0.0)), ("--granularity sparse", ("base", "ppo", 1.0)),
     ("--granularity interval", ("base", "ppo", 1.0)), ("--granularity sparse --gamma 0.5", ("base", "ppo", 0.5)),
     ("--granularity interval --policy-loss reinforce --gamma 0", ("base", "reinforce", 0.0)),
+    ("--model Qwen2.5-0.5B", ("sft", "exact", 0.0)), ("--model Qwen2.5-0.5B --explain", ("base", "exact", 0.0)),
 ])  # fmt: skip
 def test_defaults_follow_what_the_reward_can_do(flags, expected):
     """Start, loss and gamma: where only some tokens have a reward, the others learn from what follows."""
     s = train.parse_settings(flags.split())
     assert (s.start, s.policy_loss, s.gamma) == expected
+
+
+@pytest.mark.parametrize("flags, first, told", [
+    ("--start base", -12.0, True), ("--start base", None, False), ("--start reward", -12.0, False)])  # fmt: skip
+def test_a_base_that_never_begins_as_the_demonstrations_is_told(flags, first, told, capsys, monkeypatch):
+    if first:
+        monkeypatch.setattr(irl, "first_logprob", lambda *_: first)
+    assert train.main([*TINY, "--method", "irl", *flags.split()]) == 0
+    assert ("--start sft can" in capsys.readouterr().out) == told
