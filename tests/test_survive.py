@@ -246,7 +246,8 @@ def interrupt(monkeypatch, *flags, name="step", number=3) -> None:
 @pytest.mark.parametrize("flags", [
     "", "--start sft", "--policy-loss ppo --kl-coef 0.1 --gamma 0.9 --epochs 2",
     "--reward head --policy-loss reinforce --logit gail --granularity sparse", "--freeze-reward",
-    "--lora-rank 2 --start reward --gradient-checkpointing", "--weights bf16 --start reward --micro-tokens 200",
+    "--method sft_fair,likelihood --fair-steps 2", "--lora-rank 2 --start reward --gradient-checkpointing",
+    "--weights bf16 --start reward --micro-tokens 200",
     "--lora-rank 2 --start sft --reward head --policy-loss ppo --weights bf16 --kl-coef 0.1",
     "--start reward --kl-coef 0.1", "--lora-rank 2 --start reward --kl-coef 0.1",
 ])  # fmt: skip
