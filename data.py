@@ -32,6 +32,8 @@ from pathlib import Path
 
 import torch
 
+from tasks import countdown
+
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Bad input, and the one record type
 # ---------------------------------------------------------------------------------------------------------------
@@ -107,12 +109,14 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Example:
-    """One demonstration. `options` is filled for multiple-choice questions only (perturbations draw from it)."""
+    """One demonstration. `options` is filled for multiple-choice questions only (perturbations draw from it). `task` names
+    the embedded task, if any, whose own checker reads whole traces."""
 
     question: str
     trace: str
     answer: str
     options: tuple[str, ...] = ()
+    task: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,9 +258,9 @@ def words_problems(split: str, count: int, seed: int = 0, steps: int = 3, larges
 
 
 def first_error(expert: Example, response: str) -> int | None:
-    """Where a response to a `words` problem first goes wrong: a character offset into `response`, None if it is right.
+    """Where a response to an embedded problem first goes wrong: a character offset into `response`, None if it is right.
 
-    The expert's trace holds one equation per line, and a step is right if it is that equation (a sum or a product may
+    countdown: tasks/countdown.py. words: the expert's trace holds one equation per line, and a step is right if it is that equation (a sum or a product may
     have its two operands the other way round). The offset is that of the first character that no right step has; a
     response that stops too early is wrong at its end.
 
@@ -266,6 +270,8 @@ def first_error(expert: Example, response: str) -> int | None:
     >>> first_error(expert, "<think>\\n3+12=15\\n14+15=29\\n</think>\\n<answer>29</answer>")
     9
     """
+    if expert.task == "countdown":
+        return countdown.first_error(expert.question, response)
     pieces = [["<think>\n"]]
     for line in expert.trace.split("\n"):
         forms = [line + "\n"]
@@ -297,7 +303,8 @@ def first_difference(a, b) -> int:
 # 3. Sources by name
 # ---------------------------------------------------------------------------------------------------------------
 
-SOURCES = ("words", "gsm8k", "medreason")
+EMBEDDED = ("words", "countdown")  # made here, with a checker that finds the first error
+SOURCES = (*EMBEDDED, "gsm8k", "medreason")
 SPLITS = ("train", "validation", "test")
 
 
@@ -306,8 +313,8 @@ def load_examples(
 ) -> list[Example]:
     """Examples of one split, shuffled by `seed`, at most `count` of them.
 
-    source: 'words' (made here; `steps` and `largest` set the difficulty), 'gsm8k' or 'medreason' (from the hub), a
-    file of JSON lines with question, trace, answer, or a folder that holds train.jsonl and test.jsonl. Splits are
+    source: 'words' (made here; `steps` and `largest` set the difficulty), 'countdown' (made here, too: tasks/countdown.py),
+    'gsm8k' or 'medreason' (from the hub), a file of JSON lines with question, trace, answer, or a folder that holds train.jsonl and test.jsonl. Splits are
     disjoint: a source without a test split of its own is divided by `split_of`, and validation always comes out of
     train.
     """
@@ -316,6 +323,9 @@ def load_examples(
     if source == "words":
         problems = words_problems(split, count or 1000, seed, steps, largest)
         return [solve(problem) for problem in problems]
+    if source == "countdown":
+        solutions = countdown.solutions(split, count or 1000, seed)
+        return [Example(question, trace, answer, task=source) for question, trace, answer in solutions]
     if source in ("gsm8k", "medreason"):
         examples = from_hub(source, split)
     elif os.path.exists(source):  # unlike Path.exists, False for a name that no file can have
@@ -652,6 +662,8 @@ def is_correct(example: Example, response: str) -> bool:
     """The verifier: does the response's answer agree with the example's?"""
     if _verifier_locked:
         raise RuntimeError("the answer check was called while training without a verifier")
+    if example.task == "countdown":  # many traces are right, and the last number alone says little
+        return countdown.is_right(example.question, response)
     return same_answer(extract_answer(response), example.answer)
 
 

@@ -150,7 +150,7 @@ class IRL:
         rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
         read = self.discriminator.ends(batch).bool()  # elsewhere r_t is 0, which is no opinion
         lowest = rewards.masked_fill(~read, torch.inf).amin(1).mean()
-        return rewards, states, {"mean": float(rewards.sum() / batch.response_mask.sum()), "lowest": float(lowest)}
+        return rewards, states, {"mean": float(rewards.sum() / read.sum()), "lowest": float(lowest)}
 
     def update_policy(self, rollout: Rollout, rewards: torch.Tensor, states: torch.Tensor) -> dict:
         """Stage 4. Policy gradient on r_t: `epochs` passes over the rollout, one optimizer step each."""
@@ -177,7 +177,8 @@ class IRL:
         """
         s, mask = self.settings, batch.response_mask
         if s.policy_loss == "best":
-            return policy.best_of_group(rewards.sum(1) / mask.sum(1), s.group)[:, None] * mask
+            mean = rewards.sum(1) / self.discriminator.ends(batch).sum(1)  # of what was read
+            return policy.best_of_group(mean, s.group)[:, None] * mask
         returns = policy.returns_to_go(rewards, mask, s.gamma)
         if "exact" in (s.policy_loss, s.baseline):
             returns = s.gamma * torch.nn.functional.pad(returns[:, 1:], (0, 1)) * mask  # F_t

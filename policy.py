@@ -35,6 +35,7 @@ from data import Batch, UserError, make_batch, nearest
 # ---------------------------------------------------------------------------------------------------------------
 
 BASE = str(Path(__file__).parent / "base")  # the small base that ships with this repository (pretrain.py made it)
+SHIPPED = {"base": BASE, "countdown-base": str(Path(__file__).parent / "tasks" / "countdown-base")}  # for words, countdown
 
 _QWEN25 = [f"Qwen2.5-{size}{kind}" for size in ("0.5B", "1.5B", "3B", "7B", "14B") for kind in ("", "-Instruct")]
 _QWEN3 = [f"Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")]
@@ -43,13 +44,13 @@ SHORT_NAMES = {name: f"Qwen/{name}" for name in _QWEN25 + _QWEN3} | {name: f"met
 
 
 def resolve_model(name: str) -> str:
-    """'base' is what ships here, a folder stays, a short name gets its owner, an owner/name goes to the hub as it is.
+    """'base' and 'countdown-base' ship here, a folder stays, a short name gets its owner, an owner/name goes to the hub as it is.
 
     >>> resolve_model("Qwen2.5-0.5B")
     'Qwen/Qwen2.5-0.5B'
     """
-    if name == "base":
-        return BASE
+    if name in SHIPPED:
+        return SHIPPED[name]
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name that no folder can have
         if not (Path(name) / "config.json").exists():
             raise UserError(f"folder {name} holds no model: config.json is missing")
@@ -506,17 +507,21 @@ def group_baseline(returns: torch.Tensor, mask: torch.Tensor, group: int) -> tor
 
     [B, T] -> [B, T]; rows i*group .. i*group + group-1 share a prompt, so column t is the same step for all of them.
     In the units of the return at t, not of the reward: a baseline of another length of future would be a bias.
-    Leaving the row itself out keeps the gradient unbiased (Kool et al. 2019). A row alone at t is compared with 0: its
-    own return would be a baseline that knows a_t, and would drop the gradient.
+    Leaving the row itself out keeps the gradient unbiased (Kool et al. 2019). A row alone at t is compared with what the
+    others' last tokens brought: its own return would be a baseline that knows a_t, and would drop the gradient; 0 would
+    make the last tokens of the longest trace pay for the level of all rewards.
 
     >>> group_baseline(torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]), 2)
-    tensor([[3., 0.],
+    tensor([[3., 3.],
             [1., 0.]])
     """
     grouped, alive = (returns * mask).view(-1, group, returns.shape[1]), mask.view(-1, group, returns.shape[1])
-    others = grouped.sum(1, keepdim=True) - grouped
-    how_many = alive.sum(1, keepdim=True) - alive
-    return (others / how_many.clamp(min=1)).view_as(returns) * mask
+    of_others = lambda x: x.sum(1, keepdim=True) - x
+    columns = torch.arange(returns.shape[1], device=returns.device)
+    last = grouped.gather(-1, (alive * columns).argmax(-1, keepdim=True))  # [Q, G, 1], each row's return at its end
+    how_many = of_others(alive)  # [Q, G, T]
+    baseline = torch.where(how_many > 0, of_others(grouped) / how_many.clamp(min=1), of_others(last) / (group - 1))
+    return baseline.view_as(returns) * mask
 
 
 def normalise(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,12 @@
-"""Make the small base model that ships in base/: what a pretrained language model is to GSM8K, for `words`.
+"""Make the small base models that ship here: what a pretrained language model is to GSM8K, for `words` and `countdown`.
 
-A Qwen2 of 3 layers and width 64 reads traces by the *pupil* of data.py, who has misconceptions and slips. So the base
-can reason, but is confidently wrong, as real models are: greedy decoding is worse than sampling, and its own
-log-probability cannot tell right from wrong. It is trained from random weights; nothing is downloaded.
+A Qwen2 of 3 layers and width 64, trained from random weights; nothing is downloaded. For words it reads traces by the
+*pupil* of data.py, who has misconceptions and slips: the base can reason, but is confidently wrong, as real models are,
+greedy decoding is worse than sampling, and its own log-probability cannot tell right from wrong. For countdown it reads
+graded attempts (tasks/countdown.py): it can judge, and cannot plan.
 
-    python pretrain.py --out base        (about 10 minutes on 2 cores; the result is committed)
+    python pretrain.py --task words --out base                            (about 10 minutes on 2 cores; committed)
+    python pretrain.py --task countdown --out tasks/countdown-base        (the same)
 
 This file is apart from train.py because it stands for the work of somebody else: whoever pretrained Qwen.
 """
@@ -19,20 +21,25 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import data
+from tasks import countdown
 
 # A piece is a tag, a word with its spaces, one digit, one operator or one newline. Pieces joined give the text back
 # exactly, so that what is scored is what was sampled.
-PIECE = r"</?think>\n?|</?answer>| ?[A-Za-z]+ ?|\d|[.?] ?|[-+*/=]|\n"
+PIECE = r"</?think>\n?|</?answer>| ?[A-Za-z]+ ?|\d|[.?] ?|[-+*/=]|>|\n"
 END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
+GRADES = ("right", "wrong")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(task: str) -> PreTrainedTokenizerFast:
     """A word-level tokenizer whose vocabulary is every piece that the problems, pupils and perturbations can hold."""
     split = pre_tokenizers.Split(Regex(PIECE), behavior="isolated")
     rng = random.Random("vocabulary")
-    pieces = set("0123456789+-*/=\n")
+    pieces = set("0123456789+-*/=\n") | (set(GRADES) if task == "countdown" else set())
     for number in range(5000):
-        example = data.solve(data.make_problem(rng, steps=1 + number % 4))
+        if task == "words":
+            example = data.solve(data.make_problem(rng, steps=1 + number % 4))
+        else:
+            example = data.Example(countdown.question_of(*countdown.make_problem(rng)), "", "0")
         text = example.question + "\n" + data.response_text(example.trace, example.answer)
         pieces.update(piece for piece, _ in split.pre_tokenize_str(text))
     vocabulary = {piece: i for i, piece in enumerate([END, PAD, UNKNOWN] + sorted(pieces))}
@@ -65,8 +72,22 @@ def pupil_corpus(count: int, seed: int, pupil: data.Pupil) -> list[data.Example]
     return corpus
 
 
+def graded_corpus(tokenizer, count: int, seed: int) -> data.Batch:
+    """`count` attempts at countdown, each with its grade behind the end token. Of a stranger's the grade alone is learnt:
+    the base shall know what a careless trace looks like, and not write any."""
+    grade = dict(zip(GRADES, tokenizer.convert_tokens_to_ids(list(GRADES))))
+    prompts, responses = [], []
+    for question, trace, last, graded, stranger in countdown.graded_attempts(count, seed):
+        prompt = data.prompt_ids(tokenizer, question)
+        attempt = data.response_ids(tokenizer, data.response_text(trace, last))
+        prompts.append(prompt + attempt * stranger)
+        responses.append(attempt * (not stranger) + [grade[graded]])
+    return data.make_batch(prompts, responses)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=data.EMBEDDED, default="words")
     parser.add_argument("--out", default="base")
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch", type=int, default=128)
@@ -80,11 +101,14 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(args.task)
     model = build_model(len(tokenizer), tokenizer.eos_token_id, args.width, args.layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    pupil = data.Pupil(args.groups, args.borrow, args.slip)
-    corpus = data.demonstration_batch(tokenizer, pupil_corpus(args.steps * args.batch, args.seed, pupil))
+    count, pupil = args.steps * args.batch, data.Pupil(args.groups, args.borrow, args.slip)
+    if args.task == "words":
+        corpus = data.demonstration_batch(tokenizer, pupil_corpus(count, args.seed, pupil))
+    else:
+        corpus = graded_corpus(tokenizer, count, args.seed)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)

@@ -596,7 +596,7 @@ def rerank_results(
 
 
 def natural_errors(candidates: Candidates, tokenizer) -> torch.Tensor:
-    """Column of the first wrong token of each candidate for a `words` problem: [B], -1 where there is none.
+    """Column of the first wrong token of each candidate for an embedded problem: [B], -1 where there is none.
 
     Only traces with a wrong answer count. A trace that the length limit cut off before any error has none.
     """
@@ -674,7 +674,7 @@ def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], to
                      policy_model, judges=None, seed: int = 0) -> dict:  # fmt: skip
     """{"natural": .., "single": ..}, each from `place_results`.
 
-    natural: the wrong ones among the candidates, which answer `words` problems; `values` are their `signals`.
+    natural: the wrong ones among the candidates, which answer embedded problems; `values` are their `signals`.
     single: experts' traces with a single thing broken, the synthetic test of arXiv 2510.01857 v2. It is
     another task: the rest of the trace stays as it was, and a later line that no longer fits can look worse
     than the error. A natural error is carried on, and is what the policy believes.
@@ -699,7 +699,7 @@ def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], to
 
 
 def assess(candidates: Candidates, discriminator, policy_model, judges: dict, tokenizer, settings) -> dict:
-    """What a reward is worth at inference: {"rerank": .., "distributions": .., "alarms": .., for `words` "localise": ..}.
+    """What a reward is worth at inference: {"rerank": .., "distributions": .., "alarms": .., for an embedded task "localise": ..}.
 
     settings: anything with rule, seed and data. distributions: the scores of right and of wrong traces.
     """
@@ -714,7 +714,7 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
     if points_at_first(discriminator):
         readings["reward"] = values["reward"], ends
     results["alarms"] = {name: alarm_rates(*reading, candidates.correct.flatten()) for name, reading in readings.items()}
-    if settings.data == "words":
+    if settings.data in data.EMBEDDED:
         results["localise"] = localise_results(
             candidates, values, tokenizer, discriminator, policy_model, judges, settings.seed
         )
@@ -744,7 +744,7 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
     with torch.no_grad():
         scores = discriminator.reward_model.scores(batch)
     logits = discriminator.logits(batch, scores, values["logprob"].to(scores.device)).cpu()
-    wrong = natural_errors(shown, tokenizer) if settings.data == "words" else torch.full((len(rows),), -1)
+    wrong = natural_errors(shown, tokenizer) if settings.data in data.EMBEDDED else torch.full((len(rows),), -1)
     traces = []
     for i, example in enumerate(shown.examples):
         first, last = int(shown.batch.prompt_lengths[i]), int(shown.batch.lengths[i])

@@ -62,8 +62,12 @@ class Settings:
     """Everything that can be turned. Each becomes a flag (max_steps -> --max-steps) and is kept in settings.json."""
 
     # What
-    model: str = setting("base", "the policy's start: 'base' (ships here), a folder, a hub name, or e.g. Qwen2.5-0.5B")
-    data: str = setting(None, "words, gsm8k, medreason, a JSON-lines file, or a folder with train.jsonl and test.jsonl")
+    model: str = setting(
+        None,
+        "the policy's start: a folder, a hub name, or e.g. Qwen2.5-0.5B; if not given, the small base that ships here, "
+        "base for --data words, countdown-base for --data countdown",
+    )
+    data: str = setting(None, "words, countdown, gsm8k, medreason, a JSON-lines file, or a folder with train.jsonl and test.jsonl")
     method: str = setting(
         None,
         "what to train: sft; sft_fair, SFT with IRL's two tricks; likelihood, IRL with --discriminator-coef 0; irl; grpo; "
@@ -186,6 +190,11 @@ PRESETS = {
                   max_steps=200, policy_lr=2e-6, grpo_steps=200, grpo_lr=2e-6, sft_steps=200, sft_lr=1e-5, micro_batch=2,
                   fair_steps=200, fair_lr=1e-5, fair_average=0.0, fair_temperature=0.1,
                   eval_questions=200, eval_samples=4, rerank_questions=100),
+    # small, for a task where finished traces are judged: the paper's head, a score per trace
+    "countdown": dict(data="countdown", demonstrations=64, extra_questions=3000, max_new_tokens=40,
+                      reward="head", logit="gail", granularity="sparse", reward_average=0.0, perturbed=4, warm_up=60,
+                      warm_up_lr=1e-3, policy_loss="ppo", gamma=1.0, group=8, kl_coef=0.1, policy_lr=4e-4, max_steps=400,
+                      grpo_steps=400, grpo_lr=4e-4),
 }  # fmt: skip
 LORA_RATES = 10  # adapters take this times the rates: customary, too
 
@@ -239,13 +248,18 @@ def parse_settings(arguments: list[str]) -> Settings:
 def complete(given: dict) -> Settings:
     """Settings from those that were given, with what the model's size decides filled in."""
     settings = Settings(**given)
-    preset = dict(PRESETS["small" if settings.model == "base" else "large"])
+    if settings.model is None:
+        settings.model = "countdown-base" if settings.data == "countdown" else "base"
+    small = settings.model in policy.SHIPPED
+    preset = PRESETS["small" if small else "large"] | (PRESETS["countdown"] if settings.data == "countdown" else {})
+    for name in ("reward", "logit", "granularity"):  # they decide about others
+        setattr(settings, name, given.get(name, preset.get(name, getattr(settings, name))))
     if settings.granularity != "dense":
         preset["gamma"] = 1.0  # the tokens between two scores have only what follows
     if not scores_all_actions(settings):
         preset["policy_loss"] = "ppo"
     for name, value in preset.items():
-        if getattr(settings, name) is None:
+        if name not in given:
             setattr(settings, name, LORA_RATES * value if settings.lora_rank and name.endswith("_lr") else value)
     settings.reward_model = settings.reward_model or settings.model
     settings.date = settings.date or datetime.date.today().isoformat()  # a resumed run keeps it
@@ -254,9 +268,9 @@ def complete(given: dict) -> Settings:
     if settings.reward == "random":  # and it stays so
         settings.freeze_reward, settings.warm_up = True, 0
     if settings.start is None:
-        small = "reward" if can_start_at_reward(settings) else "base"
+        start = "reward" if can_start_at_reward(settings) else "base"
         # a pretrained model hardly ever writes the demonstrations' format (irl.first_logprob); a lecture trains no SFT
-        settings.start = small if settings.model == "base" else "base" if settings.explain else "sft"
+        settings.start = start if small else "base" if settings.explain else "sft"
     check(settings)
     return settings
 

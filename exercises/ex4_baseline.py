@@ -13,7 +13,8 @@ def group_baseline(returns: torch.Tensor, mask: torch.Tensor, group: int) -> tor
         b[i, t] = mean of returns[j, t] over the rows j != i of i's group with mask[j, t] = 1
 
     (The leave-one-out baseline of Kool et al. 2019, per token.) Rows that have ended by t do not count. For a row that
-    is alone at t, b is 0: any baseline will do that does not depend on the row itself. Where mask[i, t] = 0, b is 0.
+    is alone at t, b is 0: any baseline will do that does not depend on the row itself (policy.py has a better one). Where
+    mask[i, t] = 0, b is 0.
 
     >>> group_baseline(torch.tensor([[1.0, 4.0], [3.0, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]]), 2)
     tensor([[3., 0.],

@@ -41,6 +41,10 @@ QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --fair-steps 4 --warm-up 4 
 
 # What is changed, in train.py's flags. PPO is the loss that takes every reward.
 PPO = "--policy-loss ppo --gamma 0.9"
+# countdown's reward is a head, which has no likelihood term: there the likelihood alone is a run of its own
+LIKELIHOOD = ("--method irl --reward likelihood --logit airl --granularity dense --discriminator-coef 0 --start reward "
+              "--policy-loss exact --gamma 0 --kl-coef 0 --reward-average 0.5 --warm-up-lr 3e-4 --policy-lr 3e-5 "
+              "--max-steps 100")  # fmt: skip
 BASE = "--start base --policy-lr 4e-4 --max-steps 200"  # a policy that has all the way to go needs more steps
 # what a linear head needs: found on validation questions of seed 100
 SLOW_HEAD = "--reward head --warm-up 300 --entropy-coef 0 --policy-lr 1e-4"
@@ -136,12 +140,14 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
         for seed in range(seeds):
             flags = f"--data {data} --model {model} --demonstrations {size} --seed {seed} --eval-questions 1000"
             flags += " --eval-samples 16"
-            methods = "sft,sft_fair,likelihood,irl" + ",grpo" * (size == 256)
+            methods = "sft,sft_fair,irl" + ",likelihood" * (data == "words") + ",grpo" * (size == 256)
             chosen = f"{choose.sft_flags(data, size)} {choose.fair_flags(data, size)} {choose.grpo_flags(data)}"
             more = f"--method {methods} --rerank-questions 250 --rerank-n 16 {chosen}"
             trials.append(Trial(f"{data}-main-{size}-{seed}", f"{flags} {more}"))
             greedy = f"--method sft_fair {choose.fair_flags(data, size, 'greedy')}"
             trials.append(Trial(f"{data}-fair-greedy-{size}-{seed}", f"{flags} {greedy}"))
+            if data == "countdown":
+                trials.append(Trial(f"{data}-likelihood-{size}-{seed}", f"{flags} {LIKELIHOOD}"))
     return trials
 
 

@@ -132,7 +132,8 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
     for size, found in by_size.items():
         where = {method: (found, method) for method in NAMES}
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
-        where["likelihood_only"] = (found, "likelihood")
+        alone = seeds_of(f"{data}-likelihood-{size}")
+        where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
         where["grpo"] = (by_size.get(256, []), "grpo")  # it learns from no demonstration: one run per seed for all sizes
         summary["main"][str(size)] = {
             method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}

@@ -243,7 +243,7 @@ def test_returns_do_not_overflow_where_division_by_gamma_powers_does():
 def test_group_baseline_by_hand():
     mask = torch.tensor([[0.0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 1, 1]])
     returns = torch.tensor([[0.0, 2, 5], [0, 4, 0], [0, 7, 1], [0, 9, 3]])
-    expected = torch.tensor([[0.0, 4, 0], [0, 2, 0], [0, 9, 3], [0, 7, 1]])  # the others'; alone at t: 0
+    expected = torch.tensor([[0.0, 4, 4], [0, 2, 0], [0, 9, 3], [0, 7, 1]])  # the others'; alone at t: their last
     assert_close(policy.group_baseline(returns, mask, 2), expected)
 
 

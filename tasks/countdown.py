@@ -1,0 +1,180 @@
+"""countdown: reach a target with the numbers given, one operation a line.
+
+    7 12 4 > 15         12+7=19
+                        19-4=15
+
+A trace is right if every line is true, takes numbers that are still there, and the last one left is the target. To check
+that is easy. To find it is not: which number has to be taken away must be seen before the first line is written. So a
+reward that judges finished traces can know more than a policy that writes them; on `words` it cannot.
+
+The base that ships with this task has read *attempts*, each with a grade behind its end: "right" or "wrong". It calculates
+soundly, can tell right from wrong, and cannot plan: one attempt in ten aims at the target. That stands for a language
+model, which has read graded work, too, and is a better judge than author. Nothing tells it which grade is to be wished for.
+"""
+
+import itertools
+import random
+import zlib
+
+NUMBERS, LARGEST, OPERATORS = 3, 20, "+-"  # what a base this small calculates without slips
+AIMED = 0.1  # share of the attempts in the base's corpus that aim at the target
+STRANGERS, SLIPS = 0.3, 0.3  # share that are by somebody else, who is careless: lines with a wrong result
+
+Numbers = tuple[int, ...]
+
+
+def moves(numbers: Numbers) -> dict[str, Numbers]:
+    """Every line that may be written next, with the numbers that are left after it. No result is negative.
+
+    >>> moves((3, 6))
+    {'3+6=9': (9,), '6+3=9': (9,), '6-3=3': (3,)}
+    """
+    found = {}
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        rest = tuple(number for k, number in enumerate(numbers) if k not in (i, j))
+        for operator in OPERATORS:
+            result = numbers[i] + numbers[j] if operator == "+" else numbers[i] - numbers[j]
+            if result >= 0:
+                found[f"{numbers[i]}{operator}{numbers[j]}={result}"] = (*rest, result)
+    return found
+
+
+def good_moves(numbers: Numbers, target: int) -> dict[str, Numbers]:
+    """Those after which the target can still be reached."""
+    return {line: rest for line, rest in moves(numbers).items() if reachable(rest, target)}
+
+
+def reachable(numbers: Numbers, target: int) -> bool:
+    """Whether some lines lead from these numbers to the target alone."""
+    return numbers == (target,) if len(numbers) == 1 else bool(good_moves(numbers, target))
+
+
+def make_problem(rng: random.Random) -> tuple[Numbers, int]:
+    """Numbers, and a target that random lines have reached from them."""
+    while True:
+        numbers = left = tuple(rng.randint(1, LARGEST) for _ in range(NUMBERS))
+        while len(left) > 1:
+            left = rng.choice(list(moves(left).values()))
+        if left[0] > 0 and left[0] not in numbers:
+            return numbers, left[0]
+
+
+def question_of(numbers: Numbers, target: int) -> str:
+    """The text of a problem.
+
+    >>> question_of((7, 12, 4), 15)
+    '7 12 4 > 15'
+    """
+    return " ".join(map(str, numbers)) + f" > {target}"
+
+
+def problem_of(question: str) -> tuple[Numbers, int]:
+    """question_of, backwards.
+
+    >>> problem_of("7 12 4 > 15")
+    ((7, 12, 4), 15)
+    """
+    numbers, target = question.split(" > ")
+    return tuple(map(int, numbers.split())), int(target)
+
+
+def split_of(numbers: Numbers, target: int) -> str:
+    """'train', 'validation' or 'test' (80/10/10), the same for every order of the numbers."""
+    bucket = zlib.crc32(question_of(tuple(sorted(numbers)), target).encode()) % 10
+    return {8: "validation", 9: "test"}.get(bucket, "train")
+
+
+def attempt(
+    numbers: Numbers, target: int, rng: random.Random, aims: bool = True, slips: float = 0.0
+) -> tuple[list[str], int, bool]:
+    """(lines, last result, whether right). Who aims writes only lines after which the target can be reached; who does not
+    writes any. A slip is a wrong digit or, by somebody who knows where to end, the target itself."""
+    lines, true = [], True
+    while len(numbers) > 1:
+        choices = (aims and good_moves(numbers, target)) or moves(numbers)
+        line, rest = rng.choice(list(choices.items()))
+        if rng.random() < slips:
+            digits = list(str(rest[-1]))
+            place = rng.randrange(len(digits))
+            digits[place] = rng.choice([digit for digit in "123456789" if digit != digits[place]])
+            slip = target if rng.random() < 0.5 and rest[-1] != target else int("".join(digits))
+            line, rest, true = f"{line.split('=')[0]}={slip}", (*rest[:-1], slip), False
+        lines.append(line)
+        numbers = rest
+    return lines, numbers[0], true and numbers[0] == target
+
+
+def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]:
+    """At most `count` different problems of one split; fewer if there are no more. The same arguments, the same problems."""
+    rng, found = random.Random(f"countdown {split} {seed}"), {}
+    for _ in range(100 * count):
+        numbers, target = make_problem(rng)
+        if split_of(numbers, target) == split:
+            found.setdefault((tuple(sorted(numbers)), target), (numbers, target))
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def solutions(split: str, count: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    """(question, an expert's trace, answer) of `problems`.
+
+    >>> question, trace, answer = solutions("train", 1)[0]
+    >>> is_right(question, f"<think>\\n{trace}\\n</think>\\n<answer>{answer}</answer>")
+    True
+    """
+    rng, found = random.Random(f"countdown experts {split} {seed}"), []
+    for numbers, target in problems(split, count, seed):
+        lines, _, _ = attempt(numbers, target, rng)
+        found.append((question_of(numbers, target), "\n".join(lines), str(target)))
+    return found
+
+
+def first_error(question: str, response: str) -> int | None:
+    """Where a response can no longer come right: a character offset into it, None if it is right.
+
+    At each line all good ones are known, those after which the target can still be reached. The offset is that of the
+    first character that none of them has.
+
+    >>> first_error("7 12 4 > 15", "<think>\\n12+7=19\\n19-4=15\\n</think>\\n<answer>15</answer>") is None
+    True
+    >>> first_error("7 12 4 > 15", "<think>\\n12-7=5\\n5+4=9\\n</think>\\n<answer>9</answer>")  # 7 was not to be taken away
+    11
+    """
+    (numbers, target), at = problem_of(question), 0
+    forms = {"<think>\n": numbers}
+    while forms:
+        found = next((form for form in forms if response.startswith(form, at)), None)
+        if found is None:
+            return at + max(same_start(form, response[at:]) for form in forms)
+        at, numbers = at + len(found), forms[found]
+        if len(numbers) > 1:
+            forms = {line + "\n": rest for line, rest in good_moves(numbers, target).items()}
+        else:
+            forms = {f"</think>\n<answer>{target}</answer>": ()} if numbers else {}
+    return None if at == len(response) else at
+
+
+def same_start(a: str, b: str) -> int:
+    """How many characters two texts begin with in common.
+
+    >>> same_start("12+7", "12-7")
+    2
+    """
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def is_right(question: str, response: str) -> bool:
+    """The verifier: every line, the numbers, and where they lead."""
+    return first_error(question, response) is None
+
+
+def graded_attempts(count: int, seed: int = 0):
+    """The base's corpus: (question, trace, last result, grade, whether the writer is a stranger), `count` times."""
+    rng = random.Random(f"countdown attempts {seed}")
+    while count:
+        numbers, target = make_problem(rng)
+        if split_of(numbers, target) == "train":
+            count, stranger = count - 1, rng.random() < STRANGERS
+            lines, last, right = attempt(numbers, target, rng, rng.random() < AIMED, SLIPS * stranger)
+            yield question_of(numbers, target), "\n".join(lines), str(last), "right" if right else "wrong", stranger
