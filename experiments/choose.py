@@ -27,8 +27,8 @@ from data import UserError
 from experiments import run as runs
 
 SHARES, TEMPERATURES = (0.0, 0.25, 0.5, 0.75), (1.0, 0.2)  # of the base in the weights; what divides the logits, as IRL's alpha
-UPDATES, MORE_UPDATES, RATES = (15, 30, 60, 120, 240, 480), (960, 1920), (3e-4, 6e-4)  # more for 1,024 demonstrations
-GRPO_STEPS, GRPO_RATES = (400, 800), (2e-4, 4e-4, 8e-4)
+UPDATES, MORE_UPDATES, RATES = (15, 30, 60, 120, 240, 480), (960,), (3e-4, 6e-4)  # more for 1,024 demonstrations
+GRPO_STEPS, GRPO_RATES = (400, 800), (4e-4, 8e-4)
 QUESTIONS, SAMPLES, SEED = 500, 1, 100
 
 
