@@ -6,12 +6,14 @@ BIN := .venv/bin
 
 demo: .venv/ready
 	$(BIN)/python train.py
+	$(BIN)/python train.py --data countdown --name countdown
 
 test: .venv/ready
 	$(BIN)/python -m pytest
 
-base: .venv/ready  ## make the shipped base again (about 10 minutes)
+base: .venv/ready  ## make the shipped bases again (about 10 minutes each)
 	$(BIN)/python pretrain.py --out base
+	$(BIN)/python pretrain.py --task countdown --steps 3500 --out tasks/countdown-base
 
 clean:
 	rm -rf .venv runs

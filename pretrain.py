@@ -6,7 +6,7 @@ greedy decoding is worse than sampling, and its own log-probability cannot tell 
 graded attempts (tasks/countdown.py): it can judge, and cannot plan.
 
     python pretrain.py --task words --out base                            (about 10 minutes on 2 cores; committed)
-    python pretrain.py --task countdown --out tasks/countdown-base        (the same)
+    python pretrain.py --task countdown --steps 3500 --out tasks/countdown-base        (the same)
 
 This file is apart from train.py because it stands for the work of somebody else: whoever pretrained Qwen.
 """

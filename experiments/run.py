@@ -17,6 +17,7 @@ the tables say so. (experiments/tables.py makes results/summary.json, the tables
     variants    IRL otherwise: from the base, from SFT, without extra questions, PPO with a reward per token, step or trace
     ablations   one setting changed at a time, three seeds, with a policy that starts at the base
     inference   reranking up to N = 64, localisation, and transfer, with the models of the main part
+    traces      countdown: one setting of a reward per trace changed at a time, three seeds
     (variants and ablations are of words alone)
 """
 
@@ -36,7 +37,7 @@ from experiments import choose
 
 ROOT = Path(__file__).parents[1]
 SIZES = (64, 256, 1024)  # demonstrations, of words
-PARTS = ("choose", "main", "grpo", "variants", "ablations", "inference")
+PARTS = ("choose", "main", "grpo", "variants", "ablations", "traces", "inference")
 QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --fair-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 "
          "--eval-questions 20 --eval-samples 4 --rerank-questions 12 --rerank-n 4 --validate-every 2")  # fmt: skip
 
@@ -103,6 +104,33 @@ ABLATIONS = {
     "group 8": f"{BASE} --group 8 --questions 8",
 }
 
+# IRL on countdown, one thing changed: what a reward per trace needs, and how it goes wrong
+TRACES = {
+    "frozen after the warm-up": "--freeze-reward",
+    "no KL": "--kl-coef 0",
+    "frozen, no KL": "--freeze-reward --kl-coef 0",
+    "KL 0.3": "--kl-coef 0.3",
+    "no perturbed negatives": "--perturbed 0",
+    "a random head": "--reward random",
+    "half of the demonstrations broken": "--wrong-demonstrations 0.5",
+    "discriminator 10 x faster": "--reward-lr 1e-4",
+    "discriminator 100 x faster": "--reward-lr 1e-3",
+    "no replay": "--replay 0",
+    "warm-up 10": "--warm-up 10",
+    "warm-up 160": "--warm-up 160",
+    "start at SFT": "--start sft",
+    "best of group": "--policy-loss best",
+    "REINFORCE": "--policy-loss reinforce",
+    "Bradley-Terry": "--discriminator-loss bt",
+    "AIRL logit": "--logit airl",
+    "a score per step": "--granularity interval",
+    "a score per token": "--granularity dense --gamma 1",
+    "likelihood, per trace": "--reward likelihood --logit airl",
+    "likelihood, per token, exact": "--reward likelihood --logit airl --granularity dense --policy-loss exact --gamma 0",
+    "16 demonstrations": "--demonstrations 16",
+    "800 steps": "--max-steps 800",
+}
+
 
 @dataclass
 class Trial:
@@ -165,11 +193,13 @@ def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
 
 
 def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial]:
-    """256 demonstrations, one thing changed."""
-    flags = "--method irl --demonstrations 256 --eval-questions 1000 --eval-samples 4 --rerank-questions 250"
+    """One thing changed: words with 256 demonstrations, countdown with 64."""
+    task, size = ("countdown", 64) if part == "traces" else ("words", 256)
+    flags = f"--data {task} --method irl --demonstrations {size} --eval-questions 1000 --eval-samples 4"
+    flags += f" --rerank-questions 250 {choose.sft_flags(task, size)}"
     return [
-        Trial(f"{part}-{plain(label)}-{seed}", f"{flags} {choose.sft_flags('words', 256)} --seed {seed} {change}")
-        for seed in range(seeds)
+        Trial(f"{part}-{plain(label)}-{seed}", f"{flags} --seed {seed} {change}")
+        for seed in seeds_of(task, seeds)
         for label, change in changes.items()
     ]
 
@@ -182,6 +212,8 @@ def all_trials(parts: list[str], data: str, model: str, sizes: tuple, seeds: int
         trials += changed_trials("variants", VARIANTS, seeds)
     if "ablations" in parts:
         trials += changed_trials("ablations", ABLATIONS, min(seeds, 3))
+    if "traces" in parts:
+        trials += changed_trials("traces", TRACES, min(seeds, 3))
     return trials
 
 
@@ -258,7 +290,8 @@ def main() -> None:
         raise UserError("--seeds and --jobs must be at least 1")
     if args.quick:
         environ["IRL_RESULTS"] = "results-quick"
-    parts = [args.only] if args.only else [p for p in PARTS if args.data == "words" or p not in ("variants", "ablations")]
+    alone = {"variants": "words", "ablations": "words", "traces": "countdown"}
+    parts = [args.only] if args.only else [part for part in PARTS if alone.get(part, args.data) == args.data]
     if not all(size.isdigit() and int(size) for size in args.sizes.split(",")):
         raise UserError(f"--sizes must be numbers with commas between, not {args.sizes}")
     source, failed = (args.data, args.model, tuple(map(int, args.sizes.split(",")))), 0

@@ -221,7 +221,8 @@ def beyond(found: list[dict], reference: list[dict], *path: str) -> list[float] 
 def changed_table(part: str, changes: dict[str, str], short: bool = False) -> str:
     """One row per change: accuracies, what they have beyond the defaults', AUROC, over how many seeds, and how many of them
     collapsed. `short` leaves out the flags, and the intervals of what is not compared."""
-    default = seeds_of({"variants": "words-main-256", "ablations": "ablations-default"}[part])
+    default = {"variants": "words-main-256", "ablations": "ablations-default", "traces": "countdown-main-64"}[part]
+    default = {found["settings"]["seed"]: found for found in seeds_of(default)}
     show = lambda value: percent(value[:1] if short else value)
     rows = []
     for label, change in changes.items():
@@ -230,7 +231,8 @@ def changed_table(part: str, changes: dict[str, str], short: bool = False) -> st
             row = [label, *[f"`{change}`"] * (not short)]
             for key in ("t1", "greedy"):
                 path = ("methods", "irl", key)
-                more = "–" if label == "default" else percent(beyond(found, default, *path), signed=True)
+                same = [default[seed] for one in found if (seed := one["settings"]["seed"]) in default]
+                more = "–" if label == "default" or len(same) < len(found) else percent(beyond(found, same, *path), signed=True)
                 row += [show(over_seeds(found, *path)), more]
             row.append(show(over_seeds(found, "reward", "auroc")))
             rows.append([*row, str(len(found)), str(sum(map(collapsed, found)))])
@@ -398,9 +400,10 @@ def write() -> None:
     parts = ["# Results\n\nWritten by `python -m experiments.run`. % right, mean over seeds with its 95% interval."]
     for data in sources():
         parts += main_tables(data, summary[data]) + inference_tables(data)
-    for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS)):
+    for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS), ("traces", runs.TRACES)):
         rows = changed_table(part, changes)
-        parts += [f"### {part.capitalize()}, 256 demonstrations\n\n{rows}"] if rows else []
+        title = "Countdown, 64 demonstrations, one thing changed" if part == "traces" else f"{part.capitalize()}, 256 demonstrations"
+        parts += [f"### {title}\n\n{rows}"] if rows else []
     parts += choice_tables()
     parts += ["Failed: " + ", ".join(failed)] if failed else []
     runs.keep(folder / "tables.md", "\n\n".join(parts) + "\n")
