@@ -65,6 +65,7 @@ class GRPO:
         self.optimizer = policy.make_optimizer(self.policy_model, self.settings.grpo_lr)
         self.rng = random.Random(f"grpo {self.settings.seed}")
         self.generator = torch.Generator(self.policy_model.device).manual_seed(self.settings.seed)
+        self.ends = data.end_tokens(self.tokenizer, self.policy_model)
         self.done = 0
 
     def step(self) -> dict:
@@ -72,7 +73,7 @@ class GRPO:
         s = self.settings
         examples = draw(self.examples, s.questions, self.rng)
         prompts = [data.prompt_ids(self.tokenizer, e.question) for e in examples]
-        rollout = policy.sample(self.policy_model, prompts, self.tokenizer.eos_token_id, s.max_new_tokens, s.group,
+        rollout = policy.sample(self.policy_model, prompts, self.ends, s.max_new_tokens, s.group,
                                 s.temperature, s.top_p, self.generator, s.sample_rows)  # fmt: skip
         batch, mask = rollout.batch, rollout.batch.response_mask
         texts = [data.decode(self.tokenizer, batch.response(row)) for row in range(len(batch))]

@@ -17,6 +17,8 @@ Run `python data.py` to see one example of each.
 import argparse
 import datetime
 import difflib
+import functools
+import itertools
 import json
 import math
 import os.path
@@ -498,19 +500,22 @@ def prompt_ids(tokenizer, question: str) -> list[int]:
     return ids
 
 
-def chat_text(tokenizer, message: str, seconds: float = 10.0) -> str:
-    """One user turn in the tokenizer's chat template, up to where the answer begins.
+def chat_text(tokenizer, message: str, seconds: float = 10.0, reply: str | None = None) -> str:
+    """One user turn in the tokenizer's chat template, up to where the answer begins; with a `reply`, that one too, and
+    whatever the template puts after it.
 
     A chat template is a program that comes with the model. transformers runs it in Jinja's sandbox, where it can reach
     neither Python nor files; but it may fail, drop the question, or never end, so it has `seconds` in a thread of its own.
     """
-    turn, found = [{"role": "user", "content": message}], {}
+    turns, found = [{"role": "user", "content": message}], {}
+    if reply is not None:
+        turns.append({"role": "assistant", "content": reply})
 
     def render():
         try:
             template = at_date(tokenizer.get_chat_template(), getattr(tokenizer, "date", datetime.date.today()))
-            how = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
-            found["text"] = tokenizer.apply_chat_template(turn, **how)
+            how = {"chat_template": template, "add_generation_prompt": reply is None, "tokenize": False}
+            found["text"] = tokenizer.apply_chat_template(turns, **how)
         except Exception as error:  # Jinja's own, and whatever Python raises inside a template
             found["error"] = error
 
@@ -560,14 +565,43 @@ def response_text(trace: str, answer: str) -> str:
     return f"<think>\n{trace}\n</think>\n<answer>{answer}</answer>"
 
 
+def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
+    """All tokens that end a response. The first is the one to train: the chat template's end of turn, or without a template
+    the tokenizer's end. Then that end, which a base model knows, and those that the model's own generate() stops at.
+    """
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = listed if isinstance(listed, (list, tuple)) else [listed]
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    known = [end_of_turn(tokenizer, template), tokenizer.eos_token_id, *listed]
+    return tuple(dict.fromkeys(token for token in known if token is not None))
+
+
+@functools.lru_cache(maxsize=8)  # asked for with every response; a template is no fast program
+def end_of_turn(tokenizer, template: str) -> int | None:
+    """The special token that the chat template puts right after the assistant's message; None if there is none."""
+    reply = "the reply"
+    after = chat_text(tokenizer, "the question", reply=reply).rpartition(reply)[2].lstrip() if template else ""
+    first = token_ids(tokenizer, after)[:1]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return first[0] if first and first[0] in special else None
+
+
+def until_end(tokenizer, text: str) -> str:
+    """`text` up to the first end token that is written out in it: what follows is no part of the response."""
+    ends = (re.escape(tokenizer.convert_ids_to_tokens(end)) for end in end_tokens(tokenizer))
+    return re.split("|".join(ends), text, maxsplit=1)[0]
+
+
 def response_ids(tokenizer, text: str) -> list[int]:
     """The response's tokens and the end token. The end token is part of the response: it is trained, scored, paid."""
-    return token_ids(tokenizer, text) + [tokenizer.eos_token_id]
+    return token_ids(tokenizer, text) + [end_tokens(tokenizer)[0]]
 
 
 def decode(tokenizer, ids) -> str:
-    """Response tokens back to text; the end token and special tokens are left out."""
-    return tokenizer.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """Response tokens back to text, up to the first end token; special tokens are left out."""
+    ends = end_tokens(tokenizer)
+    ids = itertools.takewhile(lambda token: token not in ends, map(int, ids))
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def token_at(tokenizer, ids, offset: int) -> int:

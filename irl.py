@@ -48,6 +48,7 @@ class IRL:
         self.rng = random.Random(f"irl {s.seed}")
         self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)
         self.replay = reward.Replay(s.replay)
+        self.ends = data.end_tokens(self.tokenizer, self.policy_model)
         self.done = 0
         self.reward_start = lora.start_of(self.discriminator.reward_model) if s.reward_average else []
         if s.kl_coef:
@@ -112,7 +113,7 @@ class IRL:
         """Stage 1. `group` responses to each question, sampled from the policy as it is now."""
         s = self.settings
         prompts = [data.prompt_ids(self.tokenizer, question) for question in questions]
-        rollout = policy.sample(self.policy_model, prompts, self.tokenizer.eos_token_id, s.max_new_tokens, group,
+        rollout = policy.sample(self.policy_model, prompts, self.ends, s.max_new_tokens, group,
                                 s.temperature, s.top_p, self.generator, s.sample_rows)  # fmt: skip
         mask = rollout.batch.response_mask
         return rollout, {

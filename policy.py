@@ -187,7 +187,7 @@ def half_precision(device: torch.device):
 @dataclass
 class Rollout:
     """What the policy wrote: `batch` with G consecutive rows per question, log pi of each response token, and
-    whether each row ended by itself (an end token) rather than by the length limit."""
+    whether each row ended by itself (one of the end tokens) rather than by the length limit."""
 
     batch: Batch
     logprobs: torch.Tensor  # [B, T], 0 outside the response
@@ -217,10 +217,11 @@ def choose(logprobs: torch.Tensor, temperature: float, top_p: float, generator=N
 
 @torch.no_grad()
 def sample(
-    model, prompts: list[list[int]], end_token: int, max_new_tokens: int, group: int = 1, temperature: float = 1.0,
+    model, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, group: int = 1, temperature: float = 1.0,
     top_p: float = 1.0, generator: torch.Generator | None = None, rows: int = 512,
 ) -> Rollout:  # fmt: skip
     """Sample `group` responses for each prompt, at most `rows` at a time. Row i*group + g is sample g of prompt i.
+    A row ends with the first of the tokens `ends` (data.end_tokens) that it draws.
 
     Log-probabilities are those of the policy that temperature makes, log softmax(logits / temperature) (temperature 0:
     of the unchanged logits). top-p only narrows the choice; it is not part of the policy's density.
@@ -232,7 +233,7 @@ def sample(
         chunk = prompts[start : start + per_chunk]
         with half_precision(model.device):
             chunk_responses, chunk_logprobs = _sample_chunk(
-                model, chunk, end_token, max_new_tokens, group, temperature, top_p, generator
+                model, chunk, ends, max_new_tokens, group, temperature, top_p, generator
             )
         responses += chunk_responses
         logprobs += chunk_logprobs
@@ -241,7 +242,7 @@ def sample(
     values = torch.zeros(batch.tokens.shape)
     for row, (prompt, chosen) in enumerate(zip(repeated, logprobs)):
         values[row, len(prompt) : len(prompt) + len(chosen)] = chosen
-    finished = torch.tensor([response[-1] == end_token for response in responses])
+    finished = torch.tensor([response[-1] in ends for response in responses])
     return Rollout(batch, values.to(model.device), finished.to(model.device))
 
 
@@ -287,8 +288,9 @@ def make_roomy(cache) -> bool:
 
 
 @torch.inference_mode()
-def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature, top_p, generator):
+def _sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p, generator):
     device, count = model.device, len(prompts) * group
+    ends = torch.tensor(ends, device=device)
     # Prompts are padded on the left, so that all rows write their next token in the same column. Each prompt is read
     # once; its keys and values are then repeated for the G samples of its group.
     longest = max(map(len, prompts))
@@ -320,7 +322,7 @@ def _sample_chunk(model, prompts, end_token, max_new_tokens, group, temperature,
         responses[rows, t] = token
         logprobs[rows, t] = logp.gather(-1, token[:, None]).squeeze(-1)
         lengths[rows] += ~ended
-        ended = ended | (token == end_token)
+        ended = ended | torch.isin(token, ends)
         if t + 1 == max_new_tokens:
             break
         left = len(ended) - (int(ended.sum()) if (t + 1) % look_every == 0 else 0)  # as far as we know
@@ -688,7 +690,7 @@ def main() -> None:
     example = data.load_examples("words", "test", 1)[0]
     generator = torch.Generator().manual_seed(0)
     prompt = data.prompt_ids(tokenizer, example.question)
-    rollout = sample(model, [prompt], tokenizer.eos_token_id, max_new_tokens=64, group=4, generator=generator)
+    rollout = sample(model, [prompt], data.end_tokens(tokenizer, model), max_new_tokens=64, group=4, generator=generator)
     print(example.question, "\n")
     for row in range(4):
         text = data.decode(tokenizer, rollout.batch.response(row))

@@ -430,7 +430,7 @@ def collect(model, tokenizer, examples: list[Example], n: int, max_new_tokens: i
             generator: torch.Generator | None = None, rows: int = 512) -> Candidates:  # fmt: skip
     """Sample n candidates for each example's question, at most `rows` at a time."""
     prompts = [data.prompt_ids(tokenizer, example.question) for example in examples]
-    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, max_new_tokens, group=n,
+    rollout = policy.sample(model, prompts, data.end_tokens(tokenizer, model), max_new_tokens, group=n,
                             temperature=temperature, generator=generator, rows=rows)  # fmt: skip
     batch = rollout.batch.to("cpu")
     texts = [data.decode(tokenizer, batch.response(row)) for row in range(len(batch))]
@@ -438,7 +438,8 @@ def collect(model, tokenizer, examples: list[Example], n: int, max_new_tokens: i
 
 
 def from_texts(tokenizer, examples: list[Example], texts: list[str], n: int) -> Candidates:
-    """Candidates that somebody else wrote, as text."""
+    """Candidates that somebody else wrote, as text, each up to its first end token."""
+    texts = [data.until_end(tokenizer, text) for text in texts]
     prompts = [data.prompt_ids(tokenizer, example.question) for example in examples for _ in range(n)]
     responses = [data.response_ids(tokenizer, text) for text in texts]
     return Candidates(examples, data.make_batch(prompts, responses), texts, n)
@@ -595,7 +596,7 @@ def rerank_results(
     return results
 
 
-def natural_errors(candidates: Candidates, tokenizer) -> torch.Tensor:
+def natural_errors(candidates: Candidates, tokenizer, ends: tuple[int, ...]) -> torch.Tensor:
     """Column of the first wrong token of each candidate for an embedded problem: [B], -1 where there is none.
 
     Only traces with a wrong answer count. A trace that the length limit cut off before any error has none.
@@ -606,7 +607,7 @@ def natural_errors(candidates: Candidates, tokenizer) -> torch.Tensor:
         wrong = not candidates.correct[question, sample]
         offset = data.first_error(candidates.examples[question], text) if wrong else None
         ids = candidates.batch.response(row)
-        if offset is None or (offset >= len(text) and ids[-1] != tokenizer.eos_token_id):
+        if offset is None or (offset >= len(text) and ids[-1] not in ends):
             places.append(-1)
         else:
             places.append(int(candidates.batch.prompt_lengths[row]) + data.token_at(tokenizer, ids, offset))
@@ -680,7 +681,7 @@ def localise_results(candidates: Candidates, values: dict[str, torch.Tensor], to
     than the error. A natural error is carried on, and is what the policy believes.
     """
     ends_step = discriminator.ends_step.cpu()
-    truth = natural_errors(candidates, tokenizer)
+    truth = natural_errors(candidates, tokenizer, data.end_tokens(tokenizer, policy_model))
     rows = (truth >= 0).nonzero().squeeze(-1)  # [W], the traces with an error to find
     batch = candidates.batch[rows]
     kept = {name: value[rows, : batch.tokens.shape[1]] for name, value in values.items()}
@@ -744,7 +745,9 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
     with torch.no_grad():
         scores = discriminator.reward_model.scores(batch)
     logits = discriminator.logits(batch, scores, values["logprob"].to(scores.device)).cpu()
-    wrong = natural_errors(shown, tokenizer) if settings.data in data.EMBEDDED else torch.full((len(rows),), -1)
+    wrong = torch.full((len(rows),), -1)
+    if settings.data in data.EMBEDDED:
+        wrong = natural_errors(shown, tokenizer, data.end_tokens(tokenizer, policy_model))
     traces = []
     for i, example in enumerate(shown.examples):
         first, last = int(shown.batch.prompt_lengths[i]), int(shown.batch.lengths[i])

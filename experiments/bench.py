@@ -305,16 +305,16 @@ def load(device="cpu"):
 
 def generate(model, tokenizer, prompts: list[list[int]], group: int, new_tokens: int) -> int:
     """transformers' own sampling of the same thing. Returns the number of response tokens, end tokens included."""
-    longest = max(map(len, prompts))
+    longest, ends = max(map(len, prompts)), data.end_tokens(tokenizer, model)
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.no_grad():
         rows = model.generate(
             input_ids=tokens, attention_mask=mask, num_return_sequences=group, max_new_tokens=new_tokens,
             do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id,
         )[:, longest:]  # fmt: skip
-    ended = (rows == tokenizer.eos_token_id).int()
+    ended = torch.isin(rows, torch.tensor(ends, device=rows.device)).int()
     return int((ended.cumsum(1) - ended == 0).sum())
 
 
@@ -323,10 +323,10 @@ def sample_ways(model, tokenizer, examples, questions: int, group: int, new_toke
     import policy
 
     prompts = [data.prompt_ids(tokenizer, e.question) for e in examples[:questions]]
-    generator = torch.Generator(model.device).manual_seed(0)
+    generator, ends = torch.Generator(model.device).manual_seed(0), data.end_tokens(tokenizer, model)
 
     def ours() -> int:
-        rollout = policy.sample(model, prompts, tokenizer.eos_token_id, new_tokens, group, generator=generator)
+        rollout = policy.sample(model, prompts, ends, new_tokens, group, generator=generator)
         return int(rollout.batch.response_mask.sum())
 
     def rate(way: Callable[[], int]) -> float:

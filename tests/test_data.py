@@ -3,11 +3,13 @@
 import copy
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from conftest import SHARED
 
 import data
+import rerank
 from data import Example, UserError
 
 EXPERT = Example(
@@ -252,6 +254,34 @@ def test_chat_template_is_used_where_there_is_one(qwen_tokenizer):
     text = data.response_text("1+1=2", "2")
     ids = data.response_ids(qwen_tokenizer, text)
     assert data.decode(qwen_tokenizer, ids) == text and ids[-1] == qwen_tokenizer.eos_token_id
+
+
+def test_a_response_ends_at_any_end_token_and_nothing_after_it_is_read(shipped):
+    """The template's end of turn, which is trained; the tokenizer's; those of the model's generation_config."""
+    tokenizer = copy.deepcopy(shipped[1])
+    own = tokenizer.eos_token_id
+    assert data.end_tokens(tokenizer, shipped[0]) == (own,)
+    tokenizer.add_tokens(["<|turn|>", "<|other|>"], special_tokens=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|turn|>\n{% endfor %}"
+    turn, other = tokenizer.convert_tokens_to_ids(["<|turn|>", "<|other|>"])
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[own, other]))
+    assert data.end_tokens(tokenizer) == (turn, own) and data.end_tokens(tokenizer, model) == (turn, own, other)
+    assert data.response_ids(tokenizer, "18")[-1] == turn
+    example = Example("How many eggs?", "", "18")
+    for end in ("<|turn|>", tokenizer.eos_token):
+        text = f"18.{end}\nuser: Tom has 5 eggs"
+        assert data.is_correct(example, data.decode(tokenizer, data.token_ids(tokenizer, text)))
+        candidates = rerank.from_texts(tokenizer, [example], [text], 1)
+        assert candidates.answers == [["18"]] and candidates.batch.response(0) == data.response_ids(tokenizer, "18.")
+
+
+def test_qwen_ends_its_turn_with_im_end(qwen_tokenizer):
+    """As the tokenizer of its base models does, whose own end is another token."""
+    tokenizer = copy.deepcopy(qwen_tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert tokenizer.convert_ids_to_tokens(data.end_tokens(tokenizer)) == ["<|im_end|>", "<|endoftext|>"]
+    ids = data.token_ids(tokenizer, "18.<|im_end|>\n<|im_start|>user\nTom has 5 apples")
+    assert data.extract_answer(data.decode(tokenizer, ids)) == "18"
 
 
 def test_a_prompt_does_not_change_at_midnight(shipped):

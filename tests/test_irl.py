@@ -35,7 +35,7 @@ def make_loop(shipped, settings, **changes):
 def accuracy(loop, questions=64):
     examples = data.load_examples("words", "validation", questions)
     prompts = [data.prompt_ids(loop.tokenizer, e.question) for e in examples]
-    batch = policy.sample(loop.policy_model, prompts, loop.tokenizer.eos_token_id, 64, group=4,
+    batch = policy.sample(loop.policy_model, prompts, (loop.tokenizer.eos_token_id,), 64, group=4,
                           generator=torch.Generator().manual_seed(0)).batch  # fmt: skip
     return sum(
         data.is_correct(examples[i // 4], data.decode(loop.tokenizer, batch.response(i))) for i in range(len(batch))

@@ -171,6 +171,6 @@ def test_a_model_without_linear_layers_is_refused():
 def test_sampling_agrees_with_scoring(base, shipped):
     model, tokenizer = disturbed(lora.adapt(base, 4, 2.0)), shipped[1]
     prompts = [data.prompt_ids(tokenizer, e.question) for e in data.load_examples("words", "test", 4)]
-    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 32, group=2)
+    rollout = policy.sample(model, prompts, (tokenizer.eos_token_id,), 32, group=2)
     with torch.no_grad():
         assert_close(policy.token_logprobs(model, rollout.batch), rollout.logprobs, atol=1e-4, rtol=0)

@@ -27,7 +27,7 @@ def prompts(shipped):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_equal_a_fresh_forward_pass(shipped, prompts, temperature):
     model, tokenizer = shipped
-    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 64, group=3, temperature=temperature)
+    rollout = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, group=3, temperature=temperature)
     fresh = policy.in_chunks(lambda b: policy.token_logprobs(model, b, temperature), rollout.batch, 5)
     assert_close(rollout.logprobs, fresh, atol=1e-4, rtol=0)
     assert rollout.finished.all() and (rollout.batch.lengths > rollout.batch.prompt_lengths).all()
@@ -41,14 +41,14 @@ def test_sampling_and_training_agree_in_half_precision(shipped, prompts, monkeyp
     exact = torch.autocast("cpu", enabled=False)(decoder.forward)
     monkeypatch.setattr(decoder, "forward", exact)
     monkeypatch.setattr(policy, "half_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
-    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 64, 2, temperature=1.5)
+    rollout = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, 2, temperature=1.5)
     trained = policy.in_chunks(lambda b: policy.token_logprobs(model, b, 1.5), rollout.batch)
     assert_close(rollout.logprobs, trained, atol=1e-3, rtol=0)
 
 
 def test_each_row_continues_its_own_prompt(shipped, prompts):
     model, tokenizer = shipped
-    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 8, group=2, rows=6)  # several chunks
+    rollout = policy.sample(model, prompts, (tokenizer.eos_token_id,), 8, group=2, rows=6)  # several chunks
     for row in range(2 * len(prompts)):
         prompt = prompts[row // 2]
         assert rollout.batch.tokens[row, : len(prompt)].tolist() == prompt
@@ -57,7 +57,7 @@ def test_each_row_continues_its_own_prompt(shipped, prompts):
 
 def test_greedy_equals_generate(shipped, prompts):
     model, tokenizer = shipped
-    ours = policy.sample(model, prompts, tokenizer.eos_token_id, 64, temperature=0.0)
+    ours = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, temperature=0.0)
     for row, prompt in enumerate(prompts):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=tokenizer.eos_token_id,
                                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long), pad_token_id=1)  # fmt: skip
@@ -67,7 +67,7 @@ def test_greedy_equals_generate(shipped, prompts):
 def test_the_same_seed_gives_the_same_samples(shipped, prompts):
     model, tokenizer = shipped
     a, b = (
-        policy.sample(model, prompts, tokenizer.eos_token_id, 16, generator=torch.Generator().manual_seed(3))
+        policy.sample(model, prompts, (tokenizer.eos_token_id,), 16, generator=torch.Generator().manual_seed(3))
         for _ in range(2)
     )
     assert torch.equal(a.batch.tokens, b.batch.tokens)
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_samples(shipped, prompts):
 
 def test_length_limit_leaves_a_row_unfinished(shipped, prompts):
     model, tokenizer = shipped
-    rollout = policy.sample(model, prompts, tokenizer.eos_token_id, 5)
+    rollout = policy.sample(model, prompts, (tokenizer.eos_token_id,), 5)
     assert not rollout.finished.any() and (rollout.batch.response_mask.sum(1) == 5).all()
 
 
@@ -88,7 +88,7 @@ def test_room_in_the_cache_changes_nothing(shipped, prompts, monkeypatch):
         if room is None:
             monkeypatch.setattr(policy, "make_roomy", lambda cache: False)
         generator = torch.Generator().manual_seed(0)
-        rollouts.append(policy.sample(model, prompts, tokenizer.eos_token_id, 64, 4, generator=generator))
+        rollouts.append(policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, 4, generator=generator))
         monkeypatch.undo()
     for rollout in rollouts[1:]:
         assert torch.equal(rollout.batch.tokens, rollouts[0].batch.tokens)
@@ -110,21 +110,29 @@ def test_rows_may_end_with_the_first_token(shipped, prompts):
     """Some rows end at once, before the cache has grown; the others go on."""
     sample = lambda end, length: policy.sample(shipped[0], prompts, end, length, 4, temperature=4.0,
                                                generator=torch.Generator().manual_seed(0))  # fmt: skip
-    first = [sample(-1, 1).batch.response(row)[0] for row in range(4 * len(prompts))]
+    first = [sample((-1,), 1).batch.response(row)[0] for row in range(4 * len(prompts))]
     end = max(set(first), key=first.count)
-    rollout = sample(end, 8)
+    rollout = sample((end,), 8)
     at_once = torch.tensor([token == end for token in first])
     assert 0.1 < at_once.float().mean() < 0.9
     lengths = rollout.batch.response_mask.sum(1)
     assert (lengths[at_once] == 1).all() and (lengths[~at_once] > 1).all()
 
 
+def test_any_of_the_end_tokens_ends_a_row(shipped, prompts):
+    sample = lambda ends, length: policy.sample(shipped[0], prompts, ends, length, 4, temperature=4.0,
+                                                generator=torch.Generator().manual_seed(0))  # fmt: skip
+    ends = tuple({sample((-1,), 1).batch.response(row)[0] for row in range(4 * len(prompts))})
+    rollout = sample(ends, 8)
+    assert len(ends) > 1 and rollout.finished.all() and (rollout.batch.response_mask.sum(1) == 1).all()
+
+
 @pytest.mark.parametrize("every", [1, 8])
 def test_how_often_we_look_who_has_ended_changes_no_greedy_trace(shipped, prompts, monkeypatch, every):
     model, tokenizer = shipped
-    expected = policy.sample(model, prompts, tokenizer.eos_token_id, 64, temperature=0.0)
+    expected = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, temperature=0.0)
     monkeypatch.setattr(policy, "LOOK_EVERY", {"cpu": every})
-    found = policy.sample(model, prompts, tokenizer.eos_token_id, 64, temperature=0.0)
+    found = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, temperature=0.0)
     assert torch.equal(found.batch.tokens, expected.batch.tokens)
     assert_close(found.logprobs, expected.logprobs)
 

@@ -406,7 +406,7 @@ def test_natural_errors_point_at_the_first_wrong_token(shipped):
     whatever stands before it."""
     tokenizer = shipped[1]
     candidates = written(tokenizer, [RIGHT, WRONG, LATE, ("3+12=15\n14+36=50", "50")])
-    places = rerank.natural_errors(candidates, tokenizer)
+    places = rerank.natural_errors(candidates, tokenizer, data.end_tokens(tokenizer))
     prompt = int(candidates.batch.prompt_lengths[0])
     assert places[0] == places[3] == -1 and places[1] == prompt + 2
     tokens = [tokenizer.decode([t]) for t in candidates.batch.tokens[2, prompt : places[2] + 1]]
@@ -420,7 +420,7 @@ def test_a_cut_trace_without_an_error_has_no_place(shipped):
     for response, has_error in [(ids, True), (ids[:-1], False)]:  # with it, it has stopped too early
         batch = data.make_batch([[1]], [response])
         candidates = rerank.Candidates([example], batch, ["<think>\n3*12=36\n"], 1)
-        assert (rerank.natural_errors(candidates, tokenizer) >= 0).tolist() == [has_error]
+        assert (rerank.natural_errors(candidates, tokenizer, data.end_tokens(tokenizer)) >= 0).tolist() == [has_error]
 
 
 def test_perturbed_experts_differ_first_where_they_say(shipped):

@@ -28,7 +28,7 @@ def comparison(shipped):
     examples = data.load_examples("words", "train", 4)
     prompts = [data.prompt_ids(tokenizer, e.question) for e in examples]
     batch = policy.sample(
-        model, prompts, tokenizer.eos_token_id, 64, group=2, generator=torch.Generator().manual_seed(0)
+        model, prompts, (tokenizer.eos_token_id,), 64, group=2, generator=torch.Generator().manual_seed(0)
     ).batch
     rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(4)]
     return reward.compare(tokenizer, examples, rollouts, 2, random.Random(0))
