@@ -127,8 +127,9 @@ def best_of_n(correct: torch.Tensor, scores: torch.Tensor, n: int) -> torch.Tens
     return (fair.gather(1, order) * torch.tensor(chance, dtype=torch.double)).sum(1).float()
 
 
-def canonical_answers(answers: list[str | None]) -> list[str | None]:
-    """One question's answers as keys that are equal where data.same_answer would call the answers the same.
+def canonical_answers(answers: list[str | None], options: tuple[str, ...] = ()) -> list[str | None]:
+    """One question's answers as keys that are equal where data.same_answer would call the answers the same. An answer
+    that names one of the question's options, by letter or by text, has the option for a key.
 
     data.same_answer looks at the truth to decide between numbers and words. There is no truth here, so the
     candidates decide: if one of them answers with nothing but a number, all that state one number are
@@ -138,24 +139,30 @@ def canonical_answers(answers: list[str | None]) -> list[str | None]:
     ['1200', '1200', '1200', '1200', None]
     >>> canonical_answers(["vitamin B12", "The vitamin B12.", "B6", ""])
     ['vitamin b12', 'vitamin b12', 'b6', None]
+    >>> canonical_answers(["B", "aortic valve"], ("Mitral valve", "Aortic valve"))
+    ['Aortic valve', 'Aortic valve']
     """
     # What same_answer takes for a number when it is the truth.
     numeric = any(answer is not None and re.fullmatch(data.ONLY_NUMBER, answer[:1000]) for answer in answers)
     keys: list[str | None] = []
     for answer in answers:
+        option = data.option_of(answer or "", options)
+        if option is not None:
+            keys.append(options[option])
+            continue
         value = data.parse_number(answer) if numeric and answer else None
         keys.append(str(value) if value is not None else data.normalise_text(answer or "") or None)
     return keys
 
 
-def key_numbers(answers: list[list[str | None]]) -> torch.Tensor:
+def key_numbers(answers: list[list[str | None]], options: list[tuple[str, ...]] | None = None) -> torch.Tensor:
     """Canonical answers as integers to vote with: [Q, N] long, equal where a row's answers are, -1 for none.
 
     >>> key_numbers([["7", "8", "7.0", None]])
     tensor([[ 0,  1,  0, -1]])
     """
     rows = []
-    for row in map(canonical_answers, answers):
+    for row in map(canonical_answers, answers, options or [()] * len(answers)):
         seen: dict[str, int] = {}
         rows.append([-1 if key is None else seen.setdefault(key, len(seen)) for key in row])
     return torch.tensor(rows, dtype=torch.long)
@@ -417,7 +424,7 @@ class Candidates:
     @cached_property
     def keys(self) -> torch.Tensor:
         """[Q, n], equal where two answers of a question are the same; -1 for no answer."""
-        return key_numbers(self.answers)
+        return key_numbers(self.answers, [example.options for example in self.examples])
 
     @cached_property
     def correct(self) -> torch.Tensor:

@@ -104,11 +104,36 @@ def test_token_at_names_the_token_that_holds_a_character(shipped):
         ("1/0", "0", False), ("12,34", "1234", False), ("eighteen", "18", False), ("1,000,000", "1000000", True),
         ("The left ventricle.", "left ventricle", True), ("B. Vitamin C", "vitamin c", True),
         ("right ventricle", "left ventricle", False),
-        ("vitamin B12", "vitamin B6", False),
+        ("vitamin B12", "vitamin B6", False), ("A", "A", True), ("", "A", False), ("", "the", False), (".", "A", False),
+        ("+5 dB", "-5 dB", False), ("−5 dB", "-5 dB", True), ("- 5 dB", "-5 dB", True), ("3 - 5 days", "3-5 days", True),
+        ("< 5", "> 5", False), ("≤5 mg", "<= 5 mg", True), ("< 5 mg", "<= 5 mg", False), ("< 5", "5", False),
+        ("=> 18", "18", True),
     ],
 )  # fmt: skip
 def test_same_answer(predicted, truth, same):
     assert data.same_answer(predicted, truth) is same
+
+
+VALVES = ("Mitral valve", "Aortic valve", "Neither")
+
+
+@pytest.mark.parametrize(
+    "answer, options, index",
+    [
+        ("B", VALVES, 1), ("b", VALVES, 1), ("B.", VALVES, 1), ("(B)", VALVES, 1), ("B) the aortic valve", VALVES, 1),
+        ("B. what leads to the aorta", VALVES, 1), ("aortic valve.", VALVES, 1), ("D", VALVES, None), ("", VALVES, None),
+        ("A valve", VALVES, None), ("C", ("B12", "C", "D"), 1), ("D", ("B12", "C", "D"), 2), ("18.0", ("17", "18"), 1),
+        ("18 pens", ("17", "18"), 1), ("K. pneumoniae", ("S. pneumoniae", "K. pneumoniae"), 1), ("A", (), None),
+        ("> 5", ("< 5", "> 5"), 1),
+    ],
+)  # fmt: skip
+def test_an_answer_names_an_option_by_letter_or_by_text(answer, options, index):
+    assert data.option_of(answer, options) == index
+    for truth in range(len(options)):  # the truth may be a letter, too, unless a letter is an option's text
+        truths = [options[truth]] + (["ABC"[truth]] if "C" not in options else [])
+        for written in truths:
+            example = Example("Which?", "", written, options)
+            assert data.is_correct(example, data.response_text("", answer)) is (index == truth)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +159,13 @@ def test_the_verifier_can_be_locked():
 
 
 # perturbations -------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_answer_is_another_option_in_the_same_form():
+    rng, written = random.Random(0), {"B": {"A", "C"}, "(b)": {"(a)", "(c)"}, "the aortic valve": {VALVES[0], VALVES[2]}}
+    for answer, others in written.items():
+        example = Example("Which?", "", answer, VALVES)
+        assert {data.perturb(example, rng, "answer")[0].answer for _ in range(20)} == others
 
 
 def test_perturbations_change_something_and_say_where():

@@ -114,11 +114,20 @@ def test_canonical_words():
 
 @pytest.mark.parametrize("a, b", [
     ("1,200", "1200"), ("3/4", "0.75"), ("-5", "5"), ("The heart.", "heart"), ("7 pens", "7"), ("10%", "10"),
-    ("lung", "heart"), ("7", "seven"),
+    ("lung", "heart"), ("7", "seven"), ("+5 dB", "-5 dB"), ("< 5", "5"), ("< 5", "> 5"), ("A", "the"), ("A", "a."),
 ])  # fmt: skip
 def test_canonical_agrees_with_same_answer(a, b):
     one, other = rerank.canonical_answers([a, b])
     assert (one == other) == (data.same_answer(a, b) or data.same_answer(b, a))
+
+
+def test_votes_count_a_letter_and_its_text_as_one():
+    options = ("Mitral valve", "Aortic valve")
+    assert rerank.key_numbers([["B", "aortic valve", "(b)", "A", None, "lung"]], [options]).tolist() == [[0, 0, 0, 1, -1, 2]]
+    example = data.Example("Which?", "", "B", options)
+    texts = [data.response_text("", answer) for answer in ("B", "Aortic valve", "A")]
+    candidates = rerank.Candidates([example], data.make_batch([[1]] * 3, [[1]] * 3), texts, 3)
+    assert candidates.keys.tolist() == [[0, 0, 1]] and candidates.correct.tolist() == [[1, 1, 0]]
 
 
 def majority(correct, answers, weights=None):
