@@ -28,7 +28,7 @@ from experiments import run as runs
 
 SHARES, TEMPERATURES = (0.0, 0.25, 0.5, 0.75), (1.0, 0.2)  # of the base in the weights; what divides the logits, as IRL's alpha
 UPDATES, MORE_UPDATES, RATES = (15, 30, 60, 120, 240, 480), (960,), (3e-4, 6e-4)  # more for 1,024 demonstrations
-GRPO_STEPS, GRPO_RATES = (400, 800), (4e-4, 8e-4)
+GRPO = ((400, 4e-4), (400, 8e-4), (800, 4e-4))  # steps, rate
 QUESTIONS, SAMPLES, SEED = 500, 1, 100
 
 
@@ -52,7 +52,7 @@ def cells(data: str, model: str, sizes: tuple, quick: bool) -> list[Cell]:
     """All trainings; GRPO's questions are those of 256 demonstrations and the extra ones, as in the main part."""
     updates = lambda size: (2, 4) if quick else UPDATES + MORE_UPDATES * (size >= 1024)
     found = [Cell(data, model, "sft", n, steps, lr) for n in sizes for steps in updates(n) for lr in RATES]
-    return found + [Cell(data, model, "grpo", 256, n, lr) for n in ((2,) if quick else GRPO_STEPS) for lr in GRPO_RATES]
+    return found + [Cell(data, model, "grpo", 256, n, lr) for n, lr in (((2, 4e-4),) if quick else GRPO)]
 
 
 def measure(cell: Cell, quick: bool) -> dict:
