@@ -416,7 +416,7 @@ def from_record(record) -> Example:
     """A JSON object as an Example. GSM8K's own form, whose answer holds the trace before '####', is understood too.
 
     >>> from_record({"question": "1+2?", "answer": "It is 1+2 = <<1+2=3>>3.\\n#### 3"})
-    Example(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=())
+    Example(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=(), task='')
     """
     if not isinstance(record, dict):
         raise ValueError('not a JSON object: each line needs {"question": .., "trace": .., "answer": ..}')
@@ -468,7 +468,7 @@ def from_medreason(row: dict) -> Example:
 
     >>> from_medreason({"question": "Which vitamin?", "options": "Answer Choices:\\nA. B12\\nB. C\\nC. D",
     ...                 "answer": "B. C. Explanation: scurvy.", "reasoning": "Scurvy is lack of C."})
-    Example(question='Which vitamin?\\nA. B12\\nB. C\\nC. D', trace='Scurvy is lack of C.', answer='C', options=('B12', 'C', 'D'))
+    Example(question='Which vitamin?\\nA. B12\\nB. C\\nC. D', trace='Scurvy is lack of C.', answer='C', options=('B12', 'C', 'D'), task='')
     """
     listed = [line.strip() for line in str(row.get("options") or "").split("\n")]
     options = tuple(line[2:].strip() for line in listed if re.match(r"[A-Z][.)]\s*\S", line))

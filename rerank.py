@@ -482,7 +482,7 @@ def candidates_record(record) -> tuple[Example, list[str]]:
     """A JSON object as an Example without a trace, and its candidates.
 
     >>> candidates_record({"question": "1+2?", "candidates": ["3", "4"], "answer": 3})
-    (Example(question='1+2?', trace='', answer='3', options=()), ['3', '4'])
+    (Example(question='1+2?', trace='', answer='3', options=(), task=''), ['3', '4'])
     """
     if not isinstance(record, dict):
         raise ValueError('not a JSON object: each line needs {"question": .., "candidates": [..]}')
