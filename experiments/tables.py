@@ -203,7 +203,7 @@ def main_tables(data: str, summary: dict) -> list[str]:
 
 def alarm_table(summary: dict) -> str:
     """Of the base's wrong and right traces, the share in which a signal finds a token suspicious."""
-    rows = [[README_RULES[s], *(percent(summary["alarms"][kind][s]) for kind in ("wrong", "right"))] for s in FIRST]
+    rows = [[CHOSEN_BY[s], *(percent(summary["alarms"][kind][s]) for kind in ("wrong", "right"))] for s in FIRST]
     return table(["a token below −1 is found, %", "in wrong traces of the base", "in right ones"], rows)
 
 
@@ -333,12 +333,12 @@ def draw_best_of_n(path: Path) -> None:
     save(figure, path)
 
 
-# README's rows: their names in summary.json, and there
-README_RULES = {"random": "a random pick", "longest": "the longest", "shortest": "the shortest", "majority": "majority vote",
+# docs/results.md's rows: their names in summary.json, and there
+CHOSEN_BY = {"random": "a random pick", "longest": "the longest", "shortest": "the shortest", "majority": "majority vote",
                 "logprob": "the base's own log-probability", "sft_logprob": "the SFT model's log-probability",
                 "sft_fair_logprob": "the averaged SFT model's log-probability", "reward": "**the learned reward**, mean of f",
                 "oracle": "an oracle"}  # fmt: skip
-README_SIGNALS = {"reward": "**reward**: first token below −1",
+POINTED_AT = {"reward": "**reward**: first token below −1",
                   "sft_logprob": "SFT model's log-probability: first below −1",
                   "sft_fair_logprob": "averaged SFT model's log-probability: first below −1",
                   "logprob": "base's log-probability: first below −1", "reward_lowest": "reward: lowest token",
@@ -348,26 +348,83 @@ README_SIGNALS = {"reward": "**reward**: first token below −1",
                   "chance": "chance"}  # fmt: skip
 
 
+# README.md's rows: their names in summary.json, and there
+README_METHODS = {"base": "base", "sft": "SFT", "sft_fair": "fair SFT",
+                  "likelihood_only": "IRL's likelihood, no discriminator", "irl": "**IRL**",
+                  "grpo": "GRPO, true answers"}  # fmt: skip
+README_CHOICES = {"random": "at random", "majority": "majority vote", "logprob": "base's log-probability",
+                  "sft_fair_logprob": "fair SFT's log-probability", "longest": "the longest",
+                  "own_grade": "base's own grade", "reward": "**learned reward**", "oracle": "oracle"}  # fmt: skip
+NOTHING_YET = "No results of this version are here yet: run `python -m experiments.run`."
+
+
+def short(value: list | None) -> str:
+    """[0.825, 0.81, 0.84] as '82.5±1.5'.
+
+    >>> short([0.825, 0.81, 0.84]), short([0.825, None, None]), short(None)
+    ('82.5±1.5', '82.5', '–')
+    """
+    if value is None:
+        return "–"
+    mean, _, high = value
+    return f"{100 * mean:.1f}" + (f"±{100 * (high - mean):.1f}" if high is not None else "")
+
+
 def readme_tables(summary: dict) -> str:
-    """The results as README.md has them: every number of theirs is in summary.json."""
-    words = summary["words"]
-    main, ranking, found = words["main"], words["rerank"], words["localise"]
-    accuracies = [[name, *(percent(main[str(size)][m][key]) for size in runs.SIZES for key in ("t1", "greedy"))]
-                  for m, name in NAMES.items()]  # fmt: skip
-    ns, kinds = ("4", "8", "16"), ("natural", "single")
-    best = [[name, *(percent(ranking[n][rule]) for n in ns)] for rule, name in README_RULES.items()]
-    hits = [[name, *(percent(found[kind]["hit0"][s]) for kind in kinds)] for s, name in README_SIGNALS.items()]
-    auroc, low, high = words["auroc"]["reward"]
-    return "\n\n".join([
-        table([f"{summary['seeds']} seeds, 1,000 test questions", "64 demonstrations: T = 1", "greedy", "256: T = 1",
-               "greedy", "1,024: T = 1", "greedy"], accuracies),
-        table(["best of N samples of the base, chosen by (256 demonstrations)", *(f"N = {n}" for n in ns)], best),
-        table(["exact first wrong token found, %", "the base's own errors", "one planted error"], hits),
-        *([alarm_table(words)] if "alarms" in words else []),
-        f"*% right, or found: means over seeds with 95% intervals (Student's t). AUROC of the reward, right against wrong "
-        f"traces: {auroc:.3f} [{low:.3f}, {high:.3f}]; collapses: {summary['collapses']} in {summary['runs']} runs of IRL "
-        f"with the default settings.*",
-    ])  # fmt: skip
+    """Two small tables for README.md: accuracies, best of 8. Every number is in summary.json; what is missing is left out."""
+    tasks = [task for task in ("words", "countdown") if task in summary]
+    columns = [(task, size) for task in tasks for size in ("64", "256") if size in summary[task]["main"]]
+    if not columns:
+        return NOTHING_YET
+
+    def accuracy(task: str, size: str, method: str, key: str) -> str:  # fair SFT as it was best for the column
+        other = "sft_fair_greedy" if (method, key) == ("sft_fair", "greedy") else method
+        return short(summary[task]["main"][size].get(other, {}).get(key))
+
+    def best(task: str, rule: str) -> str:
+        value = (summary[task].get("own_grade") or {}) if rule == "own_grade" else None
+        return short(value.get("8") if value is not None else summary[task]["rerank"]["8"].get(rule))
+
+    parts = []
+    for names, head, cells in (
+        (README_METHODS, ["% right: T=1 / greedy", *(f"{task} {size}" for task, size in columns)],
+         lambda row: [" / ".join(accuracy(*column, row, key) for key in ("t1", "greedy")) for column in columns]),
+        (README_CHOICES, ["best of 8 of the base, chosen", *tasks], lambda row: [best(task, row) for task in tasks]),
+    ):  # fmt: skip
+        rows = [[name, *cells(row)] for row, name in names.items()]
+        rows = [row for row in rows if set("".join(row[1:])) - set("– /")]
+        parts += [table(head, rows)] if rows else []
+    return "\n\n".join(parts)
+
+
+def full_tables(summary: dict) -> str:
+    """The results as docs/results.md has them: every number of theirs is in summary.json."""
+    parts = []
+    for task in ("words", "countdown"):
+        if task not in summary:
+            continue
+        main, ranking, found = (summary[task][part] for part in ("main", "rerank", "localise"))
+        head = [f"{task}, {summary['seeds']} seeds"]
+        head += [f"{size}: {key}" for size in main for key in ("T = 1", "greedy")]
+        rows = [[name, *(percent(main[size][m][key]) for size in main for key in ("t1", "greedy"))] for m, name in NAMES.items()]
+        parts.append(table(head, rows))
+        ns, kinds = ("4", "8", "16"), [kind for kind in ("natural", "single") if kind in found]
+        rows = [[name, *(percent(ranking[n].get(rule)) for n in ns)] for rule, name in CHOSEN_BY.items()]
+        if summary[task].get("own_grade"):
+            rows.append(["the base's own grade", *(percent(summary[task]["own_grade"].get(n)) for n in ns)])
+        parts.append(table([f"{task}: best of N samples of the base, chosen by", *(f"N = {n}" for n in ns)], rows))
+        if kinds:
+            titles = {"natural": "the base's own errors", "single": "one planted error"}
+            rows = [[name, *(percent(found[kind]["hit0"][s]) for kind in kinds)] for s, name in POINTED_AT.items()]
+            parts.append(table([f"{task}: exact first wrong token found, %", *(titles[kind] for kind in kinds)], rows))
+        if summary[task].get("alarms", {}).get("wrong", {}).get("reward"):
+            parts.append(alarm_table(summary[task]))
+        if value := summary[task]["auroc"].get("reward"):
+            parts.append(f"*{task}: AUROC of the reward, right against wrong traces: {percent(value)} in %.*")
+    if not parts:
+        return NOTHING_YET
+    runs_of_irl = f"collapses: {summary['collapses']} in {summary['runs']} runs of IRL with the default settings"
+    return "\n\n".join([*parts, f"*% right, or found: means over seeds with 95% intervals (Student's t); {runs_of_irl}.*"])
 
 
 def between_marks(text: str, part: str, new: str) -> str:
@@ -384,14 +441,23 @@ def between_marks(text: str, part: str, new: str) -> str:
 
 def into_readme(text: str, summary: dict) -> str:
     """README.md with the tables of what is there."""
-    text = between_marks(text, "results", readme_tables(summary))
-    for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS)):
-        text = between_marks(text, part, changed_table(part, changes, short=True))
+    return between_marks(text, "results", readme_tables(summary))
+
+
+def into_results(text: str, summary: dict) -> str:
+    """docs/results.md with the tables of what is there."""
+    text = between_marks(text, "full", full_tables(summary))
+    for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS), ("traces", runs.TRACES)):
+        text = between_marks(text, part, changed_table(part, changes, short=True) or NOTHING_YET)
     return text
 
 
+# What holds tables between marks, and who writes them there
+PAGES = {"README.md": into_readme, "docs/results.md": into_results}
+
+
 def write() -> None:
-    """summary.json, tables.md, two figures; and the tables in README.md, once the main part is complete."""
+    """summary.json, tables.md, two figures; and the tables in README.md and docs/results.md."""
     folder = runs.results_folder()
     folder.mkdir(exist_ok=True)
     summary = main_summary()
@@ -407,9 +473,9 @@ def write() -> None:
     parts += choice_tables()
     parts += ["Failed: " + ", ".join(failed)] if failed else []
     runs.keep(folder / "tables.md", "\n\n".join(parts) + "\n")
-    readme = runs.ROOT / "README.md"
-    if folder.name == "results" and summary["seeds"] > 1 and sources().get("words") == list(runs.SIZES):
-        runs.keep(readme, into_readme(readme.read_text(encoding="utf-8"), summary))
+    for name, into in PAGES.items() if folder.name == "results" and sources() else ():
+        page = runs.ROOT / name
+        runs.keep(page, into(page.read_text(encoding="utf-8"), summary))
     draw_collapses(folder / "collapses.svg")
     draw_best_of_n(folder / "best-of-n.svg")
     print(f"{folder / 'summary.json'}, {folder / 'tables.md'}")

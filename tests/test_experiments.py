@@ -64,4 +64,8 @@ def test_the_summary_has_every_method_by_data_and_size(results):
     assert summary["countdown"]["localise"] == {}
     tables.write()
     assert "### countdown, 64 demonstrations" in (results / "tables.md").read_text()
-    assert all(name in tables.readme_tables(summary) for name in tables.NAMES.values())
+    assert all(name in tables.full_tables(summary) for name in tables.NAMES.values())
+    small = tables.readme_tables(summary)
+    assert all(name in small for name in tables.README_METHODS.values())
+    assert "| % right: T=1 / greedy | words 64 | words 256 | countdown 64 | countdown 256 |" in small
+    assert "own grade" not in small and tables.readme_tables({}) == tables.NOTHING_YET
