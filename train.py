@@ -193,8 +193,8 @@ PRESETS = {
     # small, for a task where finished traces are judged: the paper's head, a score per trace
     "countdown": dict(data="countdown", demonstrations=64, extra_questions=3000, max_new_tokens=40,
                       reward="head", logit="gail", granularity="sparse", reward_average=0.0, perturbed=4, warm_up=40,
-                      warm_up_lr=1e-3, policy_loss="ppo", gamma=1.0, group=8, kl_coef=0.05, policy_lr=4e-4, max_steps=250,
-                      grpo_steps=250, grpo_lr=4e-4),
+                      warm_up_lr=1e-3, policy_loss="ppo", gamma=1.0, group=8, kl_coef=0.05, policy_lr=6e-4, max_steps=300,
+                      grpo_steps=300, grpo_lr=6e-4),
 }  # fmt: skip
 LORA_RATES = 10  # adapters take this times the rates: customary, too
 
