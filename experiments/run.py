@@ -173,7 +173,7 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
         for size in sorted(sizes, key=lambda n: n != 256):
             flags = f"--data {data} --model {model} --demonstrations {size} --seed {seed} --eval-questions 1000"
             flags += " --eval-samples 4"
-            methods = "sft,sft_fair,irl" + ",likelihood" * (data == "words")
+            methods = "sft,sft_fair," + "likelihood," * (data == "words") + "irl"
             chosen = f"{choose.sft_flags(data, size)} {choose.fair_flags(data, size)}"
             more = f"--method {methods} --rerank-questions 250 --rerank-n 16 {chosen}"
             trials.append(Trial(f"{data}-main-{size}-{seed}", f"{flags} {more}"))

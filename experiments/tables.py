@@ -137,10 +137,12 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
         where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
         summary["main"][str(size)] = {
             method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
-            | {f"pass@{k}": over_seeds(results, "methods", name, "pass@k", k) for k in ("4",)}
+            | {"pass@4": over_seeds(results, "methods", name, "pass@k", "4")}
             for method, (results, name) in where.items()
         }
-    found = by_size.get(256, [])
+    size = max(by_size, key=lambda n: (len(by_size[n]), n == 256))  # 256, if as many seeds are there as of others
+    found = by_size[size]
+    summary["seeds"], summary["judged with"] = {str(n): len(results) for n, results in by_size.items()}, size
     for n in ("4", "8", "16"):
         summary["rerank"][n] = {rule: over_seeds(found, "rerank", n, rule) for rule in RULES}
     areas = [rule for rule in RULES if over_seeds(found, "rerank", "auroc", rule)]
@@ -385,11 +387,15 @@ def readme_tables(summary: dict) -> str:
         value = (summary[task].get("own_grade") or {}) if rule == "own_grade" else None
         return short(value.get("8") if value is not None else summary[task]["rerank"]["8"].get(rule))
 
+    def seeds(task: str, size: str) -> str:
+        return f"{(n := summary[task]['seeds'][size])} seed{'s' * (n != 1)}"
+
     parts = []
     for names, head, cells in (
-        (README_METHODS, ["% right: T=1 / greedy", *(f"{task} {size}" for task, size in columns)],
+        (README_METHODS, ["% right: T=1 / greedy", *(f"{task} {size}, {seeds(task, size)}" for task, size in columns)],
          lambda row: [" / ".join(accuracy(*column, row, key) for key in ("t1", "greedy")) for column in columns]),
-        (README_CHOICES, ["best of 8 of the base, chosen", *tasks], lambda row: [best(task, row) for task in tasks]),
+        (README_CHOICES, ["best of 8 of the base, chosen by", *(f"{task} {summary[task]['judged with']}" for task in tasks)],
+         lambda row: [best(task, row) for task in tasks]),
     ):  # fmt: skip
         rows = [[name, *cells(row)] for row, name in names.items()]
         rows = [row for row in rows if set("".join(row[1:])) - set("– /")]
@@ -404,9 +410,9 @@ def full_tables(summary: dict) -> str:
         if task not in summary:
             continue
         main, ranking, found = (summary[task][part] for part in ("main", "rerank", "localise"))
-        head = [f"{task}, {summary['seeds']} seeds"]
-        head += [f"{size}: {key}" for size in main for key in ("T = 1", "greedy")]
-        rows = [[name, *(percent(main[size][m][key]) for size in main for key in ("t1", "greedy"))] for m, name in NAMES.items()]
+        head = [task] + [f"{size} ({summary[task]['seeds'][size]} seeds): {key}" for size in main for key in ("T = 1", "greedy")]
+        keys = ("t1", "greedy")
+        rows = [[name, *(percent(main[n][method][key]) for n in main for key in keys)] for method, name in NAMES.items()]
         parts.append(table(head, rows))
         ns, kinds = ("4", "8", "16"), [kind for kind in ("natural", "single") if kind in found]
         rows = [[name, *(percent(ranking[n].get(rule)) for n in ns)] for rule, name in CHOSEN_BY.items()]
@@ -468,7 +474,7 @@ def write() -> None:
         parts += main_tables(data, summary[data]) + inference_tables(data)
     for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS), ("traces", runs.TRACES)):
         rows = changed_table(part, changes)
-        title = "Countdown, 64 demonstrations, one thing changed" if part == "traces" else f"{part.capitalize()}, 256 demonstrations"
+        title = f"{part.capitalize()}, " + ("64 demonstrations of countdown" if part == "traces" else "256 demonstrations")
         parts += [f"### {title}\n\n{rows}"] if rows else []
     parts += choice_tables()
     parts += ["Failed: " + ", ".join(failed)] if failed else []
