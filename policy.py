@@ -126,7 +126,8 @@ def check_same_tokenizer(tokenizer, other: str) -> None:
     if vocabulary != tokenizer.get_vocab():
         raise UserError(
             f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
-            f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family"
+            f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family. What another model wrote can be "
+            "judged as text: rerank.py --candidates FILE"
         )
 
 

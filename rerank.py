@@ -408,12 +408,15 @@ def chance(counts: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Candidates:
-    """n responses to each question: consecutive rows of batch, which stays on the CPU, and of texts."""
+    """n responses to each question: consecutive rows of batch, which stays on the CPU, and of texts. Of those that were
+    sampled here, log pi of each token, [B, T], and whether each ended by itself, [B]."""
 
     examples: list[Example]
     batch: Batch
     texts: list[str]
     n: int
+    logprobs: torch.Tensor | None = None
+    finished: torch.Tensor | None = None
 
     @cached_property
     def answers(self) -> list[list[str | None]]:
@@ -434,14 +437,15 @@ class Candidates:
 
 
 def collect(model, tokenizer, examples: list[Example], n: int, max_new_tokens: int, temperature: float = 1.0,
-            generator: torch.Generator | None = None, rows: int = 512) -> Candidates:  # fmt: skip
-    """Sample n candidates for each example's question, at most `rows` at a time."""
-    prompts = [data.prompt_ids(tokenizer, example.question) for example in examples]
+            generator: torch.Generator | None = None, rows: int = 512, prompts=None) -> Candidates:  # fmt: skip
+    """Sample n candidates for each example's question, at most `rows` at a time. prompts: other tokens to ask it with than
+    data.prompt_ids."""
+    prompts = prompts or [data.prompt_ids(tokenizer, example.question) for example in examples]
     rollout = policy.sample(model, prompts, data.end_tokens(tokenizer, model), max_new_tokens, group=n,
                             temperature=temperature, generator=generator, rows=rows)  # fmt: skip
     batch = rollout.batch.to("cpu")
     texts = [data.decode(tokenizer, batch.response(row)) for row in range(len(batch))]
-    return Candidates(examples, batch, texts, n)
+    return Candidates(examples, batch, texts, n, rollout.logprobs.cpu(), rollout.finished.cpu())
 
 
 def from_texts(tokenizer, examples: list[Example], texts: list[str], n: int) -> Candidates:
@@ -578,9 +582,19 @@ def rerank_results(
     random: an even draw. oracle: right if any of the n is. Every other way lies below the oracle, and is
     of use if it lies above the draw.
     """
-    correct, keys, total = candidates.correct, candidates.keys, candidates.n
     scores = score_table(candidates, signals, ends, rules, default_rule, gamma)
-    right = correct.sum(1).int().tolist()  # c of pass@k, per question
+    voters = {"weighted_majority": "reward"} if "reward" in scores else {}
+    results = choice_results(candidates.correct, candidates.keys, scores, ns, voters, seed)
+    if "reward" in scores:
+        success = lambda k: bootstrap(success_at_k(candidates.correct, scores["reward"], k), seed=seed)
+        results["success@k"] = {str(k): success(k) for k in ns}
+    return results
+
+
+def choice_results(correct: torch.Tensor, keys: torch.Tensor, scores: dict[str, torch.Tensor], ns: list[int],
+                   voters: dict[str, str], seed: int = 0) -> dict:  # fmt: skip
+    """`rerank_results` of trace scores, each [Q, N], whoever gave them. voters: weighted vote -> the score that weighs."""
+    total, right = correct.shape[1], correct.sum(1).int().tolist()  # c of pass@k, per question
 
     def interval(values: torch.Tensor) -> list[float]:
         return bootstrap(values, seed=seed)
@@ -591,13 +605,10 @@ def rerank_results(
         row = {"random": interval(correct.mean(1))}
         row["majority"] = interval(majority_vote(correct, keys, n, seed=seed))
         row |= {name: interval(best_of_n(correct, values, n)) for name, values in scores.items()}
-        if "reward" in scores:
-            weights = vote_weights(scores["reward"])
-            row["weighted_majority"] = interval(majority_vote(correct, keys, n, weights, seed=seed))
+        for name, weighs in voters.items():
+            row[name] = interval(majority_vote(correct, keys, n, vote_weights(scores[weighs]), seed=seed))
         results[str(n)] = row | {"oracle": found[n]}
     results["pass@k"] = {str(n): found[n] for n in ns}
-    if "reward" in scores:
-        results["success@k"] = {str(k): interval(success_at_k(correct, scores["reward"], k)) for k in ns}
     areas = {name: auroc(values.flatten(), correct.flatten()) for name, values in scores.items()}
     results["auroc"] = {name: None if math.isnan(area) else area for name, area in areas.items()}
     return results
@@ -886,6 +897,8 @@ def rerank_run(args) -> None:
     if given:
         examples, texts, n, known = given
         candidates = from_texts(tokenizer, examples, texts, n)
+        tokens = int(candidates.batch.response_mask.sum())
+        print(f"{args.candidates} is text, whoever wrote it: {tokens} tokens of the run's own tokenizer are judged")
         check_context(candidates, context)
     else:
         n, new_tokens = args.n or 16, settings["max_new_tokens"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import data
 import policy
@@ -585,6 +587,29 @@ def test_candidates_without_answers_print_the_choice(run, tmp_path, capsys):
     rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", record)])
     shown = capsys.readouterr().out
     assert "candidate 2 of 2" in shown and "3+12=15" in shown and "oracle" not in shown
+
+
+def test_samples_of_a_model_with_another_tokenizer_are_judged_as_text(run, tmp_path, capsys):
+    """Text is in between: tokenised anew, and said so. Its tokens as they are would be others here, and are refused."""
+    symbols = ["<end>", *"0123456789+*-=\n "]
+    chars = Tokenizer(models.WordLevel({c: i for i, c in enumerate(symbols)}, unk_token=" "))
+    chars.pre_tokenizer, chars.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    other = policy.PreTrainedTokenizerFast(tokenizer_object=chars, eos_token="<end>")
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(symbols), **size))
+    model.save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    model, other = policy.load_policy(str(tmp_path / "other"))
+    example = Example(GOOD["question"], "", "50")
+    written = rerank.collect(model, other, [example], 2, 12, 1.0, torch.Generator().manual_seed(0))
+    record = GOOD | {"candidates": written.texts}
+    rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", record), "--out", str(tmp_path / "o.json")])
+    own = policy.load_tokenizer(policy.BASE)
+    count = sum(len(data.response_ids(own, text)) for text in written.texts)
+    assert f"is text, whoever wrote it: {count} tokens of the run's own tokenizer" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o.json").read_text())["rerank"]["2"]["reward"][0] >= 0
+    with pytest.raises(UserError, match="tokenizer .* differs .* judged as text: rerank.py --candidates FILE"):
+        rerank.main(["--run", str(run), "--policy", str(tmp_path / "other")])
 
 
 NO_ANSWER = {"question": "?", "candidates": ["1", "2"]}
