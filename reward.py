@@ -393,9 +393,11 @@ def update(
         place[rows] = torch.arange(count, device=rows.device)
         pair = place[comparison.pair[chosen]]
         both = data.cat_batches(expert[rows], negative[chosen])  # experts above, negatives below
-        with torch.no_grad():
-            log_pi = policy.token_logprobs(policy_model, both, temperature)
         scores = model.scores(both)
+        log_pi = torch.zeros_like(scores)
+        if discriminator.logit == "airl":  # GAIL's logit asks no policy: a forward pass less
+            with torch.no_grad():
+                log_pi = policy.token_logprobs(policy_model, both, temperature)
         logits = discriminator.logits(both, scores, log_pi)  # [E + M, T]
         logits_e, logits_n = logits[:count], logits[count:]
         w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
