@@ -1,0 +1,360 @@
+"""The first wrong step of a solution, by its tokens' scores, against human labels.
+
+    1. Solution         question, steps, label: the first wrong step, counted from 0; -1 if none is wrong
+    2. step_scores      scores of tokens [B, T] -> one per step [B, S]: the lowest, the mean, the last
+    3. predict          the first step below a threshold, or the lowest step if it is below; -1 if none is
+    4. F1               harmonic mean of the accuracy on wrong and on right solutions (ProcessBench, arXiv 2412.06559)
+    5. localise         the threshold is chosen on one set of solutions, and F1 measured on another
+
+    python -m experiments.steps --run runs/demo --dev mr_gsm8k.jsonl --test processbench.json
+
+Files are JSON lines or one JSON list, in the form of ProcessBench (problem or question, steps, label) or of MR-GSM8K
+(arXiv 2312.17080: model_output_steps, model_output_solution_first_error_step, which counts from 1).
+
+A causal model scores a step before it has read the next one. So what a wrong solution wrote before its first wrong step is
+a right solution with scores of its own, at no cost: `right_parts`. Where a file has wrong solutions only, as MR-GSM8K's dev
+has, the threshold is chosen with these. They are shorter than whole solutions, so that a threshold errs towards alarms.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data
+import policy
+import rerank
+from data import UserError
+
+RULES = ("lowest", "mean", "last")
+POINTERS = ("first", "lowest")
+ABSENT = torch.inf  # the score of a step that a solution does not have: below no threshold
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Solutions
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solution in steps, and the index of the first wrong one: -1 if none is."""
+
+    question: str
+    steps: tuple[str, ...]
+    label: int
+
+
+def read_solutions(path: str, count: int | None = None) -> list[Solution]:
+    """The first `count` solutions of a file, or all. What is wrong with it is said in one line."""
+    lines = data.text_lines(path)
+    try:
+        whole = json.loads("\n".join(text for _, text in lines)) if lines and lines[0][1].lstrip().startswith("[") else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from None
+    places = enumerate(whole, 1) if whole is not None else lines
+    solutions = []
+    for number, record in places:
+        try:
+            solutions.append(from_record(json.loads(record) if whole is None else record))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+    if not solutions:
+        raise UserError(f"{path} is empty: it needs objects with question, steps and label")
+    return solutions[:count]
+
+
+def from_record(record) -> Solution:
+    """A record of either form. MR-GSM8K's "Step 3: " and its calculator's annotations go: no policy here writes them.
+
+    >>> from_record({"question": "?", "model_output_steps": ["Step 1:  2+3=<<2+3=6>>6", "Step 2: #### 6"],
+    ...              "model_output_solution_first_error_step": 1})
+    Solution(question='?', steps=('2+3=6', '#### 6'), label=0)
+    """
+    if not isinstance(record, dict):
+        raise ValueError('not a JSON object: {"question": .., "steps": [..], "label": ..} is needed')
+    name, labelled, first = "steps", "label", 0
+    if "model_output_steps" in record:
+        name, labelled, first = "model_output_steps", "model_output_solution_first_error_step", 1
+    question = data.field(record, "problem" if "problem" in record else "question")
+    steps, label = record.get(name), record.get(labelled)
+    if not question:
+        raise ValueError("field 'question' is missing or empty")
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
+        raise ValueError(f"field '{name}' must be a list of one or more texts")
+    if first and label in (None, "", "N/A") and record.get("model_output_solution_correctness") == "correct":
+        label = first - 1  # of a right solution MR-GSM8K names no step
+    if isinstance(label, bool) or not isinstance(label, int) or not -1 <= label - first < len(steps):
+        raise ValueError(f"field '{labelled}' is {label!r}, no step of {len(steps)}")
+    steps = [data.check_text(re.sub(r"<<[^<>]{0,200}>>", "", step)).strip() for step in steps]
+    steps = [re.sub(r"^Step \d+:\s*", "", step) or step for step in steps] if first else steps
+    return Solution(question, tuple(steps), label - first)
+
+
+def as_response(tokenizer, solution: Solution) -> tuple[list[int], list[int]]:
+    """(tokens, the step of each; -1 before the first) of a solution as the policy would begin to write it, a step a line.
+
+    The end is left out: no score of a step depends on it. A token that holds the end of one step and the beginning of
+    the next is the former's.
+    """
+    whole, trace = data.response_text("", ""), "\n".join(solution.steps) + "\n"
+    begin = data.first_difference(data.response_text("a", ""), data.response_text("b", ""))
+    text = data.check_text(whole[:begin] + trace)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [begin]
+    for step in solution.steps[:-1]:
+        starts.append(starts[-1] + len(step) + 1)
+    owners = [sum(start >= s for s in starts) - 1 for start, _ in found["offset_mapping"]]
+    return found["input_ids"], owners
+
+
+def as_batch(tokenizer, solutions: list[Solution]) -> tuple[data.Batch, torch.Tensor]:
+    """(batch, steps [B, T]: the step that each token belongs to, -1 for none)."""
+    prompts = [data.prompt_ids(tokenizer, s.question) for s in solutions]
+    written = [as_response(tokenizer, s) for s in solutions]
+    batch = data.make_batch(prompts, [ids for ids, _ in written])
+    steps = torch.full(batch.tokens.shape, -1)
+    for row, (prompt, (_, owners)) in enumerate(zip(prompts, written)):
+        steps[row, len(prompt) : len(prompt) + len(owners)] = torch.tensor(owners)
+    return batch, steps
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Scores of steps
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def step_scores(values: torch.Tensor, steps: torch.Tensor, rule: str) -> torch.Tensor:
+    """Scores of tokens to scores of steps: [B, T], [B, T] -> [B, S], S the most steps of a row, ABSENT where it has fewer.
+
+    With t over the tokens of step s:  lowest  min_t f_t    mean  the mean of f_t    last  f at the step's last token
+
+    >>> f, steps = torch.tensor([[9.0, 4.0, 2.0, 6.0], [9.0, 1.0, 9.0, 9.0]]), torch.tensor([[-1, 0, 0, 1], [-1, 0, -1, -1]])
+    >>> [step_scores(f, steps, rule).tolist() for rule in RULES]
+    [[[2.0, 6.0], [1.0, inf]], [[3.0, 6.0], [1.0, inf]], [[2.0, 6.0], [1.0, inf]]]
+    """
+    count = int(steps.max()) + 1
+    member = steps[:, None, :] == torch.arange(count)[:, None]  # [B, S, T]
+    values = values[:, None, :].expand(member.shape)
+    if rule == "lowest":
+        return values.masked_fill(~member, ABSENT).amin(2)
+    if rule == "mean":
+        scores = values.masked_fill(~member, 0.0).sum(2) / member.sum(2)  # 0 / 0 is NaN: absent
+    else:
+        final = torch.where(member, torch.arange(member.shape[2]), 0).amax(2, keepdim=True)  # [B, S, 1]
+        scores = values.gather(2, final).squeeze(2)
+    return scores.masked_fill(~member.any(2), ABSENT)
+
+
+def padded(rows: list[list[float]]) -> torch.Tensor:
+    """Lists of step scores as one tensor [B, S].
+
+    >>> padded([[1.0], [2.0, 3.0]])
+    tensor([[1., inf],
+            [2., 3.]])
+    """
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, ABSENT)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. and 4. Predictions and their F1
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def predict(scores: torch.Tensor, threshold: float, pointer: str) -> torch.Tensor:
+    """The step that is said to be the first wrong one: [B, S] -> [B]. -1 if no score is below the threshold.
+
+    first: the first that is. lowest: the lowest of all, the first of equals.
+
+    >>> [predict(torch.tensor([[0.0, -1.0, -2.0], [0.0, 0.0, 0.0]]), -0.5, pointer).tolist() for pointer in POINTERS]
+    [[1, -1], [2, -1]]
+    """
+    below = scores < threshold
+    place = below.long().argmax(1) if pointer == "first" else scores.argmin(1)
+    return torch.where(below.any(1), place, -1)
+
+
+def f1_of(wrong: float, right: float) -> float:
+    """2 w r / (w + r): nothing for a predictor that calls everything wrong, or everything right.
+
+    >>> f1_of(0.5, 1.0), f1_of(0.0, 1.0)
+    (0.6666666666666666, 0.0)
+    """
+    return 2 * wrong * right / (wrong + right) if wrong and right else 0.0
+
+
+def accuracies(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """{"wrong": share of wrong solutions whose first wrong step is named, "right": of right ones said to be right, "f1"}:
+    [B], [B].
+
+    >>> accuracies(torch.tensor([1, -1, -1, -1]), torch.tensor([1, 0, -1, -1]))
+    {'wrong': 0.5, 'right': 1.0, 'f1': 0.6666666666666666}
+    """
+    hits, is_wrong = (predicted == labels).double(), labels >= 0
+    share = lambda chosen: float(hits[chosen].mean()) if chosen.any() else 0.0
+    wrong, right = share(is_wrong), share(~is_wrong)
+    return {"wrong": wrong, "right": right, "f1": f1_of(wrong, right)}
+
+
+def f1_interval(predicted: torch.Tensor, labels: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[float]:
+    """[F1, low, high]: 95% percentile bootstrap over solutions."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(labels), (draws, len(labels)), generator=generator)  # [D, B]
+    values = torch.tensor([accuracies(predicted[rows], labels[rows])["f1"] for rows in drawn], dtype=torch.double)
+    ends = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
+    return [accuracies(predicted, labels)["f1"], *ends.tolist()]
+
+
+def best_threshold(scores: torch.Tensor, labels: torch.Tensor, pointer: str) -> tuple[float, float]:
+    """(threshold, F1) with the highest F1, between two neighbouring scores: [B, S], [B]. Of equals the lowest, which
+    raises fewest alarms.
+
+    >>> best_threshold(torch.tensor([[0.0, -3.0], [-1.0, 0.0]]), torch.tensor([1, -1]), "first")
+    (-2.0, 1.0)
+    """
+    known = scores[scores.isfinite()].unique()  # ascending
+    between = [(low + high) / 2 for low, high in zip(known[:-1].tolist(), known[1:].tolist())] or known.tolist()
+    return max(((t, accuracies(predict(scores, t, pointer), labels)["f1"]) for t in between), key=lambda found: found[1])
+
+
+def guess_f1(c: float) -> float:
+    """The highest F1 of a guess that names the right step of a share c of the wrong solutions: it says 'right' with
+    probability q, of all solutions alike. Right q, wrong (1 - q) c; at the best q = sqrt(c) / (1 + sqrt(c))
+
+        F1 = 2 c / (1 + sqrt(c))^2
+
+    >>> guess_f1(0.25)  # q = 1/3: right 1/3, wrong 2/3 * 1/4 = 1/6
+    0.2222222222222222
+    """
+    return 2 * c / (1 + c**0.5) ** 2
+
+
+def guesses(solutions: list[Solution]) -> dict[str, float]:
+    """{"chance", "longest": F1} of what asks no model, exactly: any step, or the longest. A threshold of length would be
+    one of the writer's style, and says nothing of another's."""
+    wrong = [s for s in solutions if s.label >= 0]
+    share = lambda hits: sum(hits) / max(1, len(wrong))
+    longest = share(max(range(len(s.steps)), key=lambda i: len(s.steps[i])) == s.label for s in wrong)
+    return {"chance": guess_f1(share(1 / len(s.steps) for s in wrong)), "longest": guess_f1(longest)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Results
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def right_parts(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, S], [B] with, below them, what each wrong solution wrote before its first wrong step, as right solutions.
+
+    >>> right_parts(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, 0]))
+    (tensor([[1., 2.],
+            [3., 4.],
+            [1., inf]]), tensor([ 1,  0, -1]))
+    """
+    cut = labels > 0
+    later = torch.arange(scores.shape[1]) >= labels[cut, None]
+    parts = scores[cut].masked_fill(later, ABSENT)
+    return torch.cat([scores, parts]), torch.cat([labels, torch.full((len(parts),), -1)])
+
+
+def localise(dev: dict, dev_labels: torch.Tensor, test: dict, test_labels: torch.Tensor) -> dict:
+    """{"f1": [f1, low, high], "wrong", "right", "rule", "pointer", "threshold", "dev_f1", "all": {..}} of one signal.
+
+    dev, test: {rule: step scores [B, S]}. Rule, pointer and threshold are those with the highest F1 on dev, and nothing is
+    chosen on test; "all" has the test's F1 for every rule and pointer, each at its own threshold from dev.
+    """
+    tried = []
+    for rule in dev:
+        scores, labels = dev[rule], dev_labels
+        if not (labels < 0).any():
+            scores, labels = right_parts(scores, labels)
+        for pointer in POINTERS:
+            threshold, dev_f1 = best_threshold(scores, labels, pointer)
+            predicted = predict(test[rule], threshold, pointer)
+            found = accuracies(predicted, test_labels)
+            tried.append(found | {"rule": rule, "pointer": pointer, "threshold": threshold, "dev_f1": dev_f1,
+                                  "f1": f1_interval(predicted, test_labels)})  # fmt: skip
+    every = {f"{one['rule']} {one['pointer']}": one["f1"][0] for one in tried}
+    return max(tried, key=lambda one: one["dev_f1"]) | {"all": every}
+
+
+def labels_of(solutions: list[Solution]) -> torch.Tensor:
+    """[B]"""
+    return torch.tensor([s.label for s in solutions])
+
+
+@torch.no_grad()
+def score(tokenizer, solutions: list[Solution], function, device="cpu") -> list[dict[str, list[float]]]:
+    """{rule: [score of each step]} for every solution; function(batch) -> [B, T], the scores of its tokens."""
+    batch, steps = as_batch(tokenizer, solutions)
+    values = policy.in_chunks(lambda part: function(part.to(device)).cpu(), batch, 8)
+    check_finite(values)
+    found = {rule: step_scores(values, steps, rule).tolist() for rule in RULES}
+    return [{rule: found[rule][i][: len(s.steps)] for rule in RULES} for i, s in enumerate(solutions)]
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """Raise if a score is NaN or infinite: it would hide in a ranking."""
+    if not values.isfinite().all():
+        raise UserError("the score of some token is not a finite number: the weights have diverged")
+
+
+def fitting(tokenizer, solutions: list[Solution], context: int) -> list[Solution]:
+    """Those that a model can read; how many are left out is said."""
+    length = lambda s: len(data.prompt_ids(tokenizer, s.question)) + len(as_response(tokenizer, s)[0])
+    kept = [s for s in solutions if length(s) <= context]
+    if not kept:
+        raise UserError(f"none of the {len(solutions)} solutions fits the model's context of {context} tokens")
+    if len(kept) < len(solutions):
+        print(f"{len(solutions) - len(kept)} solutions are longer than the context of {context} tokens: left out")
+    return kept
+
+
+def by_rule(scored: list[dict[str, list[float]]]) -> dict[str, torch.Tensor]:
+    """What `score` gives, as {rule: [B, S]}."""
+    return {rule: padded([one[rule] for one in scored]) for rule in RULES}
+
+
+def show(results: dict, guessed: dict[str, float]) -> str:
+    """A line per signal."""
+    lines = [f"{'':18s}  {'F1':22s}{'wrong':>8s}{'right':>8s}  chosen on dev"]
+    lines += [f"{name:18s}  {f1:.3f}" for name, f1 in guessed.items()]
+    for name, r in results.items():
+        f1 = "{:.3f} [{:.3f}, {:.3f}]".format(*r["f1"])
+        chosen = f"{r['rule']}, {r['pointer']} below {r['threshold']:.3g}"
+        lines.append(f"{name:18s}  {f1:22s}{r['wrong']:8.3f}{r['right']:8.3f}  {chosen}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """A run's reward, its policy and the models trained on its demonstrations alone, beside what asks no model."""
+    parser = data.Parser(__doc__)
+    parser.add_argument("--run", required=True, help="folder of a run of train.py, with its reward")
+    parser.add_argument("--dev", required=True, metavar="FILE", help="solutions that the threshold is chosen on")
+    parser.add_argument("--test", required=True, metavar="FILE", help="solutions that F1 is measured on")
+    parser.add_argument("--count", type=int, help="the first so many of each file (default: all)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    args = parser.parse(arguments)
+    if args.count is not None and args.count < 1:
+        raise UserError(f"--count must be at least 1, not {args.count}")
+    policy.quiet()
+    dev, test = read_solutions(args.dev, args.count), read_solutions(args.test, args.count)
+    device = policy.pick_device(args.device)
+    model, tokenizer, discriminator, judges, _ = rerank.load_run(Path(args.run), "base", device)
+    context = policy.context_length(model)
+    dev, test = fitting(tokenizer, dev, context), fitting(tokenizer, test, context)
+    models = {"logprob": model} | judges
+    functions = {name: lambda batch, m=m: policy.token_logprobs(m, batch) for name, m in models.items()}
+    functions["reward"] = discriminator.reward_model.scores  # f of every token, also where training reads fewer
+    labels, results = (labels_of(dev), labels_of(test)), {}
+    for name, function in functions.items():
+        scores = [by_rule(score(tokenizer, part, function, device)) for part in (dev, test)]
+        results[name] = localise(scores[0], labels[0], scores[1], labels[1])
+    print(f"{len(test)} solutions; rule, pointer and threshold chosen on {len(dev)} others\n")
+    print(show(results, guesses(test)))
+
+
+if __name__ == "__main__":
+    sys.exit(data.exit_status(main))
