@@ -1,0 +1,709 @@
+"""A pretrained model on GSM8K: every baseline beside the reward, from one command that may be cut off at any moment.
+
+    python -m experiments.real --model FOLDER --data FOLDER --processbench FILE --mr-gsm8k FILE
+    python -m experiments.real --model FOLDER ... --quick      the whole path with tiny counts; its numbers mean nothing
+    python -m experiments.real --tables                        results/real.json and real.md from what is there
+
+Stages, in an order of worth. Each writes results/real/<model>/<stage>.json, texts and scores included, and is left out when
+that file is there. What is sampled or scored is kept question by question, and training in checkpoints, in
+runs/real-<model>/, where the trained models are too: `rerank.py --run runs/real-<model>` and `experiments.steps` take it.
+
+    zero_shot, few_shot   the model as it is: greedy and at temperature 1, asked for tags, or shown four worked examples
+    sft, sft_samples      adapters on the demonstrations, and what they write
+    sft_fair              SFT averaged with its start, at a temperature; both chosen on validation
+    negatives             answers of SFT and of the few-shot model to the demonstrations' questions, for all rewards
+    reward                f = log p_phi with AIRL's logit;  reward_dense, reward_sparse: the paper's head with GAIL's
+    rerank                best of n of the few-shot model's samples, and of SFT's, by every judge
+    localise              the first wrong step on ProcessBench, thresholds from MR-GSM8K
+    irl, grpo             policies that go on from SFT, as far as --minutes go; GRPO takes as many steps
+
+Few-shot samples are in GSM8K's own form, `#### 18` at the end. Judges know the tags of the demonstrations, so these samples
+are put into them and tokenised anew (`in_tags`); their `logprob` is that of the tokens that were sampled. The answer check
+is asked by evaluation, by the choice of sft_fair's temperature, which helps a baseline, and by GRPO; no reward sees it.
+"""
+
+import copy
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from os import environ
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import baselines
+import checkpoint
+import data
+import irl
+import policy
+import rerank
+import reward
+import train
+from data import UserError
+from experiments import run as runs
+from experiments import steps
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+SHOTS = 4
+SHARES, TEMPERATURES = (0.0, 0.25, 0.5, 0.75), (1.0, 0.5, 0.2)  # as for words (experiments/choose.py)
+KINDS = {
+    "reward": dict(reward="likelihood", logit="airl", granularity="dense"),
+    "reward_dense": dict(reward="head", logit="gail", granularity="dense"),
+    "reward_sparse": dict(reward="head", logit="gail", granularity="sparse"),
+}
+RULES = ("mean", "last", "lowest")
+# Batches of 8 questions; two passes over 128 demonstrations for a reward, three for SFT. Rates are train.py's.
+FLAGS = ("--lora-rank 16 --questions 8 --group 4 --rollouts-per-expert 2 --perturbed 1 --sft-batch 16 --max-new-tokens 320 "
+         "--micro-batch 4 --extra-questions 4")  # fmt: skip
+QUICK = dict(demonstrations=4, questions=3, samples=2, validation=2, solutions=3, steps=1)
+QUICK_FLAGS = "--max-new-tokens 8 --questions 2 --group 2 --rollouts-per-expert 2 --sft-batch 2 --lora-rank 2"
+
+
+@dataclass
+class Job:
+    """What was asked for, and what several stages need: loaded when the first of them asks."""
+
+    args: object
+    name: str
+    seconds: float = 0.0  # of earlier, cut-off attempts at this stage
+
+    @cached_property
+    def run(self) -> train.Run:
+        """Data, base and tokenizer. --explain: a run that loads everything and writes nothing."""
+        a, saved = self.args, self.folder / "settings.json"
+        flags = ["--model", a.model, "--data", a.data, "--demonstrations", str(a.demonstrations), "--seed", str(a.seed)]
+        flags += ["--eval-questions", str(a.questions), "--eval-samples", str(a.samples), "--device", a.device]
+        flags += ["--name", self.folder.name, "--explain"]
+        before = json.loads(saved.read_text()) if saved.exists() else {}
+        if before:  # prompts that name the day stay as they were
+            flags += ["--date", before["date"]]
+        given = train.parse_flags([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
+        settings = train.complete(given)
+        chosen = ("fair_average", "fair_temperature")  # by the stage sft_fair
+        now = asdict(settings) | {"explain": False, "start": "sft"} | {name: before[name] for name in chosen if before}
+        other = [name for name in now if before and name not in train.MAY_CHANGE and now[name] != before.get(name)]
+        if other:
+            raise UserError(f"{self.folder} was begun with another {', '.join(other)}: give the same, or another --name")
+        run = train.Run(settings, checkpoint.Signals())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.keep_settings(run, **{name: now[name] for name in chosen})
+        return run
+
+    def keep_settings(self, run: train.Run, **changes) -> None:
+        """settings.json, with which rerank.py and experiments.steps take the folder for a run."""
+        run.s = replace(run.s, **changes)
+        kept = asdict(replace(run.s, explain=False, start="sft"))
+        checkpoint.write_text(self.folder / "settings.json", json.dumps(kept, indent=1))
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs") / f"real-{self.name}{'-quick' * self.args.quick}"
+
+    @property
+    def results(self) -> Path:
+        return results_folder() / self.name
+
+    def found(self, stage: str) -> dict:
+        """What a stage before this one has found."""
+        return json.loads((self.results / f"{stage}.json").read_text())
+
+    def few_shot_ids(self, question: str) -> list[int]:
+        """The prompt that shows worked examples first. They are training examples beside the demonstrations."""
+        return few_shot_ids(self.run.tokenizer, self.run.extra[:SHOTS], question)
+
+    def discriminator(self, kind: str, trained: bool) -> reward.Discriminator:
+        """The one to train, with an adapter on the base, or what was trained."""
+        run = copy.copy(self.run)
+        run.s = replace(run.s, **KINDS[kind])
+        return run.load_discriminator(kind if trained else None)
+
+
+def results_folder() -> Path:
+    return runs.results_folder() / "real"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Texts
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def few_shot_ids(tokenizer, shots: list[data.Example], question: str) -> list[int]:
+    """Worked examples in GSM8K's own form, then the question: in the chat template's turns, or without one as text."""
+    solved = [f"{shot.trace}\n#### {shot.answer}" for shot in shots]
+    if not getattr(tokenizer, "chat_template", None):
+        parts = [f"Question: {shot.question}\nAnswer: {text}\n\n" for shot, text in zip(shots, solved)]
+        return data.token_ids(tokenizer, (tokenizer.bos_token or "") + "".join(parts) + f"Question: {question}\nAnswer:")
+    turns = []
+    for shot, text in zip(shots, solved):
+        turns += [{"role": "user", "content": shot.question}, {"role": "assistant", "content": text}]
+    template = data.at_date(tokenizer.get_chat_template(), tokenizer.date)
+    text = tokenizer.apply_chat_template([*turns, {"role": "user", "content": question}], tokenize=False,
+                                         chat_template=template, add_generation_prompt=True)  # fmt: skip
+    return data.token_ids(tokenizer, text)
+
+
+def cut(text: str) -> str:
+    """What a model that was shown examples wrote up to its first answer: without a template it invents more questions.
+
+    >>> cut("2+3=5\\n#### 5\\n\\nQuestion: next?")
+    '2+3=5\\n#### 5'
+    """
+    text = text.split("\n\nQuestion:")[0]
+    before, mark, after = text.partition("####")
+    return before + mark + after.split("\n")[0]
+
+
+def in_tags(text: str) -> str:
+    """A sample as the demonstrations are written, if it is not: the same words, the answer in tags.
+
+    >>> in_tags("2+3=5\\n#### 5"), in_tags("so it is 5.")
+    ('<think>\\n2+3=5\\n</think>\\n<answer>5</answer>', '<think>\\nso it is 5.\\n</think>\\n<answer>5</answer>')
+    """
+    if "<answer>" in text:
+        return text
+    trace = text.split("####")[0].replace("<think>", "").replace("</think>", "").strip()
+    return data.response_text(trace, data.extract_answer(text) or "")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampling, scoring and training, each of which goes on where it was cut off
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def in_parts(job: Job, name: str, items: list, size: int, function: Callable) -> list:
+    """function(some items, their place) -> a record for each; the records of all. Kept as they come, a line each, in
+    runs/real-<model>/parts: a part that was cut off is done again, and the ones before are not."""
+    path = job.folder / "parts" / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []  # a line without its end was cut off
+    whole = whole[: len(items) if len(whole) >= len(items) else len(whole) // size * size]  # whole parts
+    checkpoint.write_text(path, "".join(line + "\n" for line in whole))
+    job.seconds += sum(json.loads(line)["seconds"] for line in whole)
+    with tqdm(total=len(items), initial=len(whole), desc=name, dynamic_ncols=True) as bar:
+        for start in range(len(whole), len(items), size):
+            begun, chosen = time.perf_counter(), items[start : start + size]
+            found = function(chosen, start)
+            each = (time.perf_counter() - begun) / len(chosen)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps({"found": one, "seconds": each}) + "\n" for one in found))
+            bar.update(len(chosen))
+    return [json.loads(line)["found"] for line in path.read_text().split("\n")[:-1]]
+
+
+def sample(job: Job, name: str, model, examples, prompt: Callable, n: int, temperature: float) -> list[dict]:
+    """n samples for each example: {"texts", "ids", "finished", and for each rule of RULES the trace's log-probability}.
+
+    The random numbers of a part are its own, so that a run that was cut off draws what one that was not would have drawn.
+    """
+    tokenizer, s = job.run.tokenizer, job.run.s
+
+    def some(chosen, start):
+        generator = torch.Generator(model.device).manual_seed(s.seed * 1_000_003 + start)
+        prompts = [prompt(example.question) for example in chosen]
+        if max(map(len, prompts)) + s.max_new_tokens > job.run.context:
+            raise UserError(f"a prompt of {max(map(len, prompts))} tokens and {s.max_new_tokens} new ones are more than the "
+                            f"model's context of {job.run.context}")  # fmt: skip
+        written = rerank.collect(model, tokenizer, chosen, n, s.max_new_tokens, temperature, generator, s.sample_rows, prompts)
+        scores = trace_scores(written.logprobs, written.batch.response_mask, n)
+        ids = [written.batch.response(row) for row in range(len(written.batch))]
+        found = []
+        for i in range(len(chosen)):
+            rows = slice(i * n, i * n + n)
+            texts = [cut(text) for text in written.texts[rows]]
+            found.append({"texts": texts, "ids": ids[rows], "finished": written.finished[rows].tolist()} | scores[i])
+        return found
+
+    rows = 256 if model.device.type == "cuda" else 48  # more read the weights no less often per token on a CPU
+    return in_parts(job, name, examples, max(1, rows // n), some)
+
+
+def trace_scores(values: torch.Tensor, ends: torch.Tensor, n: int) -> list[dict[str, list[float]]]:
+    """{rule: [n scores]} for each question, from scores of tokens and where they are read, [Q * n, T] both."""
+    steps.check_finite(values)
+    scores = {rule: rerank.trace_scores(values, ends, rule).view(-1, n) for rule in RULES}
+    return [{rule: [round(v, 4) for v in scores[rule][q].tolist()] for rule in RULES} for q in range(len(values) // n)]
+
+
+def accuracy(examples, samples: list[dict]) -> list[float]:
+    """[mean, low, high] over questions."""
+    right = [[data.is_correct(e, text) for text in one["texts"]] for e, one in zip(examples, samples)]
+    return rerank.bootstrap(torch.tensor(right).float().mean(1))
+
+
+def evaluate(job: Job, name: str, model, prompt: Callable | None = None, n: int | None = None) -> dict:
+    """{"t1", "greedy": [mean, low, high], "samples", "greedy_samples", "finished"} on the test questions."""
+    test, prompt = job.run.test, prompt or partial(data.prompt_ids, job.run.tokenizer)
+    sampled = sample(job, f"{name}_t1", model, test, prompt, n or job.args.samples, 1.0)
+    greedy = sample(job, f"{name}_greedy", model, test, prompt, 1, 0.0)
+    found = {"t1": accuracy(test, sampled), "greedy": accuracy(test, greedy)}
+    found["finished"] = float(torch.tensor([one["finished"] for one in sampled]).float().mean())
+    without = lambda records: [{k: v for k, v in one.items() if k != "ids"} for one in records]
+    return found | {"samples": without(sampled), "greedy_samples": without(greedy)}
+
+
+def says(found: dict) -> str:
+    """An evaluation in a few words."""
+    return f"T=1 {found['t1'][0]:.3f}, greedy {found['greedy'][0]:.3f}, {found['finished']:.0%} end by themselves"
+
+
+def train_steps(job: Job, name: str, trainer, count: int, minutes: float = 0.0) -> list[dict]:
+    """Call trainer.step() `count` times, or as often as `minutes` allow by its first step; returns the metrics. A checkpoint
+    is written when one has become worth its time, and gone on from."""
+    folder = job.folder / "checkpoints" / name
+    saved, _ = checkpoint.load(folder)
+    log = {"metrics": [], "seconds": 0.0, "count": count}
+
+    def plan(steps: int) -> None:  # the rates fall until the last step: it must be known
+        log["count"] = bar.total = steps
+        trainer.settings = replace(trainer.settings, max_steps=steps, grpo_steps=steps)
+
+    if saved:
+        checkpoint.load_trainer(trainer, saved["trainer"])
+        log |= saved["log"]
+        job.seconds += log["seconds"]
+    kept = time.perf_counter()
+    with tqdm(total=log["count"], initial=len(log["metrics"]), desc=name, dynamic_ncols=True) as bar:
+        if minutes:
+            plan(log["count"])
+        while len(log["metrics"]) < log["count"]:
+            begun = time.perf_counter()
+            log["metrics"].append(trainer.step())
+            log["seconds"] += time.perf_counter() - begun
+            if minutes and len(log["metrics"]) == 1:
+                plan(max(1, min(count, int(60 * minutes / log["seconds"]))))
+            bar.update()
+            if time.perf_counter() - kept > 600:
+                checkpoint.save(folder, {"trainer": checkpoint.trainer_state(trainer), "log": log})
+                kept = time.perf_counter()
+    return log["metrics"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stages: each returns what it found and a line that says it
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def zero_shot(job: Job) -> tuple[dict, str]:
+    """Asked for the demonstrations' tags. A quarter of the samples will do: nothing is reranked here."""
+    found = evaluate(job, "zero_shot", job.run.base, n=max(1, job.args.samples // 4))
+    return found, says(found)
+
+
+def few_shot(job: Job) -> tuple[dict, str]:
+    """Shown worked examples: what the rest is compared with. Also as a file that rerank.py --candidates takes."""
+    found = evaluate(job, "few_shot", job.run.base, job.few_shot_ids)
+    lines = [{"question": e.question, "answer": e.answer, "candidates": [in_tags(text) for text in one["texts"]]}
+             for e, one in zip(job.run.test, found["samples"])]  # fmt: skip
+    checkpoint.write_text(job.folder / "few_shot.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return found, says(found)
+
+
+def sft(job: Job) -> tuple[dict, str]:
+    """Adapters on the demonstrations."""
+    run, passes = job.run, 1 if job.args.quick else 3
+    count = max(1, passes * len(run.experts) // run.s.sft_batch)
+    trainer = baselines.SFT(replace(run.s, sft_steps=count), run.tokenizer, run.to_train(), run.experts)
+    metrics = train_steps(job, "sft", trainer, count)
+    run.save_model(trainer.policy_model, "sft")
+    losses = [one["policy"]["loss"] for one in metrics]
+    return {"losses": losses}, f"{count} updates, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def sft_samples(job: Job) -> tuple[dict, str]:
+    """What SFT's policy writes, as many samples as the few-shot model."""
+    found = evaluate(job, "sft", job.run.load("sft"))
+    return found, says(found)
+
+
+def sft_fair(job: Job) -> tuple[dict, str]:
+    """Shares of the start by the likelihood of held-out demonstrations, then the temperature by accuracy on the same
+    validation questions. The averages of merged weights are those of the adapters: the base is the same."""
+    run, a = job.run, job.args
+    held, learnt, model = run.validation[: a.validation], run.load("sft"), run.load("sft")
+    start = policy.load_policy(run.s.model, run.device)[0]
+    batch = data.demonstration_batch(run.tokenizer, held, run.device)
+
+    def average(share: float) -> None:
+        for parameter, one, other in zip(model.parameters(), learnt.parameters(), start.parameters(), strict=True):
+            parameter.data.copy_(one.data.lerp(other.data, share))
+
+    def likelihood(share: float) -> float:
+        average(share)
+        values = policy.in_chunks(lambda part: policy.token_logprobs(model, part), batch, 8)
+        return float(values.sum() / batch.response_mask.sum())
+
+    by_share = {share: likelihood(share) for share in SHARES}
+    share = max(by_share, key=by_share.get)
+    average(share)
+    prompt, by_temperature = partial(data.prompt_ids, run.tokenizer), {}
+    for t in TEMPERATURES:
+        by_temperature[t] = accuracy(held, sample(job, f"sft_fair_{share}_{t}", model, held, prompt, 1, t))[0]
+    t = max(by_temperature, key=by_temperature.get)
+    policy.divide_logits(model, t)
+    run.save_model(model, "sft_fair")
+    job.keep_settings(run, fair_average=share, fair_temperature=t)
+    found = {"share": share, "temperature": t, "by_share": by_share, "by_temperature": by_temperature}
+    found |= evaluate(job, "sft_fair", model, n=max(1, a.samples // 4))
+    return found, f"share {share} of the start, temperature {t}: {says(found)}"
+
+
+def negatives(job: Job) -> tuple[dict, str]:
+    """Two answers of SFT's policy to each demonstration's question, and two of the few-shot model: sampling is dear, so all
+    rewards learn from the same. They are texts; whether they are right is not asked."""
+    run = job.run
+    own = sample(job, "negatives_sft", run.load("sft"), run.experts, partial(data.prompt_ids, run.tokenizer), 2, 1.0)
+    shown = sample(job, "negatives_few_shot", run.base, run.experts, job.few_shot_ids, 2, 1.0)
+    texts = [{"sft": a["ids"], "few_shot": [in_tags(text) for text in b["texts"]]} for a, b in zip(own, shown)]
+    return {"negatives": texts}, f"{4 * len(texts)} samples for {len(texts)} demonstrations"
+
+
+@dataclass
+class RewardTrainer:
+    """Discriminator updates on negatives that are there already; otherwise irl.IRL.warm_up."""
+
+    settings: object
+    tokenizer: object
+    discriminator: reward.Discriminator
+    policy_model: torch.nn.Module | None  # whose log pi AIRL's logit subtracts
+    experts: list[data.Example]
+    pool: list[dict[str, list[list[int]]]]  # of each expert: who wrote it -> responses as tokens
+
+    changes = ("discriminator.reward_model", "optimizer", "rng", "done")  # what a checkpoint keeps
+
+    def __post_init__(self):
+        self.optimizer = policy.make_optimizer(self.discriminator.reward_model, self.settings.warm_up_lr)
+        self.rng = random.Random(f"reward {self.settings.seed}")
+        self.done = 0
+
+    def step(self) -> dict:
+        """One update: some experts, each with a response of every writer and broken copies."""
+        s = self.settings
+        with data.no_verifier():
+            rows = irl.draw(list(range(len(self.experts))), s.questions, self.rng)
+            chosen = [[self.rng.choice(written) for written in self.pool[i].values()] for i in rows]
+            comparison = reward.compare(self.tokenizer, [self.experts[i] for i in rows], chosen, s.perturbed, self.rng,
+                                        self.discriminator.reward_model.model.device)  # fmt: skip
+            metrics = reward.update(self.discriminator, self.optimizer, self.policy_model, comparison, s.discriminator_loss,
+                                    s.label_smoothing, s.reward_nll, s.micro_batch, micro_tokens=s.micro_tokens)  # fmt: skip
+        self.done += 1
+        return metrics
+
+
+def learn_reward(kind: str, job: Job) -> tuple[dict, str]:
+    """Two passes over the demonstrations. (SFT's policy stands for pi, though half of the negatives are another's: as with
+    replay, old writers are compared with the present one.)"""
+    run, ids = job.run, partial(data.response_ids, job.run.tokenizer)
+    texts = job.found("negatives")["negatives"]
+    pool = [{"sft": one["sft"], "few_shot": [ids(text) for text in one["few_shot"]]} for one in texts]
+    discriminator = job.discriminator(kind, trained=False)
+    pi = run.load("sft") if discriminator.logit == "airl" else None
+    trainer = RewardTrainer(run.s, run.tokenizer, discriminator, pi, run.experts, pool)
+    count = max(1, (1 if job.args.quick else 2) * len(run.experts) // run.s.questions)
+    metrics = train_steps(job, kind, trainer, count)
+    run.save_model(discriminator.reward_model.model, kind)
+    last = metrics[-4:]
+    means = {name: sum(one[name] for one in last) / len(last) for name in ("loss", "accuracy", "d_expert", "d_negative")}
+    return {"metrics": metrics}, f"{count} updates, D right on {means['accuracy']:.3f} of the last tokens"
+
+
+def judges(job: Job, base: bool) -> dict[str, Callable]:
+    """name -> loader of (function(batch) -> scores of tokens, function(batch) -> where they are read). One at a time is in
+    memory. The averaged SFT judges before its logits are divided (rerank.load_judges says why)."""
+
+    def likelihood(name):
+        model = job.run.load(name)
+        if name == "sft_fair":
+            policy.divide_logits(model, 1 / job.found("sft_fair")["temperature"])
+        return partial(policy.token_logprobs, model), lambda batch: batch.response_mask
+
+    def learnt(kind):
+        discriminator = job.discriminator(kind, trained=True)
+        return discriminator.reward_model.scores, lambda batch: rerank.reward_ends(batch, discriminator)
+
+    found = {"logprob": partial(likelihood, None)} if base else {}
+    found |= {signal: partial(likelihood, name) for signal, name in rerank.JUDGES.items()}
+    return found | {kind: partial(learnt, kind) for kind in KINDS}
+
+
+def judged(job: Job, source: str, name: str, load: Callable, sampled: list[dict]) -> list[dict]:
+    """What one judge says of every sample, {rule: [n]} per question. SFT's samples are judged as they were sampled, token
+    by token; the few-shot model's as text in tags."""
+    run, n, loaded = job.run, len(sampled[0]["texts"]), []
+
+    def some(chosen, start):
+        loaded[:] = loaded or load()  # not at all if everything is there
+        examples = run.test[start : start + len(chosen)]
+        if source == "few_shot":
+            texts = [in_tags(text) for one in chosen for text in one["texts"]]
+            batch = rerank.from_texts(run.tokenizer, examples, texts, n).batch
+        else:
+            prompts = [data.prompt_ids(run.tokenizer, e.question) for e in examples for _ in range(n)]
+            batch = data.make_batch(prompts, [ids for one in chosen for ids in one["ids"]])
+        values = policy.in_chunks(lambda part: loaded[0](part.to(run.device)).cpu(), batch, 32)
+        return trace_scores(values, loaded[1](batch), n)
+
+    return in_parts(job, f"{source}_{name}", sampled, max(1, 64 // n), some)
+
+
+def rerank_samples(job: Job) -> tuple[dict, str]:
+    """Every judge on both models' samples; their scores are kept."""
+    found, lines = {}, []
+    for source in ("few_shot", "sft"):
+        sampled = kept_samples(job, source)
+        scores = {"logprob": [{rule: one[rule] for rule in RULES} for one in sampled]}
+        for name, load in judges(job, base=False).items():
+            same = source == "sft" and name == "sft_logprob"  # SFT judging its own samples has said it when it sampled
+            scores[name] = scores["logprob"] if same else judged(job, source, name, load, sampled)
+        found[source] = choices(job.run.test, sampled, scores) | {"scores": scores}
+        best = found[source][str(len(sampled[0]["texts"]))]
+        shown = ("random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "reward", "oracle")
+        lines.append(f"{source}: " + ", ".join(f"{way} {best[way][0]:.3f}" for way in shown))
+    return found, "; ".join(lines)
+
+
+def kept_samples(job: Job, source: str) -> list[dict]:
+    """The samples at temperature 1 with their tokens, from the parts that they were sampled in."""
+    path = job.folder / "parts" / f"{source}_t1.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} with the samples' tokens is gone: remove {job.results} to sample again")
+    return [json.loads(line)["found"] for line in path.read_text().splitlines()]
+
+
+def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dict:
+    """rerank.choice_results of every judge by every rule. A judge's plain name is its mean, chosen beforehand."""
+    n = len(sampled[0]["texts"])
+    plain = rerank.Candidates(examples, data.make_batch([], []), [t for one in sampled for t in one["texts"]], n)
+    length = torch.tensor([[float(len(text)) for text in one["texts"]] for one in sampled])
+    table = {"longest": length, "shortest": -length}
+    for name, records in scores.items():
+        for rule in RULES:
+            table[f"{name}_{rule}"] = torch.tensor([one[rule] for one in records])
+        table[name] = table[f"{name}_mean"]
+    voters = {f"weighted_majority_{kind}": kind for kind in KINDS if kind in scores}
+    return rerank.choice_results(plain.correct, plain.keys, table, rerank.powers_of_two(n), voters)
+
+
+def localise(job: Job) -> tuple[dict, str]:
+    """The first wrong step: what asks no model, then every judge."""
+    a, run = job.args, job.run
+    if not (a.processbench and a.mr_gsm8k):
+        raise UserError("localise needs --processbench FILE and --mr-gsm8k FILE, or --without localise")
+    files = {"dev": a.mr_gsm8k, "test": a.processbench}
+    read = {part: steps.read_solutions(path, a.solutions) for part, path in files.items()}
+    parts = {part: steps.fitting(run.tokenizer, solutions, run.context) for part, solutions in read.items()}
+    labels = [steps.labels_of(part) for part in parts.values()]
+    found = {"guesses": steps.guesses(parts["test"]), "signals": {}, "scores": {}}
+    for name, load in judges(job, base=True).items():
+        loaded = []
+
+        def some(chosen, start):
+            loaded[:] = loaded or load()
+            return steps.score(run.tokenizer, chosen, loaded[0], run.device)
+
+        scores = {part: in_parts(job, f"steps_{part}_{name}", solutions, 16, some) for part, solutions in parts.items()}
+        dev, test = (steps.by_rule(part) for part in scores.values())
+        found["signals"][name] = steps.localise(dev, labels[0], test, labels[1])
+        found["scores"][name] = scores
+    line = ", ".join(f"{name} {f1:.3f}" for name, f1 in f1_by_name(found).items())
+    return found, f"F1 on {len(parts['test'])} solutions: {line}"
+
+
+def f1_by_name(found: dict) -> dict[str, float]:
+    """Of what `localise` has found."""
+    return found["guesses"] | {name: signal["f1"][0] for name, signal in found["signals"].items()}
+
+
+def irl_policy(job: Job) -> tuple[dict, str]:
+    """IRL's loop from SFT, on the reward that was learnt, which goes on learning beside it with an adapter of its own."""
+    run, a = job.run, job.args
+    discriminator = job.discriminator("reward", trained=True)
+    discriminator.reward_model.model = run.to_train(discriminator.reward_model.model)
+    settings = replace(run.s, start="sft", max_steps=a.steps, grpo_steps=a.steps)
+    loop = irl.IRL(settings, run.tokenizer, run.to_train(run.load("sft")), discriminator, run.experts)
+    metrics = train_steps(job, "irl", loop, a.steps, a.minutes)
+    run.save_model(loop.policy_model, "policy")
+    found = {"steps": len(metrics), "metrics": metrics} | evaluate(job, "irl", loop.policy_model, n=max(1, a.samples // 4))
+    return found, f"{len(metrics)} steps: {says(found)}"
+
+
+def grpo(job: Job) -> tuple[dict, str]:
+    """True answers, from the same start, on the same questions, for as many samples as IRL took."""
+    run, count = job.run, job.found("irl")["steps"]
+    settings = replace(run.s, grpo_steps=count, max_steps=count)
+    trainer = baselines.GRPO(settings, run.tokenizer, run.to_train(run.load("sft")), run.experts)
+    metrics = train_steps(job, "grpo", trainer, count)
+    run.save_model(trainer.policy_model, "grpo")
+    found = {"steps": count, "metrics": metrics}
+    found |= evaluate(job, "grpo", trainer.policy_model, n=max(1, job.args.samples // 4))
+    return found, f"{count} steps: {says(found)}"
+
+
+STAGES: dict[str, Callable] = {
+    "zero_shot": zero_shot, "few_shot": few_shot, "sft": sft, "sft_samples": sft_samples, "sft_fair": sft_fair,
+    "negatives": negatives, **{kind: partial(learn_reward, kind) for kind in KINDS}, "rerank": rerank_samples,
+    "localise": localise, "irl": irl_policy, "grpo": grpo,
+}  # fmt: skip
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory so far: of the GPU, which `run_stage` sets back, or of this process since it began; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def run_stage(job: Job, stage: str) -> None:
+    """Do it, keep what it found with its time and memory, and say so in one line."""
+    if job.run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    job.seconds, begun = 0.0, time.perf_counter()
+    found, line = STAGES[stage](job)
+    found["seconds"] = round(job.seconds + time.perf_counter() - begun, 1)
+    found["memory_gb"] = round(memory_gb(job.run.device), 2)
+    runs.keep(job.results / f"{stage}.json", json.dumps(found) + "\n")
+    checkpoint.remove(job.folder / "checkpoints")
+    print(f"{stage}: {line}  ({found['seconds'] / 60:.1f} min, {found['memory_gb']:.1f} GB)", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------
+
+METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples", "sft_fair": "sft_fair", "irl": "irl",
+           "grpo": "grpo"}  # fmt: skip
+
+
+def summary() -> dict:
+    """results/real.json: {"models": {name: {"gsm8k", "rerank", "auroc", "rerank_sft", "auroc_sft", "processbench",
+    "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of the stages that are there."""
+    models = {}
+    for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
+        stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
+        one = {"gsm8k": {m: {k: stages[s][k] for k in ("t1", "greedy")} for m, s in METHODS.items() if s in stages}}
+        for source, suffix in (("few_shot", ""), ("sft", "_sft")) if "rerank" in stages else ():
+            ranking = stages["rerank"][source]
+            one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
+            one["auroc" + suffix] = ranking["auroc"]
+        if "localise" in stages:
+            one["processbench"] = f1_by_name(stages["localise"])
+        for what in ("memory_gb", "seconds"):
+            one[what] = {stage: found[what] for stage, found in stages.items()}
+        models[folder.name] = one | json.loads((folder / "about.json").read_text())
+    return {"models": models}
+
+
+def markdown(found: dict) -> str:
+    """The summary as tables; shares of a hundred."""
+    share = lambda v: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in v))
+    area = lambda v: "-" if v is None else f"{v:.3f}"
+    row = lambda *cells: "| " + " | ".join(cells) + " |"
+    head = lambda *cells: ["", row(*cells), row(*["---"] * len(cells))]
+    lines = []
+    for name, one in found["models"].items():
+        about = f"{one['demonstrations']} demonstrations, {one['questions']} test questions, {one['device']}"
+        hours = sum(one["seconds"].values()) / 3600
+        lines += [f"## {name}", "", f"{about}, {hours:.1f} hours. `{one['command']}`", *head("", "T=1", "greedy")]
+        lines += [row(method, share(r["t1"]), share(r["greedy"])) for method, r in one["gsm8k"].items()]
+        for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
+            ranking, areas = one.get("rerank" + suffix, {}), one.get("auroc" + suffix, {})
+            lines += head(f"best of n, {whose} samples", *ranking, "AUROC") if ranking else []
+            for way in next(iter(ranking.values()), ()):
+                lines.append(row(way, *(share(found[way]) for found in ranking.values()), area(areas.get(way))))
+        if "processbench" in one:
+            lines += head("first wrong step, ProcessBench", "F1")
+            lines += [row(signal, f"{100 * f1:.1f}") for signal, f1 in one["processbench"].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_tables() -> None:
+    """results/real.json and results/real.md."""
+    found = summary()
+    runs.keep(runs.results_folder() / "real.json", json.dumps(found, indent=1) + "\n")
+    runs.keep(runs.results_folder() / "real.md", markdown(found))
+    print(f"tables: {runs.results_folder() / 'real.md'}")
+
+
+def device_name(device: torch.device) -> str:
+    """What the numbers are from."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def parser_of() -> data.Parser:
+    parser = data.Parser(__doc__)
+    parser.add_argument("--model", help="a pretrained model's folder or hub name")
+    parser.add_argument("--name", help="what it is called in results (default: the folder's name)")
+    parser.add_argument("--data", default="gsm8k", help="gsm8k, from the hub, or a folder with train.jsonl and test.jsonl")
+    parser.add_argument("--demonstrations", type=int, default=128)
+    parser.add_argument("--questions", type=int, default=150, help="test questions")
+    parser.add_argument("--samples", type=int, default=8, help="candidates per test question")
+    parser.add_argument("--validation", type=int, default=60, help="questions that fair SFT is chosen on (at most 100)")
+    parser.add_argument("--processbench", metavar="FILE", help="solutions with a human label, for localise")
+    parser.add_argument("--mr-gsm8k", metavar="FILE", help="others, on which thresholds are chosen")
+    parser.add_argument("--solutions", type=int, help="the first so many of each (default: all)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of IRL's training")
+    parser.add_argument("--steps", type=int, default=60, help="of IRL and GRPO at most")
+    parser.add_argument("--only", help="some stages, with commas between: " + ", ".join(STAGES))
+    parser.add_argument("--without", default="", help="leave these out")
+    parser.add_argument("--flags", default="", help="train.py's, for instance '--sft-lr 5e-5 --micro-batch 2'")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quick", action="store_true", help="tiny counts, written to results-quick/")
+    parser.add_argument("--tables", action="store_true", help="run nothing: tables only")
+    return parser
+
+
+def wanted(args) -> list[str]:
+    """The stages that were asked for, in their order."""
+    only, without = (names.split(",") if names else [] for names in (args.only, args.without))
+    for name in [*only, *without]:
+        if name not in STAGES:
+            raise UserError(f"no stage '{name}'{data.nearest(name, STAGES)}: {', '.join(STAGES)}")
+    found = [stage for stage in STAGES if (not only or stage in only) and stage not in without]
+    if "localise" in found and not (args.processbench and args.mr_gsm8k):  # said now, not after hours
+        print("no --processbench and --mr-gsm8k: localise is left out")
+        found.remove("localise")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser_of().parse(arguments)
+    command = "python -m experiments.real " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    if args.quick:
+        environ.setdefault("IRL_RESULTS", "results-quick")
+        vars(args).update(QUICK)
+    if args.tables:
+        return write_tables()
+    if not args.model:
+        raise UserError("--model is missing: a folder with a pretrained model, or a hub name")
+    for name in ("demonstrations", "questions", "samples", "validation", "steps", "solutions"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    policy.quiet()
+    job = Job(args, args.name or Path(args.model).name)
+    for stage in (stage for stage in wanted(args) if not (job.results / f"{stage}.json").exists()):
+        job.run  # noqa: B018  loads, once
+        with checkpoint.locked(job.folder):
+            about = {"demonstrations": len(job.run.experts), "questions": len(job.run.test),
+                     "device": device_name(job.run.device), "command": command}  # fmt: skip
+            runs.keep(job.results / "about.json", json.dumps(about))
+            run_stage(job, stage)
+    write_tables()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(data.exit_status(main))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
