@@ -44,29 +44,31 @@ def judge(name: str, seed: int, quick: bool) -> dict:
         settings = SimpleNamespace(rule="mean", seed=seed, data=name)
         found[label] = rerank.assess(candidates, discriminator, base, judges, tokenizer, settings)
         found[label].pop("distributions")
-        if name == "countdown":
-            for n, value in own_grades(base, tokenizer, candidates).items():
-                found[label]["rerank"][n]["own_grade"] = value
     return found
 
 
-def own_grades(base, tokenizer, candidates: rerank.Candidates) -> dict:
+def own_grades(seed: int, quick: bool) -> dict:
     """What countdown's base itself would say behind each trace, log p("right") - log p("wrong"), as a way to choose: {n:
-    [mean, low, high], .., "auroc": ..}. No demonstrations are asked, but somebody who knows what to ask for: the control
+    [mean, low, high], .., "auroc": ..}. It takes no demonstrations, but somebody who knows what to ask for: the control
     that tells how much of the learnt reward was in the base."""
-    batch = candidates.batch
-    right, wrong = tokenizer.convert_tokens_to_ids(["right", "wrong"])
+    base, tokenizer = policy.load_policy("countdown-base")
+    test = data.load_examples("countdown", "test", 20 if quick else 250, seed)
+    candidates = rerank.collect(base, tokenizer, test, 16, 40, 1.0, torch.Generator().manual_seed(seed + 1))
+    batch, (right, wrong) = candidates.batch, tokenizer.convert_tokens_to_ids(["right", "wrong"])
     with torch.no_grad():
         logits = base(input_ids=batch.tokens).logits[torch.arange(len(batch)), batch.lengths - 1]  # [B, V]
     scores = (logits[:, right] - logits[:, wrong]).view(-1, candidates.n)
-    ns = rerank.powers_of_two(candidates.n)
-    found = {str(n): rerank.bootstrap(rerank.best_of_n(candidates.correct, scores, n)) for n in ns}
+    found = {str(n): rerank.bootstrap(rerank.best_of_n(candidates.correct, scores, n)) for n in (4, 8, 16)}
     return found | {"auroc": rerank.auroc(scores.flatten(), candidates.correct.flatten())}
 
 
 def run(name: str, seeds: int, quick: bool) -> None:
     """results/inference/<data>-<seed>.json for every seed that has none yet."""
     policy.quiet()
+    for seed in runs.seeds_of(name, seeds) if name == "countdown" else ():
+        path = runs.results_folder() / "grades" / f"{seed}.json"
+        if not path.exists():
+            runs.keep(path, json.dumps(own_grades(seed, quick)))
     for seed in runs.seeds_of(name, seeds):
         path = runs.results_folder() / "inference" / f"{name}-{seed}.json"
         if not path.exists():

@@ -71,7 +71,7 @@ def step(questions: list[int], kind: str) -> dict:
     negatives = [[rollout.batch.response(i * GROUP + g) for g in range(GROUP)] for i in range(len(examples))]
     comparison = reward.compare(tokenizer, examples, negatives, 0, random.Random(0))
     metrics = {"discriminator": reward.update(discriminator, loop.reward_optimizer, model, comparison, s.discriminator_loss,
-                                              0.1, 0.5, penalty=0.0, micro_batch=5)}  # fmt: skip
+                                              0.1, 0.5, micro_batch=5)}  # fmt: skip
     rewards = (rollout.batch.tokens * 0.1).sin() * rollout.batch.response_mask
     metrics["policy"] = loop.update_policy(rollout, rewards, loop.rewards(rollout)[1])
     weights = [p.detach().flatten() for m in (model, reward_model) for p in m.parameters()]

@@ -173,7 +173,7 @@ def test_the_same_seed_gives_the_same_metrics():
 
 
 def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
-    monkeypatch.setattr(data, "same_answer", lambda predicted, truth: False)
+    monkeypatch.setattr(data, "same_answer", lambda predicted, truth, options=(): False)
     assert train.main([*TINY, "--method", "irl"]) == 0
     assert json.loads(Path("runs/demo/results.json").read_text())["reward"]["auroc"] is None
     shown = capsys.readouterr().out
