@@ -588,8 +588,9 @@ def end_of_turn(tokenizer, template: str) -> int | None:
 
 def until_end(tokenizer, text: str) -> str:
     """`text` up to the first end token that is written out in it: what follows is no part of the response."""
-    ends = (re.escape(tokenizer.convert_ids_to_tokens(end)) for end in end_tokens(tokenizer))
-    return re.split("|".join(ends), text, maxsplit=1)[0]
+    for end in end_tokens(tokenizer):
+        text = text.split(tokenizer.convert_ids_to_tokens(end), 1)[0]
+    return text
 
 
 def response_ids(tokenizer, text: str) -> list[int]:
