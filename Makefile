@@ -12,8 +12,8 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 base: .venv/ready  ## make the shipped bases again (about 10 minutes each)
-	$(BIN)/python pretrain.py --out base
-	$(BIN)/python pretrain.py --task countdown --steps 3500 --out tasks/countdown-base
+	$(BIN)/python -m tasks.pretrain --out tasks/words-base
+	$(BIN)/python -m tasks.pretrain --task countdown --steps 3500 --out tasks/countdown-base
 
 clean:
 	rm -rf .venv runs

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 import data
-import memory
 import policy
+from engine import loading, memory
+from engine.settings import parse_settings
 from irl import draw
 
 
@@ -110,20 +111,18 @@ class GRPO:
 
 
 def main() -> None:
-    import train
-
-    policy.quiet()
+    loading.quiet()
     flags = "--demonstrations 64 --questions 16 --group 4 --max-steps 3 --sft-steps 15 --device cpu"
-    settings = train.parse_settings(flags.split())
+    settings = parse_settings(flags.split())
     examples = data.load_examples("words", "train", 64)
     print("SFT: -log pi of the demonstrations' tokens")
-    trainer = SFT(settings, *reversed(policy.load_policy("base")), examples)
+    trainer = SFT(settings, *reversed(loading.load_policy("base")), examples)
     for update in range(1, settings.sft_steps + 1):
         metrics = trainer.step()
         if update % 5 == 0:
             print(f"  update {update:2d}  loss {metrics['policy']['loss']:.3f}")
     print("GRPO: the mean reward is the share of samples that the answer check accepts")
-    trainer = GRPO(settings, *reversed(policy.load_policy("base")), examples)
+    trainer = GRPO(settings, *reversed(loading.load_policy("base")), examples)
     for step in range(1, settings.max_steps + 1):
         metrics = trainer.step()
         print(

@@ -14,99 +14,26 @@ Everything the method needs to know about text is in this file:
 Run `python data.py` to see one example of each.
 """
 
-import argparse
-import datetime
-import difflib
-import functools
 import itertools
 import json
 import math
 import os.path
 import random
 import re
-import sys
-import threading
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-from tasks import countdown
+from engine.chat import chat_text, check_text, end_of_turn, token_ids
+from engine.errors import UserError, nearest
+from tasks import countdown, words
+from tasks.answers import extract_answer, same_answer
+from tasks.common import first_difference, split_of
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Bad input, and the one record type
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """Bad input from outside. `exit_status` makes it one line and exit status 2."""
-
-
-def exit_status(program: Callable[[], object]) -> int:
-    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the input.
-
-    What the terminal's encoding lacks (ASCII, Windows code pages) is printed as an escape instead of raising.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's streams have none, and need none
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        program()
-    except UserError as error:
-        line = " ".join(str(error).splitlines())  # a file's name or content may hold newlines
-        print(f"error: {printable(line)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def printable(text: str) -> str:
-    r"""`text` with its control characters in hex, newlines excepted: a trace must not move the cursor, ring, or retitle
-    the window of whoever prints it.
-
-    >>> printable("1\n2\x1b[2J")
-    '1\n2\\x1b[2J'
-    """
-    return text.translate(CONTROL)
-
-
-# Control characters, and those that turn the direction of writing round (the rest of a line could seem another text).
-CONTROL = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (*range(10), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
-
-
-def nearest(word: str, choices) -> str:
-    """', did you mean X?' or nothing.
-
-    >>> nearest("gsm8", ["words", "gsm8k"])
-    " (did you mean 'gsm8k'?)"
-    """
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but what is wrong is a UserError, and an unknown flag is told its nearest neighbour."""
-
-    def __init__(self, description: str):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
-
-    def error(self, message: str):
-        """argparse's own complaints, in our form."""
-        raise UserError(message)
-
-    def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        """The arguments (by default the command line's) as a namespace."""
-        known, unknown = self.parse_known_args(arguments)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            raise UserError(f"unknown flag {flag}{nearest(flag, self._option_string_actions)}: see --help")
-        return known
 
 
 @dataclass(frozen=True)
@@ -125,187 +52,17 @@ class Example:
 # 2. words: embedded word problems with an exact checker per step
 # ---------------------------------------------------------------------------------------------------------------
 
-NAMES = ("Ava", "Ben", "Cho", "Dan", "Eve", "Gus", "Ida", "Lee")
-ITEMS = ("pens", "eggs", "cards", "coins", "nuts", "beads", "shells", "pins")
-GAINS = ("finds", "gets", "picks")
-LOSSES = ("loses", "sells", "eats")
-PACKS = ("bags", "boxes", "packs")
-
-
-@dataclass(frozen=True)
-class Event:
-    """One sentence of a problem. kind: 'gain' or 'loss' (one step of arithmetic), 'packs' or 'shares' (two)."""
-
-    kind: str
-    text: str
-    a: int
-    b: int = 0
-
-    @property
-    def steps(self) -> int:
-        return 2 if self.kind in ("packs", "shares") else 1
-
-
-@dataclass(frozen=True)
-class Problem:
-    question: str
-    start: int
-    events: tuple[Event, ...]
-
-
-def make_problem(rng: random.Random, steps: int = 3, largest: int = 40) -> Problem:
-    """Draw one word problem that takes `steps` steps of arithmetic with numbers up to `largest` in its text.
-
-    >>> problem = make_problem(random.Random(1))
-    >>> problem.question
-    'Cho has 18 eggs. Cho picks 32. Cho gets 26. Cho loses 16. How many eggs?'
-    >>> solve(problem).trace
-    '18+32=50\\n50+26=76\\n76-16=60'
-    """
-    name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    start = have = rng.randint(max(2, largest // 4), largest)
-    sentences, events, left = [f"{name} has {start} {item}."], [], steps
-    while left:
-        kinds = ["gain", "loss"] if left == 1 else ["gain", "loss", "packs", "packs", "shares", "shares"]
-        kind = rng.choice(kinds)
-        a, b = rng.randint(2, 5), rng.randint(2, max(2, largest // 3))
-        if kind in ("gain", "loss"):
-            a = rng.randint(2, largest)
-        spent = {"loss": a, "shares": a * b}.get(kind, 0)
-        if spent >= have:  # nobody gives away more than she has
-            continue
-        have += {"gain": a, "packs": a * b}.get(kind, 0) - spent
-        text = {
-            "gain": f"{name} {rng.choice(GAINS)} {a}.",
-            "loss": f"{name} {rng.choice(LOSSES)} {a}.",
-            "packs": f"{name} buys {a} {rng.choice(PACKS)} of {b}.",
-            "shares": f"{name} gives {a} friends {b} each.",
-        }[kind]
-        events.append(Event(kind, text, a, b))
-        sentences.append(text)
-        left -= events[-1].steps
-    return Problem(" ".join(sentences) + f" How many {item}?", start, tuple(events))
-
-
-def subtract_by_column(a: int, b: int) -> int:
-    """The pupils' bug 'smaller from larger' (Brown & Burton 1978): in each column, the smaller digit from the larger.
-
-    >>> subtract_by_column(50, 9), subtract_by_column(58, 23)
-    (59, 35)
-    """
-    top, bottom = str(max(a, b)), str(min(a, b)).zfill(len(str(max(a, b))))
-    return int("".join(str(abs(int(x) - int(y))) for x, y in zip(top, bottom)))
-
-
-@dataclass(frozen=True)
-class Pupil:
-    """How often a pupil goes wrong at a step where it can.
-
-    groups: '3 bags of 12' is added instead of multiplied. borrow: a subtraction goes column by column without
-    borrowing. slip: one digit of any other result comes out wrong. A pupil who is wrong more often than right is
-    *confidently* wrong: greedy decoding and majority vote make it worse, and its own log-probability cannot tell.
-    """
-
-    groups: float = 0.6
-    borrow: float = 0.3
-    slip: float = 0.1
-
-
-def solve(problem: Problem, pupil: Pupil | None = None, rng: random.Random | None = None) -> Example:
-    """Write a trace for `problem`: the expert's, or that of a pupil, whose errors propagate to the answer."""
-    lines: list[str] = []
-
-    def step(a: int, op: str, b: int) -> int:
-        result = {"+": a + b, "-": a - b, "*": a * b}[op]
-        if pupil and op == "-" and rng.random() < pupil.borrow:
-            result = subtract_by_column(a, b)
-        elif pupil and rng.random() < pupil.slip:
-            digits = list(str(abs(result)))
-            place = rng.randrange(len(digits))
-            digits[place] = rng.choice([d for d in "123456789" if d != digits[place]])
-            result = int("".join(digits))
-        result = abs(result)  # once a pupil has erred, more may be given away than is left; pupils drop the sign
-        lines.append(f"{a}{op}{b}={result}")
-        return result
-
-    have = problem.start
-    for event in problem.events:
-        amount = event.a
-        if event.steps == 2:
-            confused = pupil is not None and rng.random() < pupil.groups
-            amount = step(event.a, "+" if confused else "*", event.b)
-        have = step(have, "+" if event.kind in ("gain", "packs") else "-", amount)
-    return Example(problem.question, "\n".join(lines), str(have))
-
-
-def split_of(question: str) -> str:
-    """'train', 'validation' or 'test' (80/10/10), decided by the question's own bytes: disjoint whatever the seed."""
-    bucket = zlib.crc32(question.encode()) % 10
-    return {8: "validation", 9: "test"}.get(bucket, "train")
-
-
-def words_problems(split: str, count: int, seed: int = 0, steps: int = 3, largest: int = 40) -> list[Problem]:
-    """`count` different problems of one split. The same arguments always give the same problems."""
-    rng = random.Random(f"words {split} {seed} {steps} {largest}")
-    problems: dict[str, Problem] = {}
-    for _ in range(1000 * count):
-        problem = make_problem(rng, steps, largest)
-        if split_of(problem.question) == split:
-            problems.setdefault(problem.question, problem)
-        if len(problems) == count:
-            return list(problems.values())
-    raise UserError(
-        f"only {len(problems)} different problems with steps={steps}, largest={largest}; {count} were asked for"
-    )
-
 
 def first_error(expert: Example, response: str) -> int | None:
-    """Where a response to an embedded problem first goes wrong: a character offset into `response`, None if it is right.
-
-    countdown: tasks/countdown.py. words: the expert's trace holds one equation per line, and a step is right if it is that equation (a sum or a product may
-    have its two operands the other way round). The offset is that of the first character that no right step has; a
-    response that stops too early is wrong at its end.
-
-    >>> expert = Example("...", "3*12=36\\n14+36=50", "50")
-    >>> first_error(expert, "<think>\\n12*3=36\\n36+14=50\\n</think>\\n<answer>50</answer>") is None
-    True
-    >>> first_error(expert, "<think>\\n3+12=15\\n14+15=29\\n</think>\\n<answer>29</answer>")
-    9
-    """
-    if expert.task == "countdown":
-        return countdown.first_error(expert.question, response)
-    pieces = [["<think>\n"]]
-    for line in expert.trace.split("\n"):
-        forms = [line + "\n"]
-        match = re.fullmatch(r"(\d+)([+*])(\d+)=(\d+)", line)
-        if match:
-            a, op, b, result = match.groups()
-            forms.append(f"{b}{op}{a}={result}\n")
-        pieces.append(forms)
-    pieces.append([f"</think>\n<answer>{expert.answer}</answer>"])
-    at = 0
-    for forms in pieces:
-        found = next((form for form in forms if response.startswith(form, at)), None)
-        if found is None:
-            return at + max(first_difference(form, response[at : at + len(form)]) for form in forms)
-        at += len(found)
-    return None if at == len(response) else at
-
-
-def first_difference(a, b) -> int:
-    """Index of the first place where two sequences differ (the shorter one's length if it is a prefix).
-
-    >>> first_difference("abc", "abd"), first_difference([1, 2], [1, 2, 3])
-    (2, 2)
-    """
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    """Where a response to an embedded problem first goes wrong: a character offset into `response`, None if it is right."""
+    return EMBEDDED[expert.task].first_error(expert, response)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 3. Sources by name
 # ---------------------------------------------------------------------------------------------------------------
 
-EMBEDDED = ("words", "countdown")  # made here, with a checker that finds the first error
+EMBEDDED = {"words": words, "countdown": countdown}  # made here, with a checker that finds the first error
 SOURCES = (*EMBEDDED, "gsm8k", "medreason")
 SPLITS = ("train", "validation", "test")
 
@@ -322,12 +79,10 @@ def load_examples(
     """
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}': one of {', '.join(SPLITS)}")
-    if source == "words":
-        problems = words_problems(split, count or 1000, seed, steps, largest)
-        return [solve(problem) for problem in problems]
-    if source == "countdown":
-        solutions = countdown.solutions(split, count or 1000, seed)
-        return [Example(question, trace, answer, task=source) for question, trace, answer in solutions]
+    if source in EMBEDDED:
+        how = (steps, largest) if source == "words" else ()
+        solutions = EMBEDDED[source].solutions(split, count or 1000, seed, *how)
+        return [Example(*solution, task=source) for solution in solutions]
     if source in ("gsm8k", "medreason"):
         examples = from_hub(source, split)
     elif os.path.exists(source):  # unlike Path.exists, False for a name that no file can have
@@ -381,20 +136,6 @@ def text_lines(path: Path) -> list[tuple[int, str]]:
     except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
         raise UserError(f"cannot read {path}: {error}") from None
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def check_text(text: str) -> str:
-    r"""`text` as it is; ValueError if it holds half a surrogate pair: legal JSON, but no text that has tokens or bytes.
-
-    >>> check_text("\ud800")
-    Traceback (most recent call last):
-    ValueError: the text holds '\ud800', half of a surrogate pair, which no UTF-8 can say
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds {text[error.start]!a}, half of a surrogate pair, which no UTF-8 can say") from None
-    return text
 
 
 def field(record: dict, name: str) -> str | None:
@@ -500,66 +241,6 @@ def prompt_ids(tokenizer, question: str) -> list[int]:
     return ids
 
 
-def chat_text(tokenizer, message: str, seconds: float = 10.0, reply: str | None = None) -> str:
-    """One user turn in the tokenizer's chat template, up to where the answer begins; with a `reply`, that one too, and
-    whatever the template puts after it.
-
-    A chat template is a program that comes with the model. transformers runs it in Jinja's sandbox, where it can reach
-    neither Python nor files; but it may fail, drop the question, or never end, so it has `seconds` in a thread of its own.
-    """
-    turns, found = [{"role": "user", "content": message}], {}
-    if reply is not None:
-        turns.append({"role": "assistant", "content": reply})
-
-    def render():
-        try:
-            template = at_date(tokenizer.get_chat_template(), getattr(tokenizer, "date", datetime.date.today()))
-            how = {"chat_template": template, "add_generation_prompt": reply is None, "tokenize": False}
-            found["text"] = tokenizer.apply_chat_template(turns, **how)
-        except Exception as error:  # Jinja's own, and whatever Python raises inside a template
-            found["error"] = error
-
-    thread = threading.Thread(target=render, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    text = found.get("text")
-    if thread.is_alive():
-        problem = f"takes more than {seconds:g} seconds for one question"
-    elif text is None:
-        problem = f"fails: {type(found['error']).__name__}: {found['error']}"
-    else:
-        problem = "" if message.strip() in text else "leaves the question out"
-    if problem:
-        raise UserError(f"the tokenizer's chat template {problem}. Mend or remove chat_template in the model's folder")
-    return text
-
-
-def set_date(tokenizer, date: str | None) -> None:
-    """The day (ISO; None: today) that `chat_text` tells a template that asks for it: the same in all prompts of a run."""
-    try:
-        tokenizer.date = datetime.date.fromisoformat(date) if date else datetime.date.today()
-    except (TypeError, ValueError):
-        raise UserError(f"the date must be written YYYY-MM-DD, not {date!r}") from None
-
-
-def at_date(template: str, day: datetime.date) -> str:
-    """A chat template in which strftime_now, transformers' clock, stands still. (It takes no clock of ours: functions that
-    are handed to a template become text.)
-
-    >>> at_date("{{ strftime_now('%d %b %Y') }}", datetime.date(2026, 1, 31))
-    "{{ '31 Jan 2026' }}"
-    """
-    return re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", lambda m: repr(day.strftime(m[2])), template)
-
-
-def token_ids(tokenizer, text: str) -> list[int]:
-    """The tokens of a text, with nothing added."""
-    try:
-        return tokenizer(check_text(text), add_special_tokens=False)["input_ids"]
-    except ValueError as error:
-        raise UserError(f"cannot tokenise: {error}") from None
-
-
 def response_text(trace: str, answer: str) -> str:
     """What the policy is to write: the trace between <think> tags, the answer between <answer> tags."""
     return f"<think>\n{trace}\n</think>\n<answer>{answer}</answer>"
@@ -574,16 +255,6 @@ def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
     template = str(getattr(tokenizer, "chat_template", None) or "")
     known = [end_of_turn(tokenizer, template), tokenizer.eos_token_id, *listed]
     return tuple(dict.fromkeys(token for token in known if token is not None))
-
-
-@functools.lru_cache(maxsize=8)  # asked for with every response; a template is no fast program
-def end_of_turn(tokenizer, template: str) -> int | None:
-    """The special token that the chat template puts right after the assistant's message; None if there is none."""
-    reply = "the reply"
-    after = chat_text(tokenizer, "the question", reply=reply).rpartition(reply)[2].lstrip() if template else ""
-    first = token_ids(tokenizer, after)[:1]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return first[0] if first and first[0] in special else None
 
 
 def until_end(tokenizer, text: str) -> str:
@@ -617,108 +288,6 @@ def token_at(tokenizer, ids, offset: int) -> int:
 # 5. Answers
 # ---------------------------------------------------------------------------------------------------------------
 
-NUMBER = r"[-+−]?[$€£]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30})(?:\.\d{1,30})?(?:\s?/\s?\d{1,30})?"
-ONLY_NUMBER = rf"\s*{NUMBER}\s*(?:[%.]\s*)?"  # a text that states a number and nothing else
-# What changes the number after it: a comparator (no arrow), a sign (no hyphen, as in '3-5' or '3 - 5').
-COMPARATOR = r"(?<![-=])[<>≤≥]=?(?=\s*[-+−]?[$€£]?\.?\d)"
-SIGN = r"(?<!\w)[-+−](?=[$€£]?\.?\d)|(?<!\w)(?<!\w\s)[-+−](?=\s[$€£]?\.?\d)"
-ONE_SPELLING = str.maketrans({"−": "-", "≤": "<=", "≥": ">="})
-
-
-def extract_answer(response: str) -> str | None:
-    """The answer a response gives: the last <answer>...</answer>; without one, what follows '####', is \\boxed{}, or
-    is the last number. The fallbacks favour a base model that was never told about our tags; None if nothing fits.
-
-    >>> extract_answer("<think>2+3=5</think><answer> 5 </answer>"), extract_answer("so it is $1,200."), extract_answer("hm")
-    ('5', '$1,200', None)
-    """
-    tail = response[-20_000:]  # no answer starts earlier, and no regular expression sees a novel
-    start = tail.rfind("<answer>")
-    if start >= 0:
-        return tail[start + len("<answer>") :].split("</answer>")[0].strip()
-    for marker, end in (("####", "\n"), ("\\boxed{", "}")):
-        if marker in tail:
-            return tail.rsplit(marker, 1)[1].split(end)[0].strip()
-    numbers = re.findall(NUMBER, tail)
-    return numbers[-1] if numbers else None
-
-
-def parse_number(text: str) -> Fraction | None:
-    """The one number that `text` states, with sign, commas, decimals, fraction, currency, unit or trailing dot. A bound
-    states none.
-
-    >>> [str(parse_number(t)) for t in ("-1,234.50", "$3/4.", "12 apples", "two", "= 7 %", "< 5")]
-    ['-2469/2', '3/4', '12', 'None', '7', 'None']
-    """
-    found = re.findall(NUMBER, text[:1000])
-    if len(found) != 1 or re.search(COMPARATOR, text[:1000]):
-        return None
-    plain = re.sub(r"[$€£,\s]", "", found[0]).replace("−", "-")
-    top, _, bottom = plain.partition("/")
-    try:
-        return Fraction(top) / Fraction(bottom or 1)
-    except ZeroDivisionError:
-        return None
-
-
-def same_answer(predicted: str | None, truth: str, options: tuple[str, ...] = ()) -> bool:
-    """Whether two answers agree: as options where both name one, as numbers when the truth is one, else as text without
-    case, punctuation, articles. An empty answer agrees with nothing.
-
-    >>> same_answer("$18.00", "18"), same_answer("The left ventricle.", "left ventricle"), same_answer(None, "4")
-    (True, True, False)
-    >>> same_answer("(B)", "Aortic valve", ("Mitral valve", "Aortic valve"))
-    True
-    """
-    if predicted is None:
-        return False
-    chosen, right = option_of(predicted, options), option_of(truth, options)
-    if right is not None:
-        return chosen == right
-    if chosen is not None:
-        predicted = options[chosen]
-    if re.fullmatch(ONLY_NUMBER, truth[:1000]):
-        value = parse_number(truth)
-        return value is not None and parse_number(predicted) == value
-    return normalise_text(predicted) == normalise_text(truth) != ""
-
-
-def option_of(answer: str, options: tuple[str, ...]) -> int | None:
-    """Which option an answer names: by its text, its number, or its letter. Text comes first: with the options B12, C and D
-    an answer "C" is the vitamin, not the third.
-
-    >>> [option_of(answer, ("Mitral valve", "Aortic valve")) for answer in ("b", "B. the aorta", "aortic valve.", "C", "")]
-    [1, 1, 1, None, None]
-    """
-    # First with what may be an option's letter: S. pneumoniae is not K. pneumoniae.
-    for form in (plain_words, normalise_text):
-        forms = [form(option) for option in options]
-        if form(answer) and form(answer) in forms:
-            return forms.index(form(answer))
-    numbers = [parse_number(option) if re.fullmatch(ONLY_NUMBER, option[:1000]) else None for option in options]
-    if any(number is not None for number in numbers) and parse_number(answer) in numbers:
-        return numbers.index(parse_number(answer))
-    letter = re.match(r"\s*\(?([A-Za-z])(?:[.):]|\s*$)", answer)
-    index = ord(letter[1].upper()) - ord("A") if letter else len(options)
-    return index if index < len(options) else None
-
-
-def normalise_text(text: str) -> str:
-    """Lower case, no option letter, punctuation or articles, single spaces. Empty only if `text` is.
-
-    >>> [normalise_text(t) for t in ("B. The left  ventricle!", "A", "≤ 5 mg", "−5 dB")]
-    ['left ventricle', 'a', '<= 5 mg', '- 5 db']
-    """
-    return plain_words(re.sub(r"^\s*\(?[A-Za-z][.)]\s+(?=\S)", "", text[:10_000]))
-
-
-def plain_words(text: str) -> str:
-    """`normalise_text` without a look at option letters."""
-    text = text[:10_000].lower()
-    words = re.findall(rf"{COMPARATOR}|{SIGN}|\w+", text)
-    kept = [word for word in words if word not in ("a", "an", "the")]
-    return " ".join(kept or words or text.split()).translate(ONE_SPELLING)
-
 
 # The only door to the truth about an answer. Evaluation and GRPO go through it; IRL trains inside `no_verifier()`,
 # where it is locked, so that a verifier cannot slip into the training path unnoticed.
@@ -741,8 +310,8 @@ def is_correct(example: Example, response: str) -> bool:
     """The verifier: does the response's answer agree with the example's?"""
     if _verifier_locked:
         raise RuntimeError("the answer check was called while training without a verifier")
-    if example.task == "countdown":  # many traces are right, and the last number alone says little
-        return countdown.is_right(example.question, response)
+    if example.task:
+        return EMBEDDED[example.task].is_right(example, response)
     return same_answer(extract_answer(response), example.answer, example.options)
 
 
@@ -914,8 +483,8 @@ def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: in
 
 def main() -> None:
     rng = random.Random(0)
-    problem = words_problems("train", 1)[0]
-    expert, pupil = solve(problem), solve(problem, Pupil(), rng)
+    problem = words.words_problems("train", 1)[0]
+    expert, pupil = words.solve(problem), words.solve(problem, words.Pupil(), rng)
     print("question   ", expert.question)
     print("expert     ", expert.trace.replace("\n", " | "), "->", expert.answer)
     wrong = first_error(expert, response_text(pupil.trace, pupil.answer))

@@ -18,18 +18,17 @@ from dataclasses import dataclass, field
 import torch
 
 import data
-import logprob
-import lora
-import memory
 import policy
 import reward
 from data import Example
+from engine import loading, logprob, lora, memory
+from engine.settings import parse_settings
 from policy import Rollout
 
 
 @dataclass
 class IRL:
-    """All that changes during training, and what it needs. `settings` is train.Settings, read only."""
+    """All that changes during training, and what it needs. `settings` is Settings, read only."""
 
     settings: object
     tokenizer: object
@@ -199,9 +198,9 @@ class IRL:
         s, f = self.settings, self.discriminator.reward_model.model
         if policy_states is None:
             policy_states = policy.choosing_states(self.policy_model, batch)
-        (weight, softcap), (reward_weight, _) = policy.output_layer(self.policy_model), policy.output_layer(f)
+        (weight, softcap), (reward_weight, _) = logprob.output_layer(self.policy_model), logprob.output_layer(f)
         reward_states = reward_states[:, : batch.tokens.shape[1]][batch.response_mask.bool()]  # [N, H]
-        with policy.half_precision(policy_states.device):
+        with logprob.half_precision(policy_states.device):
             return method(policy_states, weight, reward_states, reward_weight, s.entropy_coef, s.temperature, softcap)
 
     def policy_loss(self, batch: data.Batch, old_logprobs, advantages, reward_states) -> torch.Tensor:
@@ -243,11 +242,9 @@ def draw(items: list, count: int, rng: random.Random) -> list:
 
 
 def main() -> None:
-    import train
-
-    policy.quiet()
-    settings = train.parse_settings("--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu".split())
-    model, tokenizer = policy.load_policy("base")
+    loading.quiet()
+    settings = parse_settings("--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu".split())
+    model, tokenizer = loading.load_policy("base")
     ends_step = reward.step_end_tokens(tokenizer, len(tokenizer))
     discriminator = reward.Discriminator(reward.load_reward("likelihood", "base"), "airl", "dense", 0, ends_step)
     loop = IRL(settings, tokenizer, model, discriminator, data.load_examples("words", "train", 64))

@@ -42,7 +42,12 @@ from torch.nn.functional import pad
 import data
 import policy
 import reward
-from data import Batch, Example, UserError
+from data import Batch, Example
+from engine import loading
+from engine.errors import Parser, UserError, exit_status, nearest, printable
+from engine.runs import load_run
+from show.tables import show_results
+from tasks.answers import ONLY_NUMBER, extract_answer, normalise_text, option_of, parse_number
 
 RULES = ("mean", "last", "lowest", "discounted")
 # Models trained on the demonstrations alone, whose log-probability is the baseline to beat: signal -> folder of a run
@@ -61,7 +66,7 @@ PERTURBED_PER_EXPERT = 4  # broken copies of each expert trace in the synthetic 
 def check_rule(rule: str) -> None:
     """Raise unless `rule` is one of RULES."""
     if rule not in RULES:
-        raise UserError(f"unknown rule '{rule}'{data.nearest(rule, RULES)}: one of {', '.join(RULES)}")
+        raise UserError(f"unknown rule '{rule}'{nearest(rule, RULES)}: one of {', '.join(RULES)}")
 
 
 def trace_scores(rewards: torch.Tensor, ends: torch.Tensor, rule: str, gamma: float = GAMMA) -> torch.Tensor:
@@ -128,10 +133,10 @@ def best_of_n(correct: torch.Tensor, scores: torch.Tensor, n: int) -> torch.Tens
 
 
 def canonical_answers(answers: list[str | None], options: tuple[str, ...] = ()) -> list[str | None]:
-    """One question's answers as keys that are equal where data.same_answer would call the answers the same. An answer
+    """One question's answers as keys that are equal where same_answer would call the answers the same. An answer
     that names one of the question's options, by letter or by text, has the option for a key.
 
-    data.same_answer looks at the truth to decide between numbers and words. There is no truth here, so the
+    same_answer looks at the truth to decide between numbers and words. There is no truth here, so the
     candidates decide: if one of them answers with nothing but a number, all that state one number are
     compared as numbers. An empty answer is none.
 
@@ -143,15 +148,15 @@ def canonical_answers(answers: list[str | None], options: tuple[str, ...] = ()) 
     ['Aortic valve', 'Aortic valve']
     """
     # What same_answer takes for a number when it is the truth.
-    numeric = any(answer is not None and re.fullmatch(data.ONLY_NUMBER, answer[:1000]) for answer in answers)
+    numeric = any(answer is not None and re.fullmatch(ONLY_NUMBER, answer[:1000]) for answer in answers)
     keys: list[str | None] = []
     for answer in answers:
-        option = data.option_of(answer or "", options)
+        option = option_of(answer or "", options)
         if option is not None:
             keys.append(options[option])
             continue
-        value = data.parse_number(answer) if numeric and answer else None
-        keys.append(str(value) if value is not None else data.normalise_text(answer or "") or None)
+        value = parse_number(answer) if numeric and answer else None
+        keys.append(str(value) if value is not None else normalise_text(answer or "") or None)
     return keys
 
 
@@ -421,7 +426,7 @@ class Candidates:
     @cached_property
     def answers(self) -> list[list[str | None]]:
         """The answer of each response: Q lists of n."""
-        found = [data.extract_answer(text) for text in self.texts]
+        found = [extract_answer(text) for text in self.texts]
         return [found[i : i + self.n] for i in range(0, len(found), self.n)]
 
     @cached_property
@@ -794,58 +799,22 @@ def load_judges(run: Path, tokenizer, temperature: float, device, dtype=torch.fl
     judges = {}
     for signal, name in JUDGES.items():
         if (run / name).is_dir():
-            judges[signal] = policy.load_policy(str(run / name), device, dtype)[0]
-            policy.check_same_tokenizer(tokenizer, str(run / name))
+            judges[signal] = loading.load_policy(str(run / name), device, dtype)[0]
+            loading.check_same_tokenizer(tokenizer, str(run / name))
             if name == "sft_fair":
                 policy.divide_logits(judges[signal], 1 / temperature)
     return judges
 
 
-def load_run(run: Path, policy_name: str, device):
+def models_of_run(run: Path, policy_name: str, device):
     """(policy model, tokenizer, discriminator, judges, settings) of a run's folder."""
-    discriminator, tokenizer, settings = reward.load_run(run, device)
+    discriminator, tokenizer, settings = load_run(run, device)
     named = {"base": settings["model"], "run": str(run / "policy")}
     name = named.get(policy_name, policy_name)
-    policy_model, _ = policy.load_policy(name, device)
-    policy.check_same_tokenizer(tokenizer, name)
+    policy_model, _ = loading.load_policy(name, device)
+    loading.check_same_tokenizer(tokenizer, name)
     judges = load_judges(run, tokenizer, settings["fair_temperature"], device)
     return policy_model, tokenizer, discriminator, judges, settings
-
-
-def text_table(title: str, columns: list[str], rows: dict[str, list], width: int = 18) -> str:
-    """Aligned text; a cell is [mean, low, high], a number, or None.
-
-    >>> print(text_table("best of", ["1", "2"], {"random": [[0.5, 0.4, 0.6], None]}))
-    best of                            1                 2
-    random             0.50 [0.40, 0.60]                 -
-    """
-
-    def cell(value) -> str:
-        if isinstance(value, list):
-            return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
-        return "-" if value is None else f"{value:.2f}"
-
-    lines = [f"{title:18s}" + "".join(f"{column:>{width}s}" for column in columns)]
-    for name, values in rows.items():
-        lines.append(f"{name:18s}" + "".join(f"{cell(value):>{width}s}" for value in values))
-    return "\n".join(lines)
-
-
-def show_results(results: dict) -> str:
-    """`rerank_results` under "rerank" and, if there, `localise_results` under "localise", as text."""
-    ranking = results["rerank"]
-    ns = [key for key in ranking if key.isdigit()]
-    ways = {name: [ranking[n][name] for n in ns] for name in ranking[ns[0]]}
-    at_k = {name: [ranking[name][n] for n in ns] for name in ("pass@k", "success@k") if name in ranking}
-    areas = {name: [area] for name, area in ranking["auroc"].items()}
-    parts = [text_table("best of n =", ns, ways), text_table("k =", ns, at_k)]
-    parts.append(text_table("right from wrong", ["AUROC"], areas))
-    titles = {"natural": "the policy's own errors", "single": "expert traces with a single thing broken"}
-    for kind, found in results.get("localise", {}).items():
-        rows = {name: [found[m][name] for m in ("hit0", "hit1", "step")] for name in found.get("hit0", {})}
-        parts.append(f"first wrong token of {found['count']} traces: {titles[kind]}\n"
-                     + text_table("", ["Hit@0", "Hit@1", "same step"], rows))  # fmt: skip
-    return "\n\n".join(parts)
 
 
 def show_choices(candidates: Candidates, scores: torch.Tensor) -> str:
@@ -856,7 +825,7 @@ def show_choices(candidates: Candidates, scores: torch.Tensor) -> str:
         answer = candidates.answers[i][best]
         found = f"candidate {best + 1} of {candidates.n}, score {row[best]:.3f}, answer {answer}"
         parts.append(f"{example.question}\n{found}:\n{candidates.texts[i * candidates.n + best].strip()}")
-    return data.printable("\n\n".join(parts))
+    return printable("\n\n".join(parts))
 
 
 def check_context(candidates: Candidates, context: int) -> None:
@@ -872,8 +841,8 @@ def check_context(candidates: Candidates, context: int) -> None:
 
 def demo(args) -> None:
     """What can be chosen without a reward: the shipped base on `words`, beside what an oracle would reach."""
-    n, device = args.n or 16, policy.pick_device(args.device)
-    model, tokenizer = policy.load_policy(policy.BASE, device)
+    n, device = args.n or 16, loading.pick_device(args.device)
+    model, tokenizer = loading.load_policy(loading.BASE, device)
     examples = data.load_examples("words", "test", args.questions or 40, args.seed)
     sampling = (64, args.temperature, torch.Generator(device).manual_seed(args.seed), args.rows)
     candidates = collect(model, tokenizer, examples, n, *sampling)
@@ -889,10 +858,10 @@ def rerank_run(args) -> None:
     """Score sampled or given candidates with a run's reward, and print what it is worth."""
     run = Path(args.run)
     given = read_candidates(args.candidates, args.n) if args.candidates else None
-    device = policy.pick_device(args.device)
-    policy_model, tokenizer, discriminator, judges, settings = load_run(run, args.policy, device)
+    device = loading.pick_device(args.device)
+    policy_model, tokenizer, discriminator, judges, settings = models_of_run(run, args.policy, device)
     models = (policy_model, discriminator.reward_model.model, *judges.values())
-    context = min(policy.context_length(model) for model in models)
+    context = min(loading.context_length(model) for model in models)
     known = True
     if given:
         examples, texts, n, known = given
@@ -947,7 +916,7 @@ def check_arguments(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, run. Raises UserError for bad input."""
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", help="folder of a run of train.py; without it, a demonstration")
     parser.add_argument("--n", type=int, help="candidates per question (default 16, or all of the file's)")
     parser.add_argument("--questions", type=int, help="test questions (default 100; 40 in the demonstration)")
@@ -961,7 +930,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the questions, the samples and the intervals")
     args = parser.parse(argv)
     check_arguments(args)
-    policy.quiet()
+    loading.quiet()
     if args.run is None:
         demo(args)
     else:
@@ -969,4 +938,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    sys.exit(exit_status(main))

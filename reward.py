@@ -5,7 +5,6 @@
                              Discriminator: D, and `token_rewards`, what the policy is trained on
     3. negatives             the policy's rollouts, old rollouts (replay), perturbed expert traces
     4. update                one discriminator step, experts and negatives weighing the same in total
-    5. show                  a trace in the terminal, coloured token by token
 
 The names: f is `scores`, the reward model's own opinion of each token. The discriminator says with probability
 D = sigmoid(logit) that a token is the expert's. For AIRL (Fu, Luo, Levine 2018, arXiv 1710.11248, section 4)
@@ -16,27 +15,23 @@ which is what subtracting log pi buys: at the optimum f is the expert's log-dens
 reward log D - log(1-D) is the logit itself. The released code of arXiv 2510.01857 trains logit = f (GAIL's
 discriminator); then f is the log-ratio expert/policy and is worth nothing once the policy has moved on.
 
-Run `python reward.py` for a small demonstration, or
-    python reward.py --run runs/demo --question "..." --trace "..."
+Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every token of two traces.
 """
 
-import json
-import os.path
 import random
-import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
-import memory
-import parallel
 import policy
-from data import Batch, UserError
+from data import Batch
+from engine import loading, logprob, memory, parallel, sampler
+from tasks import words
+from tasks.common import first_difference
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Equations
@@ -151,26 +146,26 @@ class HeadReward(torch.nn.Module):
 
     def states(self, batch: Batch) -> torch.Tensor:
         """What f(s_t, a_t) is read off: [B, T, H], the hidden state that has read token t itself."""
-        states = policy.response_states(self.model, batch)[:, 1:]
+        states = sampler.response_states(self.model, batch)[:, 1:]
         return policy.spread(states[policy.response_part(batch)], batch.response_mask)
 
     def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
         states = self.states(batch) if states is None else states
-        with policy.half_precision(states.device):
+        with logprob.half_precision(states.device):
             return self.model.score(states).squeeze(-1).float() * batch.response_mask
 
 
 def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:
     """A reward model from a folder or hub name: `kind` 'likelihood', 'head' or 'random'. A head that is not in the
     checkpoint (the base has none) starts at zero, a random one anywhere."""
-    where = policy.resolve_model(path)
+    where = loading.resolve_model(path)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    with policy.loading(path):
-        policy.check_weights(where)
+    with loading.loading(path):
+        loading.check_weights(where)
         if kind == "likelihood":
             model = AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
-            policy.check_output_layer(model, path)
+            loading.check_output_layer(model, path)
             return LikelihoodReward(model)
         model, info = AutoModelForTokenClassification.from_pretrained(
             where, num_labels=1, output_loading_info=True, **options
@@ -299,7 +294,7 @@ def perturbed_negatives(
         if found is not None:
             broken = data.response_ids(tokenizer, data.response_text(found[0].trace, found[0].answer))
             if broken != expert:
-                negatives.append((broken, data.first_difference(broken, expert)))
+                negatives.append((broken, first_difference(broken, expert)))
     return negatives
 
 
@@ -415,165 +410,40 @@ def update(
     return sums | policy.optimizer_step(optimizer, sums["loss"])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Seeing it
-# ---------------------------------------------------------------------------------------------------------------
-
 SUSPICIOUS = -1.0  # log-probability below which a token is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation
 
 
-def colour(text: str, value: float, scale: float) -> str:
-    """`text` on an ANSI background from red (value = -scale) over none (0) to green (+scale)."""
-    strength = max(-1.0, min(1.0, value / scale)) if scale > 0 else 0.0
-    faded = int(255 * (1 - abs(strength)))
-    red, green = (255, faded) if strength < 0 else (faded, 255)
-    visible = data.printable(text).replace("\n", "⏎\n")
-    return f"\x1b[48;2;{red};{green};{faded}m\x1b[38;2;0;0;0m{visible}\x1b[0m"
-
-
-def explain(reward_model, tokenizer, question: str, response: str) -> list[tuple[str, float]]:
-    """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
-    prompt = data.prompt_ids(tokenizer, question)
-    ids = data.token_ids(tokenizer, response)
-    if (
-        tokenizer.unk_token_id is not None
-        and tokenizer.unk_token_id in prompt + ids
-        and tokenizer.unk_token_id != tokenizer.eos_token_id
-    ):
-        known = "the words of `python data.py`'s problems, digits, + - * / = and newlines"
-        raise UserError(f"the question or trace holds something this model's vocabulary lacks; it knows {known}")
-    if not ids:
-        raise UserError("the trace is empty")
-    context = policy.context_length(reward_model.model)
-    if len(prompt) + len(ids) > context:
-        raise UserError(f"question and trace are {len(prompt) + len(ids)} tokens, the model's context is {context}")
-    batch = data.make_batch([prompt], [ids], reward_model.model.device)
-    with torch.no_grad():
-        scores = reward_model.scores(batch)[0, len(prompt) :].tolist()
-    return [(tokenizer.decode([token]), score) for token, score in zip(ids, scores)]
-
-
-def show(scored: list[tuple[str, float]], likelihood: bool = True) -> str:
-    """The trace in colours, and where it goes wrong by this reward: at the first token whose likelihood is suspicious. The
-    lowest may be a later one, which does not fit the error. A head knows no such bound: there it is the lowest."""
-    scale, values = max(1.0, max(abs(score) for _, score in scored)), [score for _, score in scored]
-    painted = "".join(colour(token, score, scale) for token, score in scored)
-    first = next((i for i, f in enumerate(values) if likelihood and f < SUSPICIOUS), None)
-    found = "nothing suspicious; lowest" if likelihood and first is None else "most suspicious"
-    place = values.index(min(values)) if first is None else first
-    before = "".join(token for token, _ in scored[:place])[-30:]
-    return (
-        f"{painted}\n\n{found}: token {place + 1} of {len(scored)}, {scored[place][0]!r} after {before!r}, "
-        f"f = {values[place]:.2f} (mean of the trace {sum(values) / len(values):.2f})"
-    )
-
-
-# What is read back from <run>/settings.json: a type, or the values that are understood.
-SETTINGS = {
-    "model": str, "data": str, "reward": ("likelihood", "head", "random"), "logit": ("airl", "gail"),
-    "granularity": ("dense", "interval", "sparse"), "interval": int, "words_steps": int, "words_largest": int,
-    "max_new_tokens": int, "fair_temperature": float,
-}  # fmt: skip
-LIMITS = {"interval": (0, 10**6), "words_steps": (1, 100), "words_largest": (8, 10**6), "max_new_tokens": (1, 10**6),
-          "fair_temperature": (0.01, 1000)}  # fmt: skip
-
-
-def read_settings(run: Path) -> dict:
-    """The settings that train.py left in the run's folder, checked."""
-    if not os.path.isdir(run):
-        raise UserError(f"no run folder {run}: make one with train.py")
-    path = run / "settings.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings: a JSON object was expected")
-    for key, kind in SETTINGS.items():
-        value = settings.get(key)
-        if value not in kind if isinstance(kind, tuple) else type(value) is not kind:  # True is no integer
-            names = {str: "a string", int: "an integer", float: "a decimal number"}
-            expected = names.get(kind) or "one of " + ", ".join(kind)
-            found = "missing" if value is None else repr(value)
-            raise UserError(f"{path}: '{key}' is {found}, expected {expected}")
-    for key, (low, high) in LIMITS.items():
-        if not low <= settings[key] <= high:
-            raise UserError(f"{path}: '{key}' is {settings[key]}, expected {low} to {high}")
-    return settings
-
-
-def load_run(run: Path, device="cpu") -> tuple[Discriminator, object, dict]:
-    """(discriminator, tokenizer, settings) of a finished run of train.py."""
-    settings = read_settings(run)
-    if not (run / "reward").is_dir():
-        raise UserError(f"run folder {run} holds no reward/: was it trained to its end, with --method irl or all?")
-    tokenizer = policy.load_tokenizer(str(run / "reward"))
-    data.set_date(tokenizer, settings.get("date"))
-    model = load_reward(settings["reward"], str(run / "reward"), device)
-    vocabulary = model.model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
-    ends_step = step_end_tokens(tokenizer, vocabulary).to(device)
-    return (
-        Discriminator(model, settings["logit"], settings["granularity"], settings["interval"], ends_step),
-        tokenizer,
-        settings,
-    )
-
-
-def demonstrate() -> None:
-    """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's mistake."""
-    import irl
-    import train
-
-    settings = train.parse_settings("--demonstrations 64 --questions 16 --device cpu".split())
-    base, tokenizer = policy.load_policy("base")
-    discriminator = Discriminator(
-        load_reward("likelihood", "base"), "airl", "dense", 0, step_end_tokens(tokenizer, len(tokenizer))
-    )
-    loop = irl.IRL(settings, tokenizer, base, discriminator, data.load_examples("words", "train", 64))
-    for update_number in range(1, 21):
-        metrics = loop.warm_up()
-        if update_number % 10 == 0:
-            print(f"discriminator update {update_number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-    problem = data.Problem("Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", 24, (
-        data.Event("packs", "", 3, 12), data.Event("loss", "", 9)))  # fmt: skip
-    right, wrong = data.solve(problem), data.solve(problem, data.Pupil(1.0, 1.0, 0.0), random.Random(0))
-    for name, example in (("expert", right), ("pupil", wrong)):
-        print(f"\n{name}: {example.question}")
-        print(
-            show(
-                explain(
-                    discriminator.reward_model,
-                    tokenizer,
-                    example.question,
-                    data.response_text(example.trace, example.answer),
-                )
-            )
-        )
-
-
 def main() -> None:
-    parser = data.Parser("Colour a trace by its token rewards.")
-    parser.add_argument("--run", help="a folder written by train.py; without it, a small demonstration")
-    parser.add_argument("--question")
-    parser.add_argument("--trace", help="the reasoning (\\n for a new line), or a whole response with its <think> tags")
-    parser.add_argument("--answer", help="the final answer, scored too if given")
-    args = parser.parse()
-    policy.quiet()
-    if args.run is None:
-        demonstrate()
-        return
-    if not args.question or not args.trace:
-        raise UserError("--run needs --question and --trace")
-    discriminator, tokenizer, _ = load_run(Path(args.run))
-    trace = args.trace.replace("\\n", "\n")
-    if "<think>" not in trace:
-        whole = data.response_text(trace, args.answer or "")
-        trace = whole if args.answer else whole[: whole.index("<answer>")]
-    scored = explain(discriminator.reward_model, tokenizer, args.question, trace)
-    print(show(scored, discriminator.reward_model.scores_all_actions))
+    """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's mistake."""
+    loading.quiet()
+    base, tokenizer = loading.load_policy("base")
+    ends_step = step_end_tokens(tokenizer, len(tokenizer))
+    discriminator = Discriminator(load_reward("likelihood", "base"), "airl", "dense", 0, ends_step)
+    optimizer = policy.make_optimizer(discriminator.reward_model, 3e-4)
+    experts, rng = data.load_examples("words", "train", 64), random.Random(0)
+    generator, ends = torch.Generator().manual_seed(0), data.end_tokens(tokenizer, base)
+    for number in range(1, 21):
+        examples = rng.sample(experts, 16)
+        prompts = [data.prompt_ids(tokenizer, example.question) for example in examples]
+        batch = policy.sample(base, prompts, ends, 64, group=2, generator=generator).batch
+        rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(len(examples))]
+        comparison = compare(tokenizer, examples, rollouts, 2, rng)
+        metrics = update(discriminator, optimizer, base, comparison, nll_coef=1.0)
+        if number % 10 == 0:
+            print(f"discriminator update {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+    problem = words.Problem("Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", 24, (
+        words.Event("packs", "", 3, 12), words.Event("loss", "", 9)))  # fmt: skip
+    right, wrong = words.solve(problem), words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0))
+    for name, solution in (("expert", right), ("pupil", wrong)):
+        batch = data.demonstration_batch(tokenizer, [data.Example(*solution)])
+        with torch.no_grad():
+            scores, log_pi = discriminator.reward_model.scores(batch), policy.token_logprobs(base, batch)
+        chance = discriminator.logits(batch, scores, log_pi).sigmoid()
+        print(f"\n{name}: {solution.question}\n{'token':>10s}{'log pi':>10s}{'f':>10s}{'D':>10s}")
+        for t in range(int(batch.prompt_lengths[0]), int(batch.lengths[0])):
+            token = repr(tokenizer.decode([int(batch.tokens[0, t])]))
+            print(f"{token:>10s}{log_pi[0, t]:10.3f}{scores[0, t]:10.3f}{chance[0, t]:10.3f}")
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    main()

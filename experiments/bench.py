@@ -44,7 +44,9 @@ from pathlib import Path
 import torch
 
 import data
-import logprob
+from engine import fused, loading, logprob
+from engine.errors import Parser, UserError, exit_status
+from engine.settings import parse_settings
 
 # policy, irl, baselines and train bring transformers, seconds of import: the functions that need them import them, so
 # that the processes which measure memory start quickly and small.
@@ -133,7 +135,7 @@ def logprob_ways(device="cpu", entropy: bool = False, compiled: bool = False) ->
     if logprob.triton is None:
         absent.append("Triton kernels: triton is not installed, left out")
     else:
-        ways["triton"] = lambda *inputs: logprob.logprobs_triton(*inputs, entropy=entropy)
+        ways["triton"] = lambda *inputs: fused.logprobs_triton(*inputs, entropy=entropy)
     if find_spec("liger_kernel") is None:
         absent.append("Liger: liger-kernel is not installed, left out")
     elif not entropy:  # it has none
@@ -296,10 +298,9 @@ def bench_logprob(quick: bool, rounds: int, device="cpu") -> dict:
 
 def load(device="cpu"):
     """(base, tokenizer, prompts' examples): the model and the problems that ship here."""
-    import policy
 
-    policy.quiet()
-    model, tokenizer = policy.load_policy("base", device)
+    loading.quiet()
+    model, tokenizer = loading.load_policy("base", device)
     return model, tokenizer, data.load_examples("words", "train", 256)
 
 
@@ -372,18 +373,16 @@ def our_steps(questions: int, group: int, new_tokens: int, device="cpu") -> dict
     """One optimizer step of GRPO, and an iteration of IRL (rollout, discriminator, rewards, policy), on the base."""
     import baselines
     import irl
-    import policy
     import reward
-    import train
 
     flags = f"--questions {questions} --group {group} --max-new-tokens {new_tokens} --device {device} "
     flags += "--grpo-lr 1e-6 --policy-lr 1e-6 --reward-lr 1e-6"  # so small that all keep writing traces of one length
-    settings = train.parse_settings(flags.split())
+    settings = parse_settings(flags.split())
     model, tokenizer, examples = load(device)
     extra = [e.question for e in examples[128:]]
     ends_step = reward.step_end_tokens(tokenizer, len(tokenizer))
     discriminator = reward.Discriminator(
-        reward.load_reward("likelihood", policy.BASE, device), "airl", "dense", 0, ends_step.to(device)
+        reward.load_reward("likelihood", loading.BASE, device), "airl", "dense", 0, ends_step.to(device)
     )
     grpo = baselines.GRPO(settings, tokenizer, model, examples)
     loop = irl.IRL(settings, tokenizer, copy.deepcopy(model), discriminator, examples[:128], extra)
@@ -576,7 +575,7 @@ PARTS = ("logprob", "sample", "step", "growth")
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags, checked."""
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute, no growth")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--only", choices=PARTS, help="one part")
@@ -585,17 +584,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse(arguments)
     args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 7
     if args.rounds < 2:
-        raise data.UserError(f"--rounds {args.rounds}: a spread needs at least 2")
+        raise UserError(f"--rounds {args.rounds}: a spread needs at least 2")
     if args.quick and args.only == "growth":
-        raise data.UserError("--only growth is not part of --quick: leave --quick out")
+        raise UserError("--only growth is not part of --quick: leave --quick out")
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise data.UserError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
+        raise UserError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
     if args.json and Path(args.json).is_dir():
-        raise data.UserError(f"--json {args.json} is a folder: give a file")
+        raise UserError(f"--json {args.json} is a folder: give a file")
     if args.device not in ("auto", "cpu", "cuda"):
-        raise data.UserError(f"--device {args.device}: choose auto, cpu or cuda")
+        raise UserError(f"--device {args.device}: choose auto, cpu or cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise data.UserError("--device cuda: torch sees no CUDA device here; --device auto takes what there is")
+        raise UserError("--device cuda: torch sees no CUDA device here; --device auto takes what there is")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
@@ -632,4 +631,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    sys.exit(exit_status(main))

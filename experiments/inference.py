@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import torch
 
 import data
-import policy
 import rerank
-from data import UserError
+from engine import loading
+from engine.errors import UserError
 from experiments import run as runs
 
 # what is judged: (label, whose samples, how many, what the problems are)
@@ -36,7 +36,7 @@ def judge(name: str, seed: int, quick: bool) -> dict:
     for label, whose, count, problems in CASES:
         if problems and name != "words":
             continue
-        model = base if whose == "base" else policy.load_policy(str(folder / whose))[0]
+        model = base if whose == "base" else loading.load_policy(str(folder / whose))[0]
         test = data.load_examples(name, "test", 20 if quick else 300, seed, **problems)
         count = min(count, 4) if quick else count
         generator = torch.Generator().manual_seed(seed)
@@ -51,7 +51,7 @@ def own_grades(seed: int, quick: bool) -> dict:
     """What countdown's base itself would say behind each trace, log p("right") - log p("wrong"), as a way to choose: {n:
     [mean, low, high], .., "auroc": ..}. It takes no demonstrations, but somebody who knows what to ask for: the control
     that tells how much of the learnt reward was in the base."""
-    base, tokenizer = policy.load_policy("countdown-base")
+    base, tokenizer = loading.load_policy("countdown-base")
     test = data.load_examples("countdown", "test", 20 if quick else 250, seed)
     candidates = rerank.collect(base, tokenizer, test, 16, 40, 1.0, torch.Generator().manual_seed(seed + 1))
     batch, (right, wrong) = candidates.batch, tokenizer.convert_tokens_to_ids(["right", "wrong"])
@@ -64,7 +64,7 @@ def own_grades(seed: int, quick: bool) -> dict:
 
 def run(name: str, seeds: int, quick: bool) -> None:
     """results/inference/<data>-<seed>.json for every seed that has none yet."""
-    policy.quiet()
+    loading.quiet()
     for seed in runs.seeds_of(name, seeds) if name == "countdown" else ():
         path = runs.results_folder() / "grades" / f"{seed}.json"
         if not path.exists():

@@ -37,16 +37,19 @@ import torch
 from tqdm import tqdm
 
 import baselines
-import checkpoint
 import data
 import irl
 import policy
 import rerank
 import reward
 import train
-from data import UserError
+from engine import checkpoint, loading
+from engine.chat import at_date, token_ids
+from engine.errors import Parser, UserError, exit_status, nearest
+from engine.settings import MAY_CHANGE, complete, parse_flags
 from experiments import run as runs
 from experiments import steps
+from tasks.answers import extract_answer
 
 try:
     import resource
@@ -86,11 +89,11 @@ class Job:
         before = json.loads(saved.read_text()) if saved.exists() else {}
         if before:  # prompts that name the day stay as they were
             flags += ["--date", before["date"]]
-        given = train.parse_flags([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
-        settings = train.complete(given)
+        given = parse_flags([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
+        settings = complete(given)
         chosen = ("fair_average", "fair_temperature")  # by the stage sft_fair
         now = asdict(settings) | {"explain": False, "start": "sft"} | {name: before[name] for name in chosen if before}
-        other = [name for name in now if before and name not in train.MAY_CHANGE and now[name] != before.get(name)]
+        other = [name for name in now if before and name not in MAY_CHANGE and now[name] != before.get(name)]
         if other:
             raise UserError(f"{self.folder} was begun with another {', '.join(other)}: give the same, or another --name")
         run = train.Run(settings, checkpoint.Signals())
@@ -141,14 +144,14 @@ def few_shot_ids(tokenizer, shots: list[data.Example], question: str) -> list[in
     solved = [f"{shot.trace}\n#### {shot.answer}" for shot in shots]
     if not getattr(tokenizer, "chat_template", None):
         parts = [f"Question: {shot.question}\nAnswer: {text}\n\n" for shot, text in zip(shots, solved)]
-        return data.token_ids(tokenizer, (tokenizer.bos_token or "") + "".join(parts) + f"Question: {question}\nAnswer:")
+        return token_ids(tokenizer, (tokenizer.bos_token or "") + "".join(parts) + f"Question: {question}\nAnswer:")
     turns = []
     for shot, text in zip(shots, solved):
         turns += [{"role": "user", "content": shot.question}, {"role": "assistant", "content": text}]
-    template = data.at_date(tokenizer.get_chat_template(), tokenizer.date)
+    template = at_date(tokenizer.get_chat_template(), tokenizer.date)
     text = tokenizer.apply_chat_template([*turns, {"role": "user", "content": question}], tokenize=False,
                                          chat_template=template, add_generation_prompt=True)  # fmt: skip
-    return data.token_ids(tokenizer, text)
+    return token_ids(tokenizer, text)
 
 
 def cut(text: str) -> str:
@@ -171,7 +174,7 @@ def in_tags(text: str) -> str:
     if "<answer>" in text:
         return text
     trace = text.split("####")[0].replace("<think>", "").replace("</think>", "").strip()
-    return data.response_text(trace, data.extract_answer(text) or "")
+    return data.response_text(trace, extract_answer(text) or "")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -329,7 +332,7 @@ def sft_fair(job: Job) -> tuple[dict, str]:
     validation questions. The averages of merged weights are those of the adapters: the base is the same."""
     run, a = job.run, job.args
     held, learnt, model = run.validation[: a.validation], run.load("sft"), run.load("sft")
-    start = policy.load_policy(run.s.model, run.device)[0]
+    start = loading.load_policy(run.s.model, run.device)[0]
     batch = data.demonstration_batch(run.tokenizer, held, run.device)
 
     def average(share: float) -> None:
@@ -639,8 +642,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def parser_of() -> data.Parser:
-    parser = data.Parser(__doc__)
+def parser_of() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", help="a pretrained model's folder or hub name")
     parser.add_argument("--name", help="what it is called in results (default: the folder's name)")
     parser.add_argument("--data", default="gsm8k", help="gsm8k, from the hub, or a folder with train.jsonl and test.jsonl")
@@ -668,7 +671,7 @@ def wanted(args) -> list[str]:
     only, without = (names.split(",") if names else [] for names in (args.only, args.without))
     for name in [*only, *without]:
         if name not in STAGES:
-            raise UserError(f"no stage '{name}'{data.nearest(name, STAGES)}: {', '.join(STAGES)}")
+            raise UserError(f"no stage '{name}'{nearest(name, STAGES)}: {', '.join(STAGES)}")
     found = [stage for stage in STAGES if (not only or stage in only) and stage not in without]
     if "localise" in found and not (args.processbench and args.mr_gsm8k):  # said now, not after hours
         print("no --processbench and --mr-gsm8k: localise is left out")
@@ -689,7 +692,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("demonstrations", "questions", "samples", "validation", "steps", "solutions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    policy.quiet()
+    loading.quiet()
     job = Job(args, args.name or Path(args.model).name)
     for stage in (stage for stage in wanted(args) if not (job.results / f"{stage}.json").exists()):
         job.run  # noqa: B018  loads, once
@@ -703,7 +706,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(data.exit_status(main))
+        sys.exit(exit_status(main))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

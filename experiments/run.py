@@ -30,9 +30,8 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
-import checkpoint
-import data
-from data import UserError
+from engine import checkpoint
+from engine.errors import Parser, UserError, exit_status
 from experiments import choose
 
 ROOT = Path(__file__).parents[1]
@@ -276,7 +275,7 @@ def run_all(trials: list[Trial], jobs: int, quick: bool) -> int:
 def main() -> None:
     from experiments import inference, tables
 
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--data", default="words", help="whose problems (default words)")
     parser.add_argument("--model", default="base", help="the base that they start from (default base)")
@@ -307,4 +306,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    sys.exit(exit_status(main))

@@ -27,7 +27,10 @@ import torch
 import data
 import policy
 import rerank
-from data import UserError
+from engine import loading
+from engine.chat import check_text
+from engine.errors import Parser, UserError, exit_status
+from tasks.common import first_difference
 
 RULES = ("lowest", "mean", "last")
 POINTERS = ("first", "lowest")
@@ -88,7 +91,7 @@ def from_record(record) -> Solution:
         label = first - 1  # of a right solution MR-GSM8K names no step
     if isinstance(label, bool) or not isinstance(label, int) or not -1 <= label - first < len(steps):
         raise ValueError(f"field '{labelled}' is {label!r}, no step of {len(steps)}")
-    steps = [data.check_text(re.sub(r"<<[^<>]{0,200}>>", "", step)).strip() for step in steps]
+    steps = [check_text(re.sub(r"<<[^<>]{0,200}>>", "", step)).strip() for step in steps]
     steps = [re.sub(r"^Step \d+:\s*", "", step) or step for step in steps] if first else steps
     return Solution(question, tuple(steps), label - first)
 
@@ -100,8 +103,8 @@ def as_response(tokenizer, solution: Solution) -> tuple[list[int], list[int]]:
     the next is the former's.
     """
     whole, trace = data.response_text("", ""), "\n".join(solution.steps) + "\n"
-    begin = data.first_difference(data.response_text("a", ""), data.response_text("b", ""))
-    text = data.check_text(whole[:begin] + trace)
+    begin = first_difference(data.response_text("a", ""), data.response_text("b", ""))
+    text = check_text(whole[:begin] + trace)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [begin]
     for step in solution.steps[:-1]:
@@ -330,7 +333,7 @@ def show(results: dict, guessed: dict[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """A run's reward, its policy and the models trained on its demonstrations alone, beside what asks no model."""
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py, with its reward")
     parser.add_argument("--dev", required=True, metavar="FILE", help="solutions that the threshold is chosen on")
     parser.add_argument("--test", required=True, metavar="FILE", help="solutions that F1 is measured on")
@@ -339,11 +342,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse(arguments)
     if args.count is not None and args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
-    policy.quiet()
+    loading.quiet()
     dev, test = read_solutions(args.dev, args.count), read_solutions(args.test, args.count)
-    device = policy.pick_device(args.device)
+    device = loading.pick_device(args.device)
     model, tokenizer, discriminator, judges, _ = rerank.load_run(Path(args.run), "base", device)
-    context = policy.context_length(model)
+    context = loading.context_length(model)
     dev, test = fitting(tokenizer, dev, context), fitting(tokenizer, test, context)
     models = {"logprob": model} | judges
     functions = {name: lambda batch, m=m: policy.token_logprobs(m, batch) for name, m in models.items()}
@@ -357,4 +360,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    sys.exit(exit_status(main))

@@ -14,7 +14,9 @@ model, which has read graded work, too, and is a better judge than author. Nothi
 
 import itertools
 import random
-import zlib
+
+from tasks import common
+from tasks.common import Solution, first_wrong
 
 NUMBERS, LARGEST, OPERATORS = 3, 20, "+-"  # what a base this small calculates without slips
 AIMED = 0.1  # share of the attempts in the base's corpus that aim at the target
@@ -79,9 +81,8 @@ def problem_of(question: str) -> tuple[Numbers, int]:
 
 
 def split_of(numbers: Numbers, target: int) -> str:
-    """'train', 'validation' or 'test' (80/10/10), the same for every order of the numbers."""
-    bucket = zlib.crc32(question_of(tuple(sorted(numbers)), target).encode()) % 10
-    return {8: "validation", 9: "test"}.get(bucket, "train")
+    """common.split_of, the same for every order of the numbers."""
+    return common.split_of(question_of(tuple(sorted(numbers)), target))
 
 
 def attempt(
@@ -116,57 +117,45 @@ def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]
     return list(found.values())
 
 
-def solutions(split: str, count: int, seed: int = 0) -> list[tuple[str, str, str]]:
-    """(question, an expert's trace, answer) of `problems`.
+def solutions(split: str, count: int, seed: int = 0) -> list[Solution]:
+    """An expert's solutions of `problems`.
 
-    >>> question, trace, answer = solutions("train", 1)[0]
-    >>> is_right(question, f"<think>\\n{trace}\\n</think>\\n<answer>{answer}</answer>")
+    >>> expert = solutions("train", 1)[0]
+    >>> is_right(expert, f"<think>\\n{expert.trace}\\n</think>\\n<answer>{expert.answer}</answer>")
     True
     """
     rng, found = random.Random(f"countdown experts {split} {seed}"), []
     for numbers, target in problems(split, count, seed):
         lines, _, _ = attempt(numbers, target, rng)
-        found.append((question_of(numbers, target), "\n".join(lines), str(target)))
+        found.append(Solution(question_of(numbers, target), "\n".join(lines), str(target)))
     return found
 
 
-def first_error(question: str, response: str) -> int | None:
-    """Where a response can no longer come right: a character offset into it, None if it is right.
+def first_error(expert, response: str) -> int | None:
+    """Where a response can no longer come right: a character offset into it, None if it is right. Of the expert's example
+    only the question counts: at each line all good ones are known, those after which the target can still be reached.
 
-    At each line all good ones are known, those after which the target can still be reached. The offset is that of the
-    first character that none of them has.
-
-    >>> first_error("7 12 4 > 15", "<think>\\n12+7=19\\n19-4=15\\n</think>\\n<answer>15</answer>") is None
+    >>> expert = Solution("7 12 4 > 15", "", "15")
+    >>> first_error(expert, "<think>\\n12+7=19\\n19-4=15\\n</think>\\n<answer>15</answer>") is None
     True
-    >>> first_error("7 12 4 > 15", "<think>\\n12-7=5\\n5+4=9\\n</think>\\n<answer>9</answer>")  # 7 was not to be taken away
+    >>> first_error(expert, "<think>\\n12-7=5\\n5+4=9\\n</think>\\n<answer>9</answer>")  # 7 was not to be taken away
     11
     """
-    (numbers, target), at = problem_of(question), 0
-    forms = {"<think>\n": numbers}
-    while forms:
-        found = next((form for form in forms if response.startswith(form, at)), None)
-        if found is None:
-            return at + max(same_start(form, response[at:]) for form in forms)
-        at, numbers = at + len(found), forms[found]
-        if len(numbers) > 1:
-            forms = {line + "\n": rest for line, rest in good_moves(numbers, target).items()}
-        else:
-            forms = {f"</think>\n<answer>{target}</answer>": ()} if numbers else {}
-    return None if at == len(response) else at
+    numbers, target = problem_of(expert.question)
+
+    def forms(left: Numbers | None) -> dict:
+        if left is None:
+            return {"<think>\n": numbers}
+        if len(left) > 1:
+            return {line + "\n": rest for line, rest in good_moves(left, target).items()}
+        return {f"</think>\n<answer>{target}</answer>": ()} if left else {}
+
+    return first_wrong(response, None, forms)
 
 
-def same_start(a: str, b: str) -> int:
-    """How many characters two texts begin with in common.
-
-    >>> same_start("12+7", "12-7")
-    2
-    """
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
-
-
-def is_right(question: str, response: str) -> bool:
+def is_right(expert, response: str) -> bool:
     """The verifier: every line, the numbers, and where they lead."""
-    return first_error(question, response) is None
+    return first_error(expert, response) is None
 
 
 def graded_attempts(count: int, seed: int = 0):

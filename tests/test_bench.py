@@ -5,6 +5,7 @@ import json
 import pytest
 
 import data
+from engine.errors import UserError, exit_status
 from experiments import bench
 
 SMALL = dict(N=64, V=512, H=16)
@@ -149,11 +150,11 @@ def test_our_steps_are_steps():
     ],
 )
 def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
-    assert data.exit_status(lambda: bench.main(flags)) == 2
+    assert exit_status(lambda: bench.main(flags)) == 2
     assert message in capsys.readouterr().err
 
 
 def test_no_cuda_is_said(monkeypatch):
     monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(data.UserError, match="no CUDA device"):
+    with pytest.raises(UserError, match="no CUDA device"):
         bench.parse(["--device", "cuda"])

@@ -16,7 +16,7 @@ import pytest
 from conftest import report_line
 from test_report import Elements, full_run, write
 
-import report
+from show import report
 
 BROWSERS = (
     "chromium",

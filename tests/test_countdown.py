@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import data
-import policy
 import rerank
+from engine import loading
+from engine.chat import token_ids
 from tasks import countdown
+from tasks.common import Solution
 
 
 def brute_force(numbers, target):
@@ -54,15 +56,15 @@ def test_the_same_seed_makes_the_same_problems_and_too_many_are_not_there():
 
 def test_every_expert_is_right_and_so_are_its_tokens():
     examples = data.load_examples("countdown", "train", 200)
-    tokenizer = policy.load_tokenizer("countdown-base")
+    tokenizer = loading.load_tokenizer("countdown-base")
     for example in examples:
         text = data.response_text(example.trace, example.answer)
         assert data.is_correct(example, text)
-        ids = data.token_ids(tokenizer, example.question + "\n" + text)
+        ids = token_ids(tokenizer, example.question + "\n" + text)
         assert tokenizer.unk_token_id not in ids and data.decode(tokenizer, ids) == example.question + "\n" + text
 
 
-QUESTION = "7 12 4 > 15"
+QUESTION = Solution("7 12 4 > 15", "", "15")
 
 
 @pytest.mark.parametrize("text, at", [
@@ -109,7 +111,7 @@ def test_broken_copies_of_experts_are_wrong():
 def test_grades_in_the_corpus_are_true_and_writers_are_sound():
     aimed = 0
     for question, trace, last, grade, stranger in countdown.graded_attempts(2000):
-        right = countdown.is_right(question, data.response_text(trace, last))
+        right = countdown.is_right(Solution(question, "", ""), data.response_text(trace, last))
         assert right == (grade == "right")
         numbers, target = countdown.problem_of(question)
         assert countdown.split_of(numbers, target) == "train"
@@ -121,7 +123,7 @@ def test_grades_in_the_corpus_are_true_and_writers_are_sound():
 
 
 def test_the_base_calculates_and_judges_and_does_not_plan():
-    model, tokenizer = policy.load_policy("countdown-base")
+    model, tokenizer = loading.load_policy("countdown-base")
     examples = data.load_examples("countdown", "validation", 200)
     generator = torch.Generator().manual_seed(0)
     candidates = rerank.collect(model, tokenizer, examples, 2, 40, 1.0, generator)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import explain
 import train
+from engine import checkpoint
+from engine.settings import Settings, parse_settings
+from show import explain
 
 SMALL = ("--explain --demonstrations 16 --extra-questions 4 --questions 4 --group 4 --rollouts-per-expert 2 --warm-up 3 "
          "--device cpu").split()  # fmt: skip
@@ -31,7 +32,7 @@ def in_a_new_folder(tmp_path, monkeypatch):
 
 
 def lecture(flags: str = "") -> explain.Lecture:
-    return train.Run(train.parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop(explain.Lecture)
+    return train.Run(parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop(explain.Lecture)
 
 
 def tables(printed: str) -> list[tuple[list[str], dict[int, list[float | None]]]]:
@@ -46,7 +47,7 @@ def tables(printed: str) -> list[tuple[list[str], dict[int, list[float | None]]]
     return found
 
 
-def check_agreement(s: train.Settings, printed: str) -> None:
+def check_agreement(s: Settings, printed: str) -> None:
     """In every table: f - log pi is the difference of its columns, D its sigmoid, r_t = f - alpha log pi, and returns
     add up."""
     checked = 0
@@ -75,7 +76,7 @@ def test_a_lecture_is_an_iteration(flags, capsys):
     has said in between adds up."""
     told = lecture(flags)
     told.give()
-    silent = train.Run(train.parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop()
+    silent = train.Run(parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop()
     for _ in range(min(explain.WARM_UP, silent.settings.warm_up)):
         silent.warm_up()
     metrics = silent.step()

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,15 @@ from hypothesis import strategies as st
 from test_report import full_run
 
 import data
-import policy
-import report
 import rerank
 import reward
-from data import Example, UserError
+from data import Example
+from engine import loading
+from engine.errors import UserError, exit_status
+from engine.runs import load_run, read_settings
+from show import report, trace
+from tasks import words
+from tasks.answers import extract_answer, same_answer
 
 
 def inputs(count: int):
@@ -149,9 +154,9 @@ def test_names_that_no_file_can_have(survives):
     @given(texts | st.sampled_from(["a" * 5000, "a\x00b", "/dev/full/x", "~", "..", "\\\\?\\nul"]))
     def check(name):
         survives(data.load_examples, name, "train")
-        for read in (rerank.read_candidates, policy.load_tokenizer):
+        for read in (rerank.read_candidates, loading.load_tokenizer):
             survives(read, name)
-        for read in (reward.load_run, report.write_report):
+        for read in (load_run, report.write_report):
             survives(read, Path(name))
 
     check()
@@ -164,11 +169,11 @@ def test_answers(survives):
     @inputs(500)
     @given(texts, texts)
     def check(response, truth):
-        answer = survives(data.extract_answer, response)
+        answer = survives(extract_answer, response)
         assert answer is None or answer in response
-        assert survives(data.same_answer, answer, truth) in (True, False)
+        assert survives(same_answer, answer, truth) in (True, False)
         assert survives(data.is_correct, Example("?", "", truth), response) in (True, False)
-        assert survives(data.same_answer, None, truth) is False
+        assert survives(same_answer, None, truth) is False
         survives(rerank.canonical_answers, [answer, truth, None])
 
     check()
@@ -179,8 +184,8 @@ def test_a_number_agrees_with_itself_however_it_is_written(survives):
     @given(st.integers(-(10**12), 10**12))
     def check(number):
         for form in (f"{number}", f"{number:,}", f" {number}.", f"{number}.00", f"{number} pens"):
-            assert survives(data.same_answer, form, str(number)) is True
-        assert survives(data.same_answer, str(number + 1), str(number)) is False
+            assert survives(same_answer, form, str(number)) is True
+        assert survives(same_answer, str(number + 1), str(number)) is False
 
     check()
 
@@ -189,6 +194,7 @@ def test_first_errors(survives):
     @inputs(300)
     @given(examples(), texts)
     def check(expert, response):
+        expert = replace(expert, task="words")
         place = survives(data.first_error, expert, response)
         assert 0 <= place <= len(response)
         assert survives(data.first_error, expert, data.response_text(expert.trace, expert.answer)) is None
@@ -236,9 +242,9 @@ def test_tokens(survives, shipped):
             if len(ids) < 100:
                 place = survives(data.token_at, tokenizer, ids, len(response) // 2)
                 assert 0 <= place < len(ids)
-        scored = survives(reward.explain, judge, tokenizer, question, response)
+        scored = survives(trace.explain, judge, tokenizer, question, response)
         if scored:
-            shown = survives(reward.show, scored)
+            shown = survives(trace.show, scored)
             assert "\x00" not in shown and "\u202e" not in shown
 
     check()
@@ -289,12 +295,12 @@ def test_a_bad_chat_template_is_one_clear_line(shipped, tmp_path, monkeypatch, t
 
 def test_a_chat_template_that_never_ends(tmp_path):
     """In a process of its own, which must end, too."""
-    shutil.copytree(policy.BASE, tmp_path / "base")
+    shutil.copytree(loading.BASE, tmp_path / "base")
     config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": loop}))
-    program = "import data, policy, sys; t = policy.load_tokenizer(sys.argv[1]); "
-    program += "sys.exit(data.exit_status(lambda: data.chat_text(t, 'hello', seconds=0.5)))"
+    program = "import data, policy, sys; t = loading.load_tokenizer(sys.argv[1]); "
+    program += "sys.exit(exit_status(lambda: chat_text(t, 'hello', seconds=0.5)))"
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "base")], timeout=60, check=False,
                           cwd=Path(data.__file__).parent, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "takes more than 0.5 seconds" in done.stderr
@@ -316,10 +322,10 @@ def test_settings_of_a_run(survives, tmp_path_factory):
         lambda deep: b'{"model": ' + b"[" * deep + b"]" * deep + b"}"))  # fmt: skip
     def check(content):
         (run / "settings.json").write_bytes(content)
-        found = survives(reward.read_settings, run)
+        found = survives(read_settings, run)
         if found:  # what is let through can be used
-            assert data.words_problems("train", 1, 0, min(found["words_steps"], 9), found["words_largest"])
-        survives(reward.load_run, run)
+            assert words.words_problems("train", 1, 0, min(found["words_steps"], 9), found["words_largest"])
+        survives(load_run, run)
 
     check()
 
@@ -329,10 +335,10 @@ def test_settings_of_a_run(survives, tmp_path_factory):
                                         ("reward", "other"), ("model", None)])  # fmt: skip
 def test_settings_out_of_range_are_refused(tmp_path, key, value):
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
-    assert reward.read_settings(tmp_path) == SETTINGS
+    assert read_settings(tmp_path) == SETTINGS
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | {key: value}))
     with pytest.raises(UserError, match=key):
-        reward.read_settings(tmp_path)
+        read_settings(tmp_path)
 
 
 def damage(content: bytes, place: float, what: bytes) -> bytes:
@@ -342,7 +348,7 @@ def damage(content: bytes, place: float, what: bytes) -> bytes:
 
 def test_a_damaged_model_folder(survives, tmp_path_factory):
     run = tmp_path_factory.mktemp("damaged")
-    shutil.copytree(policy.BASE, run / "reward")
+    shutil.copytree(loading.BASE, run / "reward")
     (run / "settings.json").write_text(json.dumps(SETTINGS))
     whole = {name: (run / "reward" / name).read_bytes() for name in os.listdir(run / "reward")}
 
@@ -357,7 +363,7 @@ def test_a_damaged_model_folder(survives, tmp_path_factory):
         content = whole[name]
         broken = content[: int(place * len(content))] if cut else damage(content, place, what)
         (run / "reward" / name).write_bytes(broken)
-        survives(reward.load_run, run)
+        survives(load_run, run)
         (run / "reward" / name).write_bytes(content)
 
     check()
@@ -435,7 +441,7 @@ def test_an_error_is_one_line_whatever_it_quotes(survives, capsys):
         def program():
             raise UserError(text)
 
-        assert survives(data.exit_status, program) == 2
+        assert survives(exit_status, program) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and len(said.splitlines()) == 1 and "\x1b" not in said
 

@@ -12,10 +12,9 @@ from torch.testing import assert_close
 import baselines
 import data
 import irl
-import logprob
-import lora
 import policy
 import reward
+from engine import loading, logprob, lora
 
 
 def make_loop(shipped, settings, **changes):
@@ -375,7 +374,7 @@ def product(layer: lora.LoRALinear) -> torch.Tensor:
 
 def test_the_policy_starts_at_the_averaged_adapter(shipped, settings):
     """With share s of the start, each matrix is W + (1 - s) times what the adapter had learnt; the policy's likewise."""
-    base, _ = policy.load_policy("base")
+    base, _ = loading.load_policy("base")
     models = [lora.adapt(base, 4, 8.0) for _ in range(2)]  # their A differ
     discriminator = reward.Discriminator(
         reward.LikelihoodReward(models[1]), "airl", "dense", 0, reward.step_end_tokens(shipped[1], len(shipped[1]))
@@ -406,7 +405,7 @@ def test_masters_follow_the_averaged_weights(shipped, settings):
     ends_step = reward.step_end_tokens(shipped[1], len(shipped[1]))
     loop = irl.IRL(
         replace(settings, start="reward", reward_average=0.5, warm_up_lr=1e-2), shipped[1],
-        policy.load_policy("base", dtype=dtype)[0], reward.Discriminator(reward_model, "airl", "dense", 0, ends_step),
+        loading.load_policy("base", dtype=dtype)[0], reward.Discriminator(reward_model, "airl", "dense", 0, ends_step),
         data.load_examples("words", "train", 16),
     )  # fmt: skip
     before = [p.detach().clone() for p in reward_model.parameters()]
@@ -429,7 +428,7 @@ def test_masters_follow_the_averaged_weights(shipped, settings):
 @pytest.mark.parametrize("start, rank", [("reward", 0), ("reward", 2), ("base", 0), ("base", 2)])
 def test_the_reference_is_the_policy_at_its_first_step(shipped, settings, start, rank):
     """After the warm-up pi_ref = pi, so the KL is 0; then the policy moves and the reference does not."""
-    base, s = policy.load_policy("base")[0], replace(settings, start=start, kl_coef=0.5, warm_up_lr=1e-2, policy_lr=1e-3)
+    base, s = loading.load_policy("base")[0], replace(settings, start=start, kl_coef=0.5, warm_up_lr=1e-2, policy_lr=1e-3)
     models = [lora.adapt(base, rank, 8.0) if rank else copy.deepcopy(base) for _ in range(2)]
     ends_step = reward.step_end_tokens(shipped[1], len(shipped[1]))
     discriminator = reward.Discriminator(reward.LikelihoodReward(models[1]), "airl", "dense", 0, ends_step)

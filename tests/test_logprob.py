@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import logprob
 import policy
+from engine import fused, logprob
 
 # temperature and softcap: off, one, both
 SCALES = pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 0.0), (1.3, 5.0)])
@@ -397,13 +397,13 @@ def check_triton(device: str) -> None:
                 exact = run(logprob.logprobs_plain, hidden.double(), weight.double(), tokens, **options)
                 moved = (t.to(device) for t in (hidden, weight, tokens))
                 with torch.device(device):
-                    actual = [t.cpu() for t in run(logprob.logprobs_triton, *moved, programs=programs, **options)]
+                    actual = [t.cpu() for t in run(fused.logprobs_triton, *moved, programs=programs, **options)]
                 values = len(exact) - 2
                 assert_near(actual[:values], exact[:values])
                 assert_near(actual[values:], exact[values:], bound)
     hidden, weight, tokens = (t.to(device) for t in draw())
     with torch.device(device):
-        assert run(logprob.logprobs_triton, hidden, weight, tokens, frozen=True)[-1] is None
+        assert run(fused.logprobs_triton, hidden, weight, tokens, frozen=True)[-1] is None
 
 
 def test_triton_kernels_in_the_interpreter():

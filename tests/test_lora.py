@@ -9,10 +9,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
-import lora
 import policy
 import reward
-from data import UserError
+from engine import loading, lora
+from engine.errors import UserError
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_the_update_of_a_weight_has_at_most_the_adapters_rank(base):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_model_is_an_ordinary_one(batch, tmp_path, dtype):
     """from_pretrained, which knows nothing of adapters, loads the merged weights; the shared base is left as it was."""
-    base = policy.load_policy(policy.BASE, dtype=dtype)[0]
+    base = loading.load_policy(loading.BASE, dtype=dtype)[0]
     before = [p.clone() for p in base.parameters()]
     model = disturbed(lora.adapt(base, 4, 8.0))
     lora.save(model, tmp_path)
@@ -141,7 +141,7 @@ def test_a_bf16_base_has_float32_adapters(base, batch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_shares_the_base_too(batch, tmp_path, dtype):
-    base = policy.load_policy(policy.BASE, dtype=dtype)[0]
+    base = loading.load_policy(loading.BASE, dtype=dtype)[0]
     head = lora.with_head(base)
     assert not head(batch.tokens).logits.any()
     model = lora.adapt(head, 4, 8.0)

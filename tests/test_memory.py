@@ -8,13 +8,10 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-import checkpoint
 import data
-import logprob
-import lora
-import memory
 import policy
 import reward
+from engine import checkpoint, loading, logprob, lora, memory
 
 
 @pytest.fixture
@@ -56,7 +53,7 @@ def test_checkpointing_changes_no_gradient(shipped, batch, rank, monkeypatch):
 
 
 def test_a_checkpointed_reward_has_no_dropout(batch):
-    model = reward.load_reward("head", policy.BASE)
+    model = reward.load_reward("head", loading.BASE)
     model.model.score.weight.data.normal_()
     expected = model.scores(batch)
     assert expected.abs().sum() > 0
@@ -139,7 +136,7 @@ def test_gradients_of_bf16_weights_add_up_in_float32():
 
 
 def test_a_model_in_bf16_learns(shipped, batch):
-    model, _ = policy.load_policy(policy.BASE, dtype=torch.bfloat16)
+    model, _ = loading.load_policy(loading.BASE, dtype=torch.bfloat16)
     optimizer = policy.make_optimizer(model, 3e-4)
     assert isinstance(optimizer, memory.MasterAdamW)
     losses = []
@@ -206,7 +203,7 @@ def test_a_budget_of_tokens_changes_no_discriminator_gradient(shipped, loss, tok
     assert len(parts) > 1 and torch.equal(torch.cat(parts).sort().values, torch.arange(5))
     results = []
     for micro_tokens in (0, tokens):
-        reward_model = reward.load_reward("likelihood", policy.BASE)
+        reward_model = reward.load_reward("likelihood", loading.BASE)
         ends = reward.step_end_tokens(tokenizer, len(tokenizer))
         discriminator = reward.Discriminator(reward_model, "airl", "dense", 0, ends)
         optimizer = torch.optim.SGD(reward_model.parameters(), lr=1.0)

@@ -19,12 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import data
 import irl
-import memory
-import parallel
 import policy
 import reward
-import train
-from data import UserError
+from engine import loading, memory, parallel
+from engine.errors import UserError
+from engine.settings import METHODS, parse_settings
 
 ROOT = Path(__file__).parents[1]
 GROUP = 3
@@ -56,9 +55,9 @@ def rollout_of(tokenizer, questions: list[int]) -> policy.Rollout:
 
 def step(questions: list[int], kind: str) -> dict:
     """One update of the discriminator and one of the policy on these questions: weights and metrics after it."""
-    s = train.parse_settings(FLAGS + KINDS[kind].split())
+    s = parse_settings(FLAGS + KINDS[kind].split())
     dtype = memory.weight_type(s.weights, 0, torch.device("cpu"))
-    model, tokenizer = policy.load_policy("base", dtype=dtype)
+    model, tokenizer = loading.load_policy("base", dtype=dtype)
     reward_model = reward.load_reward("likelihood", "base", dtype=dtype)
     ends = reward.step_end_tokens(tokenizer, len(tokenizer))
     discriminator = reward.Discriminator(reward_model, "airl", "dense", 0, ends)
@@ -119,7 +118,7 @@ def test_two_processes_take_the_step_of_one(kind, ranks):
     if kind == "bf16":  # ZeRO: each rank steps half of the weights, then sends them around
         assert first["optimizer"] == "ZeroRedundancyOptimizer" and one["optimizer"] == "MasterAdamW"
         start = torch.cat(
-            [p.detach().flatten() for p in policy.load_policy("base", dtype=torch.bfloat16)[0].parameters()]
+            [p.detach().flatten() for p in loading.load_policy("base", dtype=torch.bfloat16)[0].parameters()]
         )
         moved = (one["weights"][: len(start)] != start).float().mean()
         differ = (first["weights"] != one["weights"]).float().mean()
@@ -156,7 +155,7 @@ def test_torchrun_runs_every_method(tmp_path):
     assert [line["method"] for line in lines] == ["sft"] * 2 + ["sft_fair"] * 2 + [
         "likelihood warm-up"] * 2 + ["likelihood"] * 2 + ["warm-up"] * 2 + ["irl"] * 2 + ["grpo"] * 2  # fmt: skip
     results = json.loads((run / "results.json").read_text())
-    assert set(results["methods"]) == {"base", *train.METHODS} and (run / "report.html").exists()
+    assert set(results["methods"]) == {"base", *METHODS} and (run / "report.html").exists()
     assert results["methods"]["base"]["t1"] * 22 == pytest.approx(round(results["methods"]["base"]["t1"] * 22))
     assert results["settings"]["questions"] == 4 and results["settings"]["seed"] == 0
     for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):

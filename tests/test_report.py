@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import report
-from data import UserError
+from engine.errors import UserError
+from show import report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.com/x.png onerror=alert(2)>"
 

@@ -19,7 +19,10 @@ import data
 import policy
 import rerank
 import reward
-from data import Batch, Example, UserError
+from data import Batch, Example
+from engine import loading
+from engine.errors import UserError
+from tasks.answers import same_answer
 
 T = torch.tensor
 INF = math.inf
@@ -120,7 +123,7 @@ def test_canonical_words():
 ])  # fmt: skip
 def test_canonical_agrees_with_same_answer(a, b):
     one, other = rerank.canonical_answers([a, b])
-    assert (one == other) == (data.same_answer(a, b) or data.same_answer(b, a))
+    assert (one == other) == (same_answer(a, b) or same_answer(b, a))
 
 
 def test_votes_count_a_letter_and_its_text_as_one():
@@ -400,7 +403,7 @@ def test_signals_are_those_of_a_plain_forward_pass(shipped):
 
 def test_a_head_is_read_at_segment_ends_not_summed(shipped):
     model, tokenizer = shipped
-    head = reward.load_reward("head", policy.BASE)
+    head = reward.load_reward("head", loading.BASE)
     torch.nn.init.normal_(head.model.score.weight)
     candidates = written(tokenizer, [RIGHT, WRONG])
     discriminator = make_discriminator(model, tokenizer, "interval")
@@ -532,7 +535,7 @@ def test_assess_finds_a_known_reward(shipped):
     assert all("".join(trace["tokens"]).startswith("<think>\n") for trace in traces)
     for trace in traces:  # the first token whose f is below -1, if there is one
         text = "".join(trace["tokens"][:-1])  # without the end token, which is no text
-        f = [f for _, f in reward.explain(discriminator.reward_model, tokenizer, trace["question"], text)]
+        f = [f for _, f in trace.explain(discriminator.reward_model, tokenizer, trace["question"], text)]
         assert trace["predicted"] == next((i for i, value in enumerate(f) if value < -1), None)
     assert {trace["predicted"] is None for trace in traces} == {True, False}
 
@@ -542,7 +545,7 @@ def test_assess_finds_a_known_reward(shipped):
 # ------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "model": policy.BASE, "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
+    "model": loading.BASE, "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
     "interval": 0, "words_steps": 3, "words_largest": 40, "max_new_tokens": 64, "fair_temperature": 0.2,
 }  # fmt: skip
 
@@ -552,7 +555,7 @@ def run(tmp_path):
     """A run folder whose policy and reward are both the base."""
     folder = tmp_path / "run"
     for name in ("policy", "reward"):
-        shutil.copytree(policy.BASE, folder / name)
+        shutil.copytree(loading.BASE, folder / name)
     (folder / "settings.json").write_text(json.dumps(SETTINGS))
     return folder
 
@@ -594,17 +597,17 @@ def test_samples_of_a_model_with_another_tokenizer_are_judged_as_text(run, tmp_p
     symbols = ["<end>", *"0123456789+*-=\n "]
     chars = Tokenizer(models.WordLevel({c: i for i, c in enumerate(symbols)}, unk_token=" "))
     chars.pre_tokenizer, chars.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    other = policy.PreTrainedTokenizerFast(tokenizer_object=chars, eos_token="<end>")
+    other = loading.PreTrainedTokenizerFast(tokenizer_object=chars, eos_token="<end>")
     size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(symbols), **size))
     model.save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    model, other = policy.load_policy(str(tmp_path / "other"))
+    model, other = loading.load_policy(str(tmp_path / "other"))
     example = Example(GOOD["question"], "", "50")
     written = rerank.collect(model, other, [example], 2, 12, 1.0, torch.Generator().manual_seed(0))
     record = GOOD | {"candidates": written.texts}
     rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", record), "--out", str(tmp_path / "o.json")])
-    own = policy.load_tokenizer(policy.BASE)
+    own = loading.load_tokenizer(loading.BASE)
     count = sum(len(data.response_ids(own, text)) for text in written.texts)
     assert f"is text, whoever wrote it: {count} tokens of the run's own tokenizer" in capsys.readouterr().out
     assert json.loads((tmp_path / "o.json").read_text())["rerank"]["2"]["reward"][0] >= 0

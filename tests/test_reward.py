@@ -12,7 +12,8 @@ from torch.testing import assert_close
 import data
 import policy
 import reward
-from data import UserError
+from engine.errors import UserError
+from show import trace
 
 
 def make_discriminator(shipped, kind="likelihood", logit="airl", granularity="dense", interval=0, clip=0.0):
@@ -303,13 +304,13 @@ def test_a_known_reward_is_recovered():
 
 def test_explain_names_the_token_and_refuses_unknown_words(shipped):
     model, tokenizer = shipped
-    scored = reward.explain(
+    scored = trace.explain(
         reward.LikelihoodReward(model), tokenizer, "Ava has 24 pens. Ava loses 9. How many pens?", "<think>\n24-9=99"
     )
     assert "".join(token for token, _ in scored) == "<think>\n24-9=99"
-    assert "suspicious" in reward.show(scored)
+    assert "suspicious" in trace.show(scored)
     with pytest.raises(UserError, match="vocabulary"):
-        reward.explain(reward.LikelihoodReward(model), tokenizer, "Zeno has 24 pens.", "<think>")
+        trace.explain(reward.LikelihoodReward(model), tokenizer, "Zeno has 24 pens.", "<think>")
 
 
 @pytest.mark.parametrize("values, likelihood, said", [
@@ -319,4 +320,4 @@ def test_explain_names_the_token_and_refuses_unknown_words(shipped):
     ([0.1, 1.0, 0.3, 0.2], False, "most suspicious: token 1 of 4, 'a' after '', f = 0.10"),
 ])  # fmt: skip
 def test_where_a_trace_goes_wrong_by_hand(values, likelihood, said):
-    assert said in reward.show(list(zip("abcd", values)), likelihood)
+    assert said in trace.show(list(zip("abcd", values)), likelihood)

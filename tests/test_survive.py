@@ -20,11 +20,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import checkpoint
 import data
 import irl
 import policy
 import train
+from engine import checkpoint, loading
+from engine.errors import UserError
+from engine.runs import Log
+from engine.settings import complete, flag, parse_flags, parse_settings, saved_settings
 
 EVALUATION = "--eval-questions 4 --eval-samples 1 --rerank-questions 4 --rerank-n 2 --max-new-tokens 24 --device cpu"
 ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 --max-steps 4 --grpo-steps 4 "
@@ -270,7 +273,7 @@ def test_of_adapters_nothing_frozen_is_kept(here, monkeypatch):
     names = [name for name in state["trainer"]["policy_model"] if not name.endswith((".A", ".B"))]
     assert names == ["model.norm.weight"]  # which the policy has of its own
     tensors = numbered_tensors(RUN / "checkpoints")
-    assert tensors.stat().st_size < Path(policy.BASE, "model.safetensors").stat().st_size / 2
+    assert tensors.stat().st_size < Path(loading.BASE, "model.safetensors").stat().st_size / 2
 
 
 def numbered_tensors(folder: Path) -> Path:
@@ -381,7 +384,7 @@ FULL = [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "
 @pytest.mark.parametrize("owner, name, number, error", [
     *((checkpoint, "save_file", 4, error) for error in FULL), (checkpoint, "sync", 12, FULL[0]),
     (checkpoint.os, "rename", 3, OSError(errno.EACCES, "Permission denied")),
-    (train.Log, "size", 4, FULL[0]),
+    (Log, "size", 4, FULL[0]),
 ])  # fmt: skip
 def test_when_the_disk_is_full_the_old_checkpoint_stands(
     here, finished, monkeypatch, capsys, owner, name, number, error
@@ -404,11 +407,11 @@ def test_a_file_that_the_system_refuses_to_grow(here, finished, capsys, bytes, f
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if file == "metrics.jsonl":
         RUN.mkdir(parents=True)
-        log = train.Log(RUN / file)
+        log = Log(RUN / file)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, limits[1]))
     try:
         if file == "metrics.jsonl":
-            with checkpoint.in_one_line(RUN, "make room", ""), pytest.raises(data.UserError, match="cannot write to"):
+            with checkpoint.in_one_line(RUN, "make room", ""), pytest.raises(UserError, match="cannot write to"):
                 with checkpoint.in_one_line(RUN, "make room", ""):
                     for step in range(100):
                         log.write("irl", step, {"policy": {"loss": 0.5}}, train.tqdm(disable=True))
@@ -488,7 +491,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
         assert train.main([*RESUME, "--checkpoint-every", "1000"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: irl: the {stage}'s loss or gradient was not finite in three steps in a row (step 3")
-    half = f"{train.flag(rate)} {getattr(train.parse_settings(IRL), rate) / 2:g}" + " --reward-clip 10" * bool(flags)
+    half = f"{flag(rate)} {getattr(parse_settings(IRL), rate) / 2:g}" + " --reward-clip 10" * bool(flags)
     assert told.endswith(f"python train.py --resume --name demo {half}")
     state, _ = checkpoint.load(RUN / "checkpoints")
     saved = state["trainer"]["policy_model" if stage == "policy" else "discriminator.reward_model"]
@@ -508,7 +511,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
 ])  # fmt: skip
 def test_flags_that_cannot_be_resumed_with(here, monkeypatch, capsys, flags, message):
     RUN.mkdir(parents=True)
-    settings = train.parse_settings(IRL)
+    settings = parse_settings(IRL)
     (RUN / "settings.json").write_text(json.dumps(vars(settings)))
     assert train.main([*RESUME, *flags.split()]) == 2
     error = capsys.readouterr().err
@@ -517,15 +520,15 @@ def test_flags_that_cannot_be_resumed_with(here, monkeypatch, capsys, flags, mes
 
 def test_a_run_keeps_its_date(here, monkeypatch):
     """What a chat template tells about today is the day of the run's start, however late it goes on."""
-    given = train.parse_flags(["--name", "dated", "--date", "2001-02-03"])
+    given = parse_flags(["--name", "dated", "--date", "2001-02-03"])
     Path("runs/dated").mkdir(parents=True)
-    Path("runs/dated/settings.json").write_text(json.dumps(asdict(train.complete(given))))
-    assert train.saved_settings({"name": "dated"}).date == "2001-02-03"
-    assert train.complete({}).date == datetime.date.today().isoformat()
+    Path("runs/dated/settings.json").write_text(json.dumps(asdict(complete(given))))
+    assert saved_settings({"name": "dated"}).date == "2001-02-03"
+    assert complete({}).date == datetime.date.today().isoformat()
 
 
 def test_zero_is_a_value():
-    assert train.parse_flags(["--gamma", "0", "--extra-questions", "0"]) == {"gamma": 0.0, "extra_questions": 0}
+    assert parse_flags(["--gamma", "0", "--extra-questions", "0"]) == {"gamma": 0.0, "extra_questions": 0}
 
 
 def test_an_unfinished_run_is_not_started_again_and_a_finished_one_not_resumed(here, monkeypatch, capsys):
@@ -588,7 +591,7 @@ def test_a_folder_is_there_complete_or_not_at_all(tmp_path):
 
 def test_saving_by_the_clock_takes_a_fiftieth_of_the_time(monkeypatch):
     run = object.__new__(train.Run)
-    run.s, run.saved_at, run.save_seconds = train.parse_settings([]), 100.0, 2.0
+    run.s, run.saved_at, run.save_seconds = parse_settings([]), 100.0, 2.0
     for now, due in ((116.0, False), (199.0, False), (201.0, True)):
         monkeypatch.setattr(train.time, "monotonic", lambda now=now: now)
         assert run.save_is_due(1) is due

@@ -16,14 +16,14 @@ from transformers import (
 )
 
 import baselines
-import checkpoint
 import data
 import irl
-import lora
-import policy
-import reward
 import train
-from data import UserError
+from engine import checkpoint, loading, lora, sampler
+from engine.errors import UserError, exit_status
+from engine.runs import load_run
+from engine.settings import Settings, parse_settings
+from show import trace as trace_of
 
 TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 12 --rerank-questions 12 "
         "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --fair-steps 3 --warm-up 2 --validate-every 1 "
@@ -78,7 +78,7 @@ def test_the_demo_writes_everything(capsys):
 def test_other_methods_and_variants(flags):
     assert train.main([*TINY, *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
-    methods = train.parse_settings([*TINY, *flags.split()]).methods
+    methods = parse_settings([*TINY, *flags.split()]).methods
     assert set(methods) <= set(results["methods"])
     assert "likelihood" not in results["methods"] or "reward head" not in flags
     head = any(f"--reward {kind}" in flags for kind in ("head", "random"))
@@ -107,7 +107,7 @@ def test_fair_sft_without_its_tricks_is_sft():
 def test_fair_sft_is_averaged_with_the_base_and_sharpened(adapters):
     flags = "--method sft,sft_fair --fair-average 0.25 --fair-temperature 0.2 --fair-lr 1e-2 --sft-lr 1e-2".split()
     assert train.main([*TINY, *flags, *adapters]) == 0
-    start, learnt, fair = policy.load_policy(policy.BASE)[0].state_dict(), weights("demo/sft"), weights("demo/sft_fair")
+    start, learnt, fair = loading.load_policy(loading.BASE)[0].state_dict(), weights("demo/sft"), weights("demo/sft_fair")
     assert not torch.equal(start["model.layers.0.mlp.up_proj.weight"], learnt["model.layers.0.mlp.up_proj.weight"])
     for name in start:
         by = 0.2 if name == "model.norm.weight" else 1.0
@@ -115,7 +115,7 @@ def test_fair_sft_is_averaged_with_the_base_and_sharpened(adapters):
 
 
 def make_run(*flags) -> train.Run:
-    return train.Run(train.parse_settings([*TINY, *flags]), checkpoint.Signals())
+    return train.Run(parse_settings([*TINY, *flags]), checkpoint.Signals())
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "head"])
@@ -151,15 +151,15 @@ def test_adapters_start_alike_whatever_was_drawn_before():
 
 
 def test_rates_of_adapters():
-    plain, adapted = (train.parse_settings([*TINY, *flags]) for flags in ([], ["--lora-rank", "8", "--sft-lr", "0.5"]))
+    plain, adapted = (parse_settings([*TINY, *flags]) for flags in ([], ["--lora-rank", "8", "--sft-lr", "0.5"]))
     for rate in ("policy_lr", "reward_lr", "warm_up_lr", "grpo_lr"):
         assert getattr(adapted, rate) == pytest.approx(10 * getattr(plain, rate))
     assert adapted.sft_lr == 0.5
 
 
 def test_as_many_rows_are_sampled_at_once_as_asked_for(monkeypatch):
-    seen, real = [], policy._sample_chunk
-    monkeypatch.setattr(policy, "_sample_chunk", lambda model, prompts, end, new, group, *rest: seen.append(
+    seen, real = [], sampler.sample_chunk
+    monkeypatch.setattr(sampler, "sample_chunk", lambda model, prompts, end, new, group, *rest: seen.append(
         len(prompts) * group) or real(model, prompts, end, new, group, *rest))  # fmt: skip
     assert train.main([*TINY, "--sample-rows", "8"]) == 0
     assert max(seen) == 8
@@ -173,7 +173,7 @@ def test_the_same_seed_gives_the_same_metrics():
 
 
 def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
-    monkeypatch.setattr(data, "same_answer", lambda predicted, truth, options=(): False)
+    monkeypatch.setattr(data, "is_correct", lambda example, response: False)
     assert train.main([*TINY, "--method", "irl"]) == 0
     assert json.loads(Path("runs/demo/results.json").read_text())["reward"]["auroc"] is None
     shown = capsys.readouterr().out
@@ -183,12 +183,12 @@ def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
 
 def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     assert train.main([*TINY, "--method", "irl"]) == 0
-    discriminator, tokenizer, settings = reward.load_run(Path("runs/demo"))
+    discriminator, tokenizer, settings = load_run(Path("runs/demo"))
     assert settings["reward"] == "likelihood" and discriminator.granularity == "dense"
     question = ["--question", "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"]
     for trace in (["3+12=15\\n24+15=39\\n39-9=30"], ["3*12=36\\n24+36=60\\n60-9=51", "--answer", "51"]):
-        monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", *question, "--trace", *trace])
-        assert data.exit_status(reward.main) == 0
+        monkeypatch.setattr("sys.argv", ["trace", "--run", "runs/demo", *question, "--trace", *trace])
+        assert exit_status(trace_of.main) == 0
     assert "suspicious" in capsys.readouterr().out
 
 
@@ -234,7 +234,7 @@ OUT = {"temperature": "0 -1", "gamma": "2 -0.1", "label_smoothing": "3", "kl_coe
        "policy_lr": "-1e-4", "reward_nll": "-1", "perturbed": "-2", "discriminator_updates": "0", "words_steps": "101",
        "lora_alpha": "0", "interval": "-3", "seed": "-1", "validate_every": "-1"}  # fmt: skip
 OUT_OF_RANGE = [(name, value) for name, values in OUT.items() for value in values.split()]
-OUT_OF_RANGE += [(f.name, value) for f in fields(train.Settings) if f.type is float for value in ("nan", "inf")]
+OUT_OF_RANGE += [(f.name, value) for f in fields(Settings) if f.type is float for value in ("nan", "inf")]
 
 
 @pytest.mark.parametrize("name, value", OUT_OF_RANGE)
@@ -272,11 +272,11 @@ def test_examples_that_do_not_fit_are_counted(capsys):
 def test_different_tokenizers_are_refused(capsys, shipped):
     Path("other").mkdir()
     shipped[0].save_pretrained("other")
-    other = policy.PreTrainedTokenizerFast.from_pretrained(policy.BASE)
+    other = loading.PreTrainedTokenizerFast.from_pretrained(loading.BASE)
     other.add_tokens(["extra"])
     other.save_pretrained("other")
     with pytest.raises(UserError, match="the tokenizer of .* differs"):
-        policy.check_same_tokenizer(shipped[1], "other")
+        loading.check_same_tokenizer(shipped[1], "other")
 
 
 def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
@@ -303,7 +303,7 @@ def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
 )
 def test_the_warm_up_takes_four_passes_over_the_demonstrations_60_updates_at_least(flags, updates):
     flags += " --policy-loss ppo" if "random" in flags else ""
-    assert train.parse_settings(flags.split()).warm_up == updates
+    assert parse_settings(flags.split()).warm_up == updates
 
 
 def test_grpo_learns_from_unbroken_examples(monkeypatch):
@@ -324,7 +324,7 @@ def test_grpo_learns_from_unbroken_examples(monkeypatch):
 ])  # fmt: skip
 def test_defaults_follow_what_the_reward_can_do(flags, expected):
     """Start, loss and gamma: where only some tokens have a reward, the others learn from what follows."""
-    s = train.parse_settings(flags.split())
+    s = parse_settings(flags.split())
     assert (s.start, s.policy_loss, s.gamma) == expected
 
 

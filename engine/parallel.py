@@ -27,7 +27,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from data import UserError
+from engine.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Who we are

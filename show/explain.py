@@ -19,10 +19,10 @@ import torch
 
 import data
 import irl
-import logprob
 import policy
 import reward
 from data import Batch, Example
+from engine import logprob
 from policy import Rollout
 
 WARM_UP = 10  # updates of the discriminator before the lecture: at a fresh reward's D = 1/2 there is nothing to see
@@ -250,7 +250,7 @@ class Lecture(irl.IRL):
 
         @torch.no_grad()
         def all_logprobs(model, temperature: float) -> torch.Tensor:
-            weight, softcap = policy.output_layer(model)
+            weight, softcap = logprob.output_layer(model)
             state = policy.choosing_states(model, one)[at : at + 1]  # [1, H]
             return logprob.all_logprobs(state, weight, temperature, softcap)[0]
 
@@ -349,9 +349,3 @@ def say(line: str = "") -> None:
     encoding = sys.stdout.encoding or "utf-8"
     text = line.encode(encoding, "backslashreplace").decode(encoding)
     print("\n".join(textwrap.wrap(text, WIDTH, subsequent_indent=" " * 13, drop_whitespace=False)))
-
-
-if __name__ == "__main__":
-    import train
-
-    sys.exit(train.main(["--explain", *sys.argv[1:]]))

@@ -9,7 +9,7 @@
 The page loads nothing and runs nothing. Traces are text that a language model wrote: all of it is escaped,
 and a content security policy forbids scripts and the network should something slip through.
 
-Run `python report.py runs/demo`.
+Run `python -m show.report runs/demo`.
 """
 
 import io
@@ -20,7 +20,7 @@ import sys
 from html import escape
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from data import Parser, UserError, exit_status, printable
+from engine.errors import Parser, UserError, exit_status, printable
 
 # key: (name, what it learns from). A method has one colour on the whole page: the CSS variable of its key.
 METHODS = {

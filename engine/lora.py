@@ -8,7 +8,7 @@
 Full fine-tuning of policy and reward holds each of them four times in float32: weights, gradients, AdamW's two moments.
 An adapter of rank r trains r (in + out) numbers per matrix instead of in * out, and the base is there once, in bf16:
 
-    base = policy.load_policy("Qwen2.5-0.5B", "cuda", torch.bfloat16)[0]
+    base = loading.load_policy("Qwen2.5-0.5B", "cuda", torch.bfloat16)[0]
     policy_model = adapt(base, rank=16, alpha=32)
     reward_model = adapt(base, rank=16, alpha=32)     # the same base tensors, an adapter of its own
     reference = share(policy_model)                   # and this one's adapter as it is now
@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForTokenClassification
 
-from data import UserError
+from engine.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. One matrix

@@ -21,7 +21,7 @@ rounded to its input's type once, at the end. No second derivatives. The Triton 
 interpreter, which has no bf16 products, and compile for NVIDIA's 9.0 without spilling registers; they have
 neither run nor been timed on a GPU.
 
-Run `python logprob.py` for the distance from float64, and for time and memory of plain against chunked.
+Run `python -m engine.logprob` for the distance from float64, and for time and memory of plain against chunked.
 """
 
 import math
@@ -32,11 +32,7 @@ import time
 import torch
 from torch.autograd.function import once_differentiable
 
-try:  # no Triton on Windows, macOS and most CPU installations: part 5 is then left out
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from engine import fused as kernels
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. The specification
@@ -448,146 +444,6 @@ def expected_reward_by_rows(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. The same as fused CUDA kernels: a tile of logits lives in a multiprocessor and never reaches the GPU's memory
-# ---------------------------------------------------------------------------------------------------------------
-
-if triton is not None:
-
-    @triton.jit
-    def _tile(
-        hidden, weight, rows, columns, N, V, softcap, temperature, H: tl.constexpr, CAPPED: tl.constexpr, BH: tl.constexpr
-    ):  # fmt: skip
-        """x [BN, BV] of some rows and columns, 0 beyond N and V. bf16 products are exact in the float32 they are added
-        in; float32 ones are kept from TF32, which rounds to 10 bits."""
-        x = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-        for start in range(0, H, BH):
-            k = start + tl.arange(0, BH)
-            h = tl.load(hidden + rows[:, None] * H + k, (rows[:, None] < N) & (k < H), 0.0)  # [BN, BH]
-            w = tl.load(weight + columns[:, None] * H + k, (columns[:, None] < V) & (k < H), 0.0)  # [BV, BH]
-            x = tl.dot(h, tl.trans(w), x, input_precision="ieee")
-        if CAPPED:
-            x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)  # tanh
-        return x / temperature
-
-    @triton.jit
-    def _forward_kernel(
-        hidden, weight, tokens, lse, mean, chosen, N, V, softcap, temperature, per_split,
-        H: tl.constexpr, CAPPED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-    ):  # fmt: skip
-        """Program (i, s): rows i*BN.., column blocks s*per_split... One pass, the softmax online as in part 2; writes
-        log-sum-exp, E[x] and x of the token, [S, N], of its own columns."""
-        rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-        token = tl.load(tokens + rows, rows < N, -1)
-        top, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
-        weighted, found = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
-        block = tl.program_id(1) * per_split
-        stop = tl.minimum(block + per_split, tl.cdiv(V, BV))
-        while block < stop:
-            columns = block.to(tl.int64) * BV + tl.arange(0, BV)
-            x = _tile(hidden, weight, rows, columns, N, V, softcap, temperature, H, CAPPED, BH)
-            inside = columns[None, :] < V
-            new_top = tl.maximum(top, tl.max(tl.where(inside, x, float("-inf")), 1))
-            e = tl.where(inside, tl.exp(x - new_top[:, None]), 0.0)
-            shrink = tl.exp(top - new_top)
-            total = total * shrink + tl.sum(e, 1)
-            weighted = weighted * shrink + tl.sum(e * x, 1)
-            found += tl.sum(tl.where(columns[None, :] == token[:, None], x, 0.0), 1)
-            top = new_top
-            block += 1
-        at = tl.program_id(1) * N + rows
-        tl.store(lse + at, top + tl.log(total), rows < N)
-        tl.store(mean + at, weighted / total, rows < N)
-        tl.store(chosen + at, found, rows < N)
-
-    @triton.jit
-    def _backward_kernel(
-        hidden, weight, tokens, lse, entropy, grad_logprob, grad_entropy, grad, N, V, softcap, temperature, per_split,
-        H: tl.constexpr, OWN_ROWS: tl.constexpr, CAPPED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-    ):  # fmt: skip
-        """Program (i, s) owns block i of the rows (of grad hidden) or of the columns (of grad weight), goes through its
-        share s of the other's blocks, multiplies each tile again, and adds to grad [S, N or V, H], where nobody else
-        writes: no atomics, so the result is the same every time. The price: two launches, each with its own tiles."""
-        own, block = tl.program_id(0), tl.program_id(1) * per_split
-        stop = tl.minimum(block + per_split, tl.cdiv(V, BV) if OWN_ROWS else tl.cdiv(N, BN))
-        while block < stop:
-            rows = (own if OWN_ROWS else block).to(tl.int64) * BN + tl.arange(0, BN)
-            columns = (block if OWN_ROWS else own).to(tl.int64) * BV + tl.arange(0, BV)
-            x = _tile(hidden, weight, rows, columns, N, V, softcap, temperature, H, CAPPED, BH)
-            token = tl.load(tokens + rows, rows < N, -1)[:, None]
-            g_logprob = tl.load(grad_logprob + rows, rows < N, 0.0)[:, None]  # 0 beyond N: such rows add nothing
-            g_entropy = tl.load(grad_entropy + rows, rows < N, 0.0)[:, None]
-            logp = x - tl.load(lse + rows, rows < N, 0.0)[:, None]
-            factor = g_logprob + g_entropy * (logp + tl.load(entropy + rows, rows < N, 0.0)[:, None])
-            g = tl.where(columns[None, :] == token, g_logprob, 0.0) - tl.exp(logp) * factor  # dL/dx
-            g = tl.where(columns[None, :] < V, g, 0.0) / temperature
-            if CAPPED:
-                tanh = x * temperature / softcap
-                g *= 1 - tanh * tanh
-            g = g.to(hidden.dtype.element_ty)  # bf16 inputs: g is rounded to bf16, so that tensor cores can take it
-            for start in range(0, H, BH):
-                k = start + tl.arange(0, BH)
-                if OWN_ROWS:
-                    w = tl.load(weight + columns[:, None] * H + k, (columns[:, None] < V) & (k < H), 0.0)
-                    new, target, valid = tl.dot(g, w, input_precision="ieee"), rows, rows < N
-                    at = grad + (tl.program_id(1) * N + target[:, None]) * H + k
-                else:
-                    h = tl.load(hidden + rows[:, None] * H + k, (rows[:, None] < N) & (k < H), 0.0)
-                    new, target, valid = tl.dot(tl.trans(g), h, input_precision="ieee"), columns, columns < V
-                    at = grad + target[:, None] * H + k
-                mask = valid[:, None] & (k < H)
-                tl.store(at, tl.load(at, mask, 0.0) + new, mask)
-            tl.debug_barrier()  # the next block reads what other threads of this program have just written
-            block += 1
-
-
-class _TritonLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, softcap, entropy, programs):
-        N, V, H = len(hidden), len(weight), hidden.shape[1]
-        BV, BH = (128, 64) if hidden.element_size() == 2 else (64, 32)  # more of float32 would not fit the registers
-        ctx.blocks = dict(H=H, BN=64, BV=BV, BH=BH, CAPPED=softcap > 0, num_warps=8)
-        ctx.numbers = N, V, softcap or 1.0, temperature
-        row_blocks, column_blocks = ctx.grid = triton.cdiv(N, 64), triton.cdiv(V, BV)
-        # A GPU wants hundreds of programs; where the rows alone are too few, several share a row's columns.
-        ctx.per_split = triton.cdiv(column_blocks, max(1, min(programs // max(1, row_blocks), column_blocks)))
-        ctx.splits = triton.cdiv(column_blocks, ctx.per_split)
-        lse, mean, chosen = torch.empty(3, ctx.splits, N, device=hidden.device)
-        _forward_kernel[(row_blocks, ctx.splits)](
-            hidden, weight, tokens, lse, mean, chosen, *ctx.numbers, ctx.per_split, **ctx.blocks
-        )
-        share, lse = lse, lse.logsumexp(0)
-        mean = ((share - lse).exp() * mean).sum(0)
-        return finish(ctx, hidden, weight, tokens, chosen.sum(0), lse, lse - mean if entropy else None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, tokens, lse, entropy = ctx.saved_tensors
-        none = torch.zeros_like(lse)
-        rest = [none if t is None else t.contiguous() for t in (entropy, grad_logprob, grad_entropy)]
-        inputs, (row_blocks, column_blocks) = (hidden, weight, tokens, lse, *rest), ctx.grid
-        grad_hidden = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad = hidden.new_zeros(ctx.splits, *hidden.shape, dtype=torch.float32)
-            grid, shared = (row_blocks, ctx.splits), ctx.per_split
-            _backward_kernel[grid](*inputs, grad, *ctx.numbers, shared, OWN_ROWS=True, **ctx.blocks)
-            grad_hidden = grad.sum(0).to(hidden.dtype)
-        if ctx.needs_input_grad[1]:
-            grad = torch.zeros_like(weight, dtype=torch.float32)
-            _backward_kernel[column_blocks, 1](*inputs, grad, *ctx.numbers, row_blocks, OWN_ROWS=False, **ctx.blocks)
-            grad_weight = grad.to(weight.dtype)
-        return grad_hidden, grad_weight, *[None] * 5
-
-
-def logprobs_triton(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True, programs=256):
-    """`logprobs_plain` on CUDA, float32 or bf16. `programs`: how many blocks of work to aim for."""
-    kind = torch.promote_types(hidden.dtype, weight.dtype)
-    hidden, weight = hidden.to(kind).contiguous(), weight.to(kind).contiguous()
-    with torch.cuda.device_of(hidden):
-        return _TritonLogprobs.apply(hidden, weight, tokens.contiguous(), temperature, softcap, entropy, programs)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # 6. Which one
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -605,7 +461,7 @@ def logprobs(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True)
     hidden, weight = as_autocast(hidden, weight)
     method = logprobs_plain if few(hidden, weight) else logprobs_chunked
     if fused(hidden, weight):
-        method = logprobs_triton
+        method = kernels.logprobs_triton
     return method(hidden, weight, tokens, temperature, softcap, entropy)
 
 
@@ -660,7 +516,7 @@ def by_rows(hidden, weight) -> bool:
 def fused(hidden, weight) -> bool:
     """Whether the Triton kernels are to be used, and can be."""
     kinds = {hidden.dtype, weight.dtype}
-    return TRITON and triton is not None and hidden.is_cuda and kinds <= {torch.float32, torch.bfloat16}
+    return TRITON and kernels.triton is not None and hidden.is_cuda and kinds <= {torch.float32, torch.bfloat16}
 
 
 def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -702,7 +558,7 @@ def main() -> None:
     N, V, H = 512, 32768, 256
     print(f"N = {N}, V = {V}, H = {H}, float32 on the CPU: forward and backward, log-probabilities and entropy")
     for method in ("plain", "chunked"):  # before anything large is held here: a child starts from its parent's peak
-        code = f"import logprob; print(*logprob.measure('{method}', {N}, {V}, {H}, repeats=3))"
+        code = f"from engine import logprob; print(*logprob.measure('{method}', {N}, {V}, {H}, repeats=3))"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if result.returncode:
             print(f"  {method:8s} not measured: {result.stderr.strip().splitlines()[-1]}")
@@ -721,3 +577,14 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def half_precision(device: torch.device):
+    """bf16 matrix products on CUDA, float32 elsewhere. The weights and what the optimizer adds up stay float32: steps
+    of 1e-6 vanish in bf16. Entered anew for each forward pass, because it caches the weights it has cast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def output_layer(model) -> tuple[torch.Tensor, float]:
+    """(output matrix [V, H], softcap): logits are softcap * tanh(W h / softcap), or W h where softcap is 0."""
+    return model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None) or 0.0

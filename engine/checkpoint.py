@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import UserError
+from engine.errors import UserError
 
 try:
     import fcntl

@@ -8,7 +8,7 @@
 None of the first three changes a gradient beyond rounding; tests/test_memory.py compares. (Checkpoints of a run, from
 which it is resumed, are another thing: checkpoint.py. What the literature calls gradient checkpointing is 1.)
 
-Run `python memory.py` for the table of what fits on which card.
+Run `python -m engine.memory` for the table of what fits on which card.
 """
 
 import copy
@@ -18,8 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import logprob
-import lora
+from engine import logprob, lora
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Activations

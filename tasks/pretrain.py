@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import data
-from tasks import countdown
+from tasks import countdown, words
+from tasks.common import split_of
 
 # A piece is a tag, a word with its spaces, one digit, one operator or one newline. Pieces joined give the text back
 # exactly, so that what is scored is what was sampled.
@@ -37,7 +38,7 @@ def build_tokenizer(task: str) -> PreTrainedTokenizerFast:
     pieces = set("0123456789+-*/=\n") | (set(GRADES) if task == "countdown" else set())
     for number in range(5000):
         if task == "words":
-            example = data.solve(data.make_problem(rng, steps=1 + number % 4))
+            example = words.solve(words.make_problem(rng, steps=1 + number % 4))
         else:
             example = data.Example(countdown.question_of(*countdown.make_problem(rng)), "", "0")
         text = example.question + "\n" + data.response_text(example.trace, example.answer)
@@ -61,14 +62,14 @@ def build_model(vocabulary: int, end_token: int, width: int, layers: int, contex
     return Qwen2ForCausalLM(config)
 
 
-def pupil_corpus(count: int, seed: int, pupil: data.Pupil) -> list[data.Example]:
+def pupil_corpus(count: int, seed: int, pupil: words.Pupil) -> list[data.Example]:
     """`count` traces by the pupil, on problems of 2 to 4 steps from the train split."""
     rng = random.Random(f"pupil {seed}")
     corpus = []
     while len(corpus) < count:
-        problem = data.make_problem(rng, steps=rng.choice((2, 3, 3, 4)))
-        if data.split_of(problem.question) == "train":
-            corpus.append(data.solve(problem, pupil, rng))
+        problem = words.make_problem(rng, steps=rng.choice((2, 3, 3, 4)))
+        if split_of(problem.question) == "train":
+            corpus.append(words.solve(problem, pupil, rng))
     return corpus
 
 
@@ -94,9 +95,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--groups", type=float, default=data.Pupil.groups, help="see data.Pupil")
-    parser.add_argument("--borrow", type=float, default=data.Pupil.borrow)
-    parser.add_argument("--slip", type=float, default=data.Pupil.slip)
+    parser.add_argument("--groups", type=float, default=words.Pupil.groups, help="see words.Pupil")
+    parser.add_argument("--borrow", type=float, default=words.Pupil.borrow)
+    parser.add_argument("--slip", type=float, default=words.Pupil.slip)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -104,7 +105,7 @@ def main() -> None:
     tokenizer = build_tokenizer(args.task)
     model = build_model(len(tokenizer), tokenizer.eos_token_id, args.width, args.layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    count, pupil = args.steps * args.batch, data.Pupil(args.groups, args.borrow, args.slip)
+    count, pupil = args.steps * args.batch, words.Pupil(args.groups, args.borrow, args.slip)
     if args.task == "words":
         corpus = data.demonstration_batch(tokenizer, pupil_corpus(count, args.seed, pupil))
     else:
