@@ -343,8 +343,10 @@ def test_the_search_for_such_calls_finds_them():
 
 
 def test_every_model_is_loaded_from_safetensors_without_remote_code():
-    for module in ("policy", "reward"):
-        source = source_of(module).read_text(encoding="utf-8")
+    sources = {module: source_of(module).read_text(encoding="utf-8") for module in MODULES}
+    loaders = [module for module, source in sources.items() if re.search(r"AutoModel\w*\.from_pretrained", source)]
+    assert set(loaders) == {"engine.loading", "reward"}
+    for source in map(sources.get, loaders):
         assert source.count("use_safetensors=True") == source.count("trust_remote_code=False") >= 1
 
 
@@ -388,7 +390,7 @@ QUESTION = "Ava has 24 pens. Ava loses 9. How many pens?"
 def test_output_fits_any_terminal(finished_run, inside, encoding):
     newline = "⏎" if encoding == "utf-8" else "\\u23ce"
     flags = ("--run", str(finished_run), "--question", QUESTION, "--trace", "24-9=15")
-    status, shown, _ = inside(reward.main, *flags, encoding=encoding)
+    status, shown, _ = inside(trace.main, *flags, encoding=encoding)
     assert status == 0 and "suspicious" in shown and newline in shown
     status, shown, _ = inside(report.main, str(finished_run), encoding=encoding)
     assert status == 0 and newline in shown  # the folder's name

@@ -47,15 +47,26 @@ def test_the_readme_is_short_and_links_every_page_once():
 
 
 def test_functions_named_in_the_text_exist():
-    modules = "data|policy|reward|irl|logprob|lora|memory|parallel|rerank|explain|train"
-    names = set(re.findall(rf"`({modules})\.([A-Za-z_]\w*(?:\.\w+)?)`", TEXT))
-    names = {(module, path) for module, path in names if path not in ("py", "jsonl")}
+    """Modules go by their short names: `logprob.expectation` is in engine/logprob.py."""
+    paths = [*ROOT.glob("*.py"), *(path for room in ("engine", "show", "tasks") for path in (ROOT / room).glob("[a-z]*.py"))]
+    modules = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    assert len(modules) == len(paths)  # no two of one name
+    names = set(re.findall(rf"`({'|'.join(modules)})\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(\))?`", TEXT))
+    names = {(module, path) for module, path in names if path not in ("py", "jsonl", "json", "html")}
     assert len(names) >= 20
     for module, path in names:
-        found = importlib.import_module(module)
+        found = importlib.import_module(modules[module])
         for part in path.split("."):
             assert hasattr(found, part) or part in getattr(found, "__dataclass_fields__", {}), f"{module}.{path}"
             found = getattr(found, part, None)
+
+
+def test_commands_named_in_the_text_exist():
+    pages = TEXT + (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
+    commands = set(re.findall(r"python (-m )?([a-z_]+[\w./]*\w)", pages))
+    assert len(commands) >= 8
+    for module, name in commands - {("-m ", "venv"), ("-m ", "pytest"), ("-m ", "doctest")}:
+        assert (ROOT / (name.replace(".", "/") + ".py" if module else name)).exists(), name
 
 
 def test_flags_named_in_the_text_exist():

@@ -337,7 +337,7 @@ def test_no_pickle(here, monkeypatch):
     interrupt(monkeypatch)
     files = {file.name for file in (RUN / "checkpoints").rglob("*") if file.is_file()}
     assert files == {"tensors.safetensors", "state.json", "checksums.json"}
-    code = "".join((Path(train.__file__).parent / name).read_text() for name in ("checkpoint.py", "train.py"))
+    code = "".join((Path(train.__file__).parent / name).read_text() for name in ("engine/checkpoint.py", "train.py"))
     assert "torch.save" not in code and "torch.load" not in code and "import pickle" not in code
 
 
