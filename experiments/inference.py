@@ -31,7 +31,7 @@ def judge(name: str, seed: int, quick: bool) -> dict:
     folder = runs.ROOT / "runs" / f"x-{name}-main-256-{seed}"
     if not (folder / "reward").exists():
         raise UserError(f"{folder} holds no models: run --only main first")
-    base, tokenizer, discriminator, judges, _ = rerank.load_run(folder, "base", "cpu")
+    base, tokenizer, discriminator, judges, _ = rerank.models_of_run(folder, "base", "cpu")
     found = {}
     for label, whose, count, problems in CASES:
         if problems and name != "words":

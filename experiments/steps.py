@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     loading.quiet()
     dev, test = read_solutions(args.dev, args.count), read_solutions(args.test, args.count)
     device = loading.pick_device(args.device)
-    model, tokenizer, discriminator, judges, _ = rerank.load_run(Path(args.run), "base", device)
+    model, tokenizer, discriminator, judges, _ = rerank.models_of_run(Path(args.run), "base", device)
     context = loading.context_length(model)
     dev, test = fitting(tokenizer, dev, context), fitting(tokenizer, test, context)
     models = {"logprob": model} | judges

@@ -1,7 +1,5 @@
 """Results as plain text."""
 
-import rerank
-
 
 def table(results: dict) -> str:
     """The results as plain text: methods, then what the reward is worth at inference."""
@@ -11,9 +9,10 @@ def table(results: dict) -> str:
     for method, r in results["methods"].items():
         cells = [f"{r[k]:.3f} [{r[k + '_interval'][0]:.3f}, {r[k + '_interval'][1]:.3f}]" for k in ("t1", "greedy")]
         lines.append(f"{names[method]:37s}{cells[0]:>22s}{cells[1]:>22s}{r.get('seconds', 0):9.0f}")
-    rules = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "oracle")
     for n in (key for key in ("4", "16") if key in results["rerank"]):
         row = results["rerank"][n]
+        logprobs = (rule for rule in row if rule.endswith("logprob"))
+        rules = ("random", "longest", "shortest", "majority", *logprobs, "reward", "oracle")
         found = ", ".join(f"{rule} {row[rule][0]:.3f}" for rule in rules if rule in row)
         lines.append(f"{'best of ' + n + ' samples of the base':37s}{found}")
     if results["reward"].get("auroc") is not None:  # None where all samples were right, or all wrong

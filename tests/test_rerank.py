@@ -22,6 +22,7 @@ import reward
 from data import Batch, Example
 from engine import loading
 from engine.errors import UserError
+from show.trace import explain
 from tasks.answers import same_answer
 
 T = torch.tensor
@@ -344,7 +345,7 @@ def make_discriminator(model, tokenizer, granularity="dense"):
 
 def written(tokenizer, traces: list[tuple[str, str]], expert=("3*12=36\n14+36=50", "50")):
     """Candidates for one question, from (trace, answer) pairs."""
-    example = Example("Ava has 14 pens. Ava buys 3 bags of 12. How many pens?", *expert)
+    example = Example("Ava has 14 pens. Ava buys 3 bags of 12. How many pens?", *expert, task="words")
     texts = [data.response_text(*pair) for pair in traces]
     return rerank.from_texts(tokenizer, [example], texts, len(texts))
 
@@ -483,7 +484,7 @@ def test_a_judge_is_the_averaged_model_before_its_logits_are_divided(run, shippe
     policy.divide_logits(model, 0.2)
     model.save_pretrained(run / "sft_fair")
     tokenizer.save_pretrained(run / "sft_fair")
-    policy_model, _, discriminator, judges, _ = rerank.load_run(run, "base", "cpu")
+    policy_model, _, discriminator, judges, _ = rerank.models_of_run(run, "base", "cpu")
     assert set(judges) == {"sft_fair_logprob"}
     found = rerank.signals(written(tokenizer, [RIGHT, WRONG]), discriminator, policy_model, judges)
     torch.testing.assert_close(found["sft_fair_logprob"], found["logprob"], atol=1e-4, rtol=1e-4)
@@ -535,7 +536,7 @@ def test_assess_finds_a_known_reward(shipped):
     assert all("".join(trace["tokens"]).startswith("<think>\n") for trace in traces)
     for trace in traces:  # the first token whose f is below -1, if there is one
         text = "".join(trace["tokens"][:-1])  # without the end token, which is no text
-        f = [f for _, f in trace.explain(discriminator.reward_model, tokenizer, trace["question"], text)]
+        f = [f for _, f in explain(discriminator.reward_model, tokenizer, trace["question"], text)]
         assert trace["predicted"] == next((i for i, value in enumerate(f) if value < -1), None)
     assert {trace["predicted"] is None for trace in traces} == {True, False}
 
