@@ -39,7 +39,7 @@ from engine.errors import UserError, exit_status
 from engine.runs import Log, is_finished, run_folder
 from engine.settings import METHODS, Settings, complete, flag, parse_flags, saved_settings
 from show import explain, report
-from show.tables import table
+from show.tables import show_traces, table
 
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation: the answer check is used from here on, and nowhere in irl.py
@@ -414,8 +414,8 @@ class Run:
             generator = torch.Generator(self.device).manual_seed(s.seed + 1)
             candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator,
                                         s.sample_rows)  # fmt: skip
-            found = rerank.assess(candidates, discriminator, base, judges, self.tokenizer, s)
-            traces = rerank.show_traces(candidates, discriminator, base, self.tokenizer, s)
+            found = rerank.assess(candidates, discriminator, base, judges, self.tokenizer, s.rule, s.seed)
+            traces = show_traces(candidates, discriminator, base, self.tokenizer)
         checkpoint.write_text(self.folder / "traces.json", json.dumps(traces))
         self.results |= found
         self.results["reward"]["auroc"] = found["rerank"]["auroc"]["reward"]

@@ -6,7 +6,6 @@ problems with a step more, and with numbers twice as large, than any it was trai
 """
 
 import json
-from types import SimpleNamespace
 
 import torch
 
@@ -41,8 +40,7 @@ def judge(name: str, seed: int, quick: bool) -> dict:
         count = min(count, 4) if quick else count
         generator = torch.Generator().manual_seed(seed)
         candidates = rerank.collect(model, tokenizer, test, count, 96, 1.0, generator)
-        settings = SimpleNamespace(rule="mean", seed=seed, data=name)
-        found[label] = rerank.assess(candidates, discriminator, base, judges, tokenizer, settings)
+        found[label] = rerank.assess(candidates, discriminator, base, judges, tokenizer, seed=seed)
         found[label].pop("distributions")
     return found
 

@@ -44,6 +44,7 @@ import rerank
 import reward
 import train
 from engine import checkpoint, loading
+from engine.candidates import Candidates, collect, from_texts, reward_ends
 from engine.chat import at_date, token_ids
 from engine.errors import Parser, UserError, exit_status, nearest
 from engine.settings import MAY_CHANGE, complete, parse_flags
@@ -215,7 +216,7 @@ def sample(job: Job, name: str, model, examples, prompt: Callable, n: int, tempe
         if max(map(len, prompts)) + s.max_new_tokens > job.run.context:
             raise UserError(f"a prompt of {max(map(len, prompts))} tokens and {s.max_new_tokens} new ones are more than the "
                             f"model's context of {job.run.context}")  # fmt: skip
-        written = rerank.collect(model, tokenizer, chosen, n, s.max_new_tokens, temperature, generator, s.sample_rows, prompts)
+        written = collect(model, tokenizer, chosen, n, s.max_new_tokens, temperature, generator, s.sample_rows, prompts)
         scores = trace_scores(written.logprobs, written.batch.response_mask, n)
         ids = [written.batch.response(row) for row in range(len(written.batch))]
         found = []
@@ -430,7 +431,7 @@ def judges(job: Job, base: bool) -> dict[str, Callable]:
 
     def learnt(kind):
         discriminator = job.discriminator(kind, trained=True)
-        return discriminator.reward_model.scores, lambda batch: rerank.reward_ends(batch, discriminator)
+        return discriminator.reward_model.scores, lambda batch: reward_ends(batch, discriminator)
 
     found = {"logprob": partial(likelihood, None)} if base else {}
     found |= {signal: partial(likelihood, name) for signal, name in rerank.JUDGES.items()}
@@ -447,7 +448,7 @@ def judged(job: Job, source: str, name: str, load: Callable, sampled: list[dict]
         examples = run.test[start : start + len(chosen)]
         if source == "few_shot":
             texts = [in_tags(text) for one in chosen for text in one["texts"]]
-            batch = rerank.from_texts(run.tokenizer, examples, texts, n).batch
+            batch = from_texts(run.tokenizer, examples, texts, n).batch
         else:
             prompts = [data.prompt_ids(run.tokenizer, e.question) for e in examples for _ in range(n)]
             batch = data.make_batch(prompts, [ids for one in chosen for ids in one["ids"]])
@@ -484,7 +485,8 @@ def kept_samples(job: Job, source: str) -> list[dict]:
 def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dict:
     """rerank.choice_results of every judge by every rule. A judge's plain name is its mean, chosen beforehand."""
     n = len(sampled[0]["texts"])
-    plain = rerank.Candidates(examples, data.make_batch([], []), [t for one in sampled for t in one["texts"]], n)
+    plain = Candidates(examples, data.make_batch([], []), [t for one in sampled for t in one["texts"]], n)
+    keys = rerank.answer_keys(plain.answers, [example.options for example in examples])
     length = torch.tensor([[float(len(text)) for text in one["texts"]] for one in sampled])
     table = {"longest": length, "shortest": -length}
     for name, records in scores.items():
@@ -492,7 +494,7 @@ def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dic
             table[f"{name}_{rule}"] = torch.tensor([one[rule] for one in records])
         table[name] = table[f"{name}_mean"]
     voters = {f"weighted_majority_{kind}": kind for kind in KINDS if kind in scores}
-    return rerank.choice_results(plain.correct, plain.keys, table, rerank.powers_of_two(n), voters)
+    return rerank.choice_results(plain.correct, keys, table, voters)
 
 
 def localise(job: Job) -> tuple[dict, str]:

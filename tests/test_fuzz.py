@@ -143,7 +143,7 @@ def test_candidate_files(survives, file):
         file.write_bytes(content)
         found = survives(rerank.read_candidates, str(file), n)
         if found:
-            read, responses, width, _ = found
+            read, responses, width = found
             assert len(responses) == len(read) * width
 
     check()
@@ -174,7 +174,7 @@ def test_answers(survives):
         assert survives(same_answer, answer, truth) in (True, False)
         assert survives(data.is_correct, Example("?", "", truth), response) in (True, False)
         assert survives(same_answer, None, truth) is False
-        survives(rerank.canonical_answers, [answer, truth, None])
+        survives(rerank.answer_keys, [[answer, truth, None]], [()])
 
     check()
 

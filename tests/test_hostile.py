@@ -150,7 +150,7 @@ USES = {
     "from_medreason": medreason,
     "perturb": broken,
     "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2", task="words"), text),
-    "canonical_answers": lambda text: rerank.canonical_answers([text, None]),
+    "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),
     "printable": printable,
     "visible": report.visible,
 }
