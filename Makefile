@@ -1,12 +1,13 @@
 # `make demo` and `make test` set everything up in .venv and run. The same as plain lines is in README.md.
+# A second `make demo` goes on where the first was stopped; when both runs are finished it says where their reports are.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test base clean
 
 demo: .venv/ready
-	$(BIN)/python train.py
-	$(BIN)/python train.py --data countdown --name countdown
+	$(BIN)/python train.py $(if $(wildcard runs/demo/settings.json),--resume)
+	$(BIN)/python train.py --data countdown --name countdown $(if $(wildcard runs/countdown/settings.json),--resume)
 
 test: .venv/ready
 	$(BIN)/python -m pytest

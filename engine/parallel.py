@@ -9,14 +9,11 @@ their replay, and samples with its own random numbers. The ranks meet in four pl
     make_optimizer       PyTorch's ZeroRedundancyOptimizer: each rank keeps AdamW's states for 1/N of the weights
     rows, mean           evaluation, and the metrics that are logged
 
-Why neither DistributedDataParallel nor FSDP2 (`fully_shard`): both hang their communication on a module's forward and
-backward, so all ranks must make the same number of them. Here they do not. A rank samples until its own longest
-response has ended, micro-batches by tokens are as many as they need to be, and the losses go around the model's forward
-(policy.choosing_states calls the decoder, logprob.py multiplies by the output matrix). One sum per optimizer step, after all its
-micro-batches, needs no such agreement, and moves as many bytes as DDP does under no_sync. It does not overlap with
-backward, and weights are not sharded: a model that one GPU cannot hold needs --lora-rank, or FSDP and another loop.
-
-Nothing is saved before the end of such a run, and --resume refuses it (train.Run.save says why).
+Neither DistributedDataParallel nor FSDP2 would do: both hang their communication on a module's forward and backward, so all
+ranks must make the same number of them. Here they do not: a rank samples until its own longest response has ended,
+micro-batches by tokens are as many as they need to be, and losses go around the model's forward (policy.choosing_states). One
+sum per optimizer step needs no such agreement, and moves as many bytes. It does not overlap with backward, and weights are
+not sharded: a model that one GPU cannot hold needs --lora-rank. Nothing is saved before the end (engine/keeper.py).
 
 Without torchrun there is one process, every function here returns what it was given, and nothing else changes.
 """
@@ -29,17 +26,12 @@ import torch.distributed as dist
 
 from engine.errors import UserError
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Who we are
-# ---------------------------------------------------------------------------------------------------------------
-
 
 def start(device: str) -> None:
     """Join the other processes, where torchrun has started any (it sets WORLD_SIZE, RANK and LOCAL_RANK)."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-    local = int(os.environ["LOCAL_RANK"])
+    on_gpu, local = device in ("auto", "cuda") and torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     if on_gpu and local >= torch.cuda.device_count():
         raise UserError(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPUs that are here")
     if on_gpu:
@@ -72,11 +64,6 @@ def wait() -> None:
         dist.barrier()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Shares
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def share(items: list) -> list:
     """This rank's items: every N-th."""
     return items[rank() :: world()]
@@ -106,17 +93,12 @@ def rows(function, items: list) -> torch.Tensor:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Sums over ranks
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def total_of(values: dict) -> dict:
     """The sum over ranks of each number in a dictionary that has the same keys on all of them."""
     if world() == 1:
         return dict(values)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    numbers = torch.tensor(list(map(float, values.values())), dtype=torch.float64, device=device)
     dist.all_reduce(numbers)
     return dict(zip(values, numbers.tolist()))
 
@@ -131,11 +113,6 @@ def mean(metrics: dict[str, dict]) -> dict[str, dict]:
     if world() == 1:
         return metrics
     return {stage: {k: v / world() for k, v in total_of(values).items()} for stage, values in metrics.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 4. The optimizer's step
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def sum_gradients(parameters: list) -> None:

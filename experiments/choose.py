@@ -20,7 +20,7 @@ import torch
 import baselines
 import rerank
 import train
-from engine import checkpoint, loading, lora
+from engine import loading, lora
 from engine.errors import UserError
 from engine.settings import parse_settings
 from experiments import run as runs
@@ -62,7 +62,7 @@ def measure(cell: Cell, quick: bool) -> dict:
     flags += f" --{cell.method}-steps {cell.steps} --{cell.method}-lr {cell.lr} --test-split validation"
     flags += f" --eval-questions {20 if quick else QUESTIONS}{' --extra-questions 20' * quick}"
     # --explain: a run that loads everything and writes nothing
-    run, begin = train.Run(parse_settings([*flags.split(), "--explain"]), checkpoint.Signals()), time.perf_counter()
+    run, begin = train.Run(parse_settings([*flags.split(), "--explain"])), time.perf_counter()
     model, sft = run.to_train(), cell.method == "sft"
     start = lora.start_of(model)
     trainer = baselines.SFT if sft else baselines.GRPO

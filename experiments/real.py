@@ -47,7 +47,8 @@ from engine import checkpoint, loading
 from engine.candidates import Candidates, collect, from_texts, reward_ends
 from engine.chat import at_date, token_ids
 from engine.errors import Parser, UserError, exit_status, nearest
-from engine.settings import MAY_CHANGE, complete, parse_flags
+from engine.runs import MAY_CHANGE
+from engine.settings import complete, parse_flags
 from experiments import run as runs
 from experiments import steps
 from tasks.answers import extract_answer
@@ -97,7 +98,7 @@ class Job:
         other = [name for name in now if before and name not in MAY_CHANGE and now[name] != before.get(name)]
         if other:
             raise UserError(f"{self.folder} was begun with another {', '.join(other)}: give the same, or another --name")
-        run = train.Run(settings, checkpoint.Signals())
+        run = train.Run(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.keep_settings(run, **{name: now[name] for name in chosen})
         return run

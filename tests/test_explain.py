@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import train
-from engine import checkpoint
 from engine.settings import Settings, parse_settings
 from show import explain
 
@@ -32,7 +31,7 @@ def in_a_new_folder(tmp_path, monkeypatch):
 
 
 def lecture(flags: str = "") -> explain.Lecture:
-    return train.Run(parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop(explain.Lecture)
+    return train.Run(parse_settings([*SMALL, *flags.split()])).make_loop(explain.Lecture)
 
 
 def tables(printed: str) -> list[tuple[list[str], dict[int, list[float | None]]]]:
@@ -76,7 +75,7 @@ def test_a_lecture_is_an_iteration(flags, capsys):
     has said in between adds up."""
     told = lecture(flags)
     told.give()
-    silent = train.Run(parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop()
+    silent = train.Run(parse_settings([*SMALL, *flags.split()])).make_loop()
     for _ in range(min(explain.WARM_UP, silent.settings.warm_up)):
         silent.warm_up()
     metrics = silent.step()

@@ -10,7 +10,7 @@ import pytest
 
 import baselines
 import train
-from engine import checkpoint, memory
+from engine import memory
 from engine.settings import Settings, parse_settings
 from experiments import run as runs
 from experiments import tables
@@ -85,8 +85,8 @@ def test_nothing_is_called_what_it_is_not():
 
 def test_every_metric_is_explained():
     """What the four kinds of steps log, against the table in docs/reading-a-run.md."""
-    flags = "--demonstrations 8 --extra-questions 0 --questions 2 --group 2 --warm-up 1 --device cpu --explain"
-    run = train.Run(parse_settings(flags.split()), checkpoint.Signals())  # --explain: no folder
+    flags = "--demonstrations 8 --extra-questions 0 --questions 2 --group 2 --warm-up 1 --device cpu"
+    run = train.Run(parse_settings(flags.split()))
     loop, s = run.make_loop(), run.s
     lines = [{"discriminator": loop.warm_up()}, loop.step(), {"validation": {"t1": 0.5}}]
     lines += [method(s, run.tokenizer, run.load(), run.experts).step() for method in (baselines.SFT, baselines.GRPO)]

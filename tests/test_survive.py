@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,12 @@ import data
 import irl
 import policy
 import train
-from engine import checkpoint, loading
+from engine import checkpoint, keeper, loading
 from engine.errors import UserError
-from engine.runs import Log
-from engine.settings import complete, flag, parse_flags, parse_settings, saved_settings
+from engine.keeper import Keeper, Log
+from engine.runs import saved_settings
+from engine.settings import complete, flag, parse_flags, parse_settings
+from engine.stops import Signals, Stopped, in_one_line
 
 EVALUATION = "--eval-questions 4 --eval-samples 1 --rerank-questions 4 --rerank-n 2 --max-new-tokens 24 --device cpu"
 ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 --max-steps 4 --grpo-steps 4 "
@@ -363,10 +366,10 @@ def test_during_evaluation_a_signal_does_not_wait(here, finished, monkeypatch, c
 
 def test_a_step_is_finished_first_and_a_second_signal_does_not_wait(monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
-    with checkpoint.Signals() as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)  # nothing happens in the middle of a step
-        with pytest.raises(checkpoint.Stopped) as stopped:
+        with pytest.raises(Stopped) as stopped:
             signals.check()
         assert stopped.value.status == 143
         with pytest.raises(SystemExit) as left:
@@ -411,10 +414,9 @@ def test_a_file_that_the_system_refuses_to_grow(here, finished, capsys, bytes, f
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, limits[1]))
     try:
         if file == "metrics.jsonl":
-            with checkpoint.in_one_line(RUN, "make room", ""), pytest.raises(UserError, match="cannot write to"):
-                with checkpoint.in_one_line(RUN, "make room", ""):
-                    for step in range(100):
-                        log.write("irl", step, {"policy": {"loss": 0.5}}, train.tqdm(disable=True))
+            with pytest.raises(UserError, match="cannot write to"), in_one_line(parse_settings(IRL)):
+                for step in range(100):
+                    log.write("irl", step, {"policy": {"loss": 0.5}}, keeper.tqdm(disable=True))
             return
         assert train.main(IRL) == 2
     finally:
@@ -538,9 +540,28 @@ def test_an_unfinished_run_is_not_started_again_and_a_finished_one_not_resumed(h
     assert "already holds a run: go on with it (python train.py --resume --name demo)" in capsys.readouterr().err
     assert train.main([*RESUME, *IRL]) == 0  # the same flags again contradict nothing
     capsys.readouterr()
-    assert train.main(RESUME) == 0 and "runs/demo is finished" in capsys.readouterr().out
+    assert train.main(RESUME) == 0
+    told = capsys.readouterr().out
+    assert "runs/demo is finished: its report is runs/demo/report.html" in told and "To run anew" in told
     assert train.main(IRL) == 2
     assert "go on with it" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_make_demo_goes_on_where_it_was(tmp_path):
+    """Its commands, as make prints them: a run is begun where none is, else it goes on (or tells that it is finished)."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(Path(train.__file__).parent / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "ready").touch()
+    begin = ["train.py", "train.py --data countdown --name countdown"]
+    for there in ((), ("demo",), ("demo", "countdown")):
+        for name in there:
+            (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "runs" / name / "settings.json").touch()
+        told = subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        expected = [f"{flags}{' --resume' * (name in there)}" for flags, name in zip(begin, ("demo", "countdown"))]
+        assert [line.strip() for line in told.splitlines()] == [f".venv/bin/python {flags}" for flags in expected]
 
 
 @pytest.mark.skipif(checkpoint.fcntl is None, reason="this system has no locks on folders")
@@ -590,10 +611,10 @@ def test_a_folder_is_there_complete_or_not_at_all(tmp_path):
 
 
 def test_saving_by_the_clock_takes_a_fiftieth_of_the_time(monkeypatch):
-    run = object.__new__(train.Run)
+    run = object.__new__(Keeper)
     run.s, run.saved_at, run.save_seconds = parse_settings([]), 100.0, 2.0
     for now, due in ((116.0, False), (199.0, False), (201.0, True)):
-        monkeypatch.setattr(train.time, "monotonic", lambda now=now: now)
+        monkeypatch.setattr(keeper.time, "monotonic", lambda now=now: now)
         assert run.save_is_due(1) is due
     run.save_seconds = 0.01
     assert run.save_is_due(1)

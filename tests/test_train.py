@@ -19,7 +19,7 @@ import baselines
 import data
 import irl
 import train
-from engine import checkpoint, loading, lora, sampler
+from engine import loading, lora, sampler
 from engine.errors import UserError, exit_status
 from engine.runs import load_run
 from engine.settings import Settings, parse_settings
@@ -115,7 +115,7 @@ def test_fair_sft_is_averaged_with_the_base_and_sharpened(adapters):
 
 
 def make_run(*flags) -> train.Run:
-    return train.Run(parse_settings([*TINY, *flags]), checkpoint.Signals())
+    return train.Run(parse_settings([*TINY, *flags]))
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "head"])
@@ -210,7 +210,7 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
         "--reward-nll 0", "--entropy-coef 0", "--logit gail", "--reward head")),
     ("--words-largest 3", "from 8 to 1,000,000"),
     ("--max-new-tokens 9999", "fits the model's context"),
-    ("--device tpu", "no device 'tpu'"),
+    ("--device tpu", "invalid choice: 'tpu'"),
     ("--name ../elsewhere", "--name"),
     ("--lora-rank -1", "--lora-rank must be from 0 to"),
     ("--micro-tokens -5", "--micro-tokens must be from 0 to"),
