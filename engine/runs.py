@@ -59,7 +59,8 @@ def saved_settings(given: dict) -> Settings:
         raise UserError(f"nothing to resume: there is no {path}. Without --resume a run is started")
     saved = read_settings(path.parent)
     if other := {f.name for f in fields(Settings)} ^ set(saved):
-        raise UserError(f"{path} is of another version of train.py (they differ in {', '.join(sorted(other))}): start anew under another --name")
+        raise UserError(f"{path} is of another version of train.py (they differ in {', '.join(sorted(other))}): "
+                        "it cannot go on. Give another --name, or remove that folder")  # fmt: skip
     for name, value in given.items():
         if name not in (*MAY_CHANGE, "name") and saved[name] != value:
             raise UserError(f"{flag(name)} {value} contradicts {path}, which says {saved[name]}: leave it out to go on with "
