@@ -3,7 +3,8 @@
 Algorithm 1 (arXiv 2510.01857) ends with a reward. Its first use is in the loop: irl.py trains a policy on it. This file is
 its second and third; nothing is trained here. The reward is f, the model's own score. AIRL's r = f - log pi compares with
 the policy of the last training step; f asks no policy, and can judge anybody's samples. No verifier takes part in choosing:
-the true answer is read only to say how often the choice was right.
+the true answer is read only to say how often the choice was right. Who wrote the candidates, and what each model says about
+their tokens, is in engine/candidates.py.
 
     equation or rule                       source                      function, and its test: tests/test_rerank.py, test_..
     mean r of a trace; last, lowest, ..    2510.01857 v2: the mean     trace_scores       trace_scores_by_hand
@@ -14,17 +15,13 @@ the true answer is read only to say how often the choice was right.
     place of the largest r_t - r_{t+1}     2510.01857, its code        predicted_place    predicted_place_by_hand
     Hit@W, beside exact chance             2510.01857 v2               place_results      place_results_by_hand
 
-Who wrote the candidates, and what each model says about their tokens, is in engine/candidates.py.
-
-Run `python rerank.py` to see, in a few seconds, what can be chosen without a reward, or
-
-    python rerank.py --run runs/demo --n 16
-    python rerank.py --run runs/demo --candidates mine.jsonl
-
-where each line of mine.jsonl is {"question": "..", "candidates": ["..", ".."], "answer": ".."}. Without "answer" the
-chosen candidate of each question is printed.
+    python rerank.py                                            what can be chosen without a reward, in some seconds
+    python rerank.py --run runs/demo --n 16                     what a run's reward makes of its base's samples
+    python rerank.py --run runs/demo --candidates mine.jsonl    ... or of yours, {"question": .., "candidates": [..], "answer":
+                                                                ..} on each line; the chosen ones where no answer is known
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -39,7 +36,6 @@ from torch.nn.functional import one_hot, pad
 import data
 import policy
 import reward
-from data import Batch, Example
 from engine import loading
 from engine.candidates import Candidates, Reading, collect, from_texts, natural_errors, points_at_first, signals
 from engine.chat import check_text
@@ -70,10 +66,6 @@ def trace_scores(values: torch.Tensor, read: torch.Tensor, rule: str, gamma: flo
         lowest      min_k r_k               discounted    sum_k gamma^k r_k
 
     A trace without a score gets -inf: it is never chosen before one that has.
-
-    >>> r, read = torch.tensor([[9.0, 4.0, 2.0, 6.0]]), torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    >>> [trace_scores(r, read, rule, 0.5).item() for rule in RULES]
-    [4.0, 6.0, 2.0, 6.5]
     """
     read = read.bool()
     kept = values.masked_fill(~read, 0.0)  # whatever stands elsewhere, NaN too, has no say
@@ -142,9 +134,8 @@ def majority_vote(correct: torch.Tensor, keys: torch.Tensor, n: int, weights: to
     """Accuracy of the answer whose candidates weigh most together, among n of the N: [Q, N] -> [Q]. Averaged over all
     subsets of n, if there are no more than `draws`; else over `draws` random ones, drawn for each question apart.
 
-    Ties are broken at random (expected value). No answer (key -1) wins only where nobody has one. Without weights:
-    self-consistency (Wang et al. 2022, arXiv 2203.11171). With: weighted voting (Li et al. 2022, arXiv 2206.02336), for
-    which arXiv 2510.01857 takes the reward as the weight.
+    Ties are broken at random (expected value). No answer (key -1) wins only where nobody has one. Without weights this is
+    self-consistency (arXiv 2203.11171), with them a weighted vote (2206.02336); 2510.01857 takes the reward as the weight.
     """
     questions, total = keys.shape
     weights = torch.full(keys.shape, 1.0 / total) if weights is None else weights
@@ -165,11 +156,9 @@ def majority_vote(correct: torch.Tensor, keys: torch.Tensor, n: int, weights: to
 
 
 def vote_weights(scores: torch.Tensor, temperature: float = VOTE_TEMPERATURE) -> torch.Tensor:
-    """Softmax within the question of z / temperature, z the standardised trace scores: [Q, N] -> [Q, N].
-
-    Standardised, because a reward has no unit: between right and wrong a mean log-probability differs by a tenth, a sum by
-    tens, and a plain softmax would be the plain vote for one and best-of-n for the other.
-    """
+    """Softmax within the question of z / temperature, z the standardised trace scores: [Q, N] -> [Q, N]. Standardised, because
+    a reward has no unit: between right and wrong a mean log-probability differs by a tenth, a sum by tens, and a plain
+    softmax would be the plain vote for one and best-of-n for the other."""
     scores = scores.masked_fill(~scores.isfinite(), math.nan)  # without a say
     centred = scores - scores.nanmean(1, keepdim=True)
     z = centred / (centred**2).nanmean(1, keepdim=True).sqrt().clamp(min=1e-9)
@@ -180,9 +169,8 @@ def vote_weights(scores: torch.Tensor, temperature: float = VOTE_TEMPERATURE) ->
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k).
-
-    The unbiased estimator of Chen et al. 2021; with k of n it is also the oracle that finds the correct one of k candidates.
+    """Chance that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k), the unbiased estimator of
+    Chen et al. 2021. It is also how often an oracle finds a correct one among k candidates.
 
     >>> pass_at_k(4, 1, 2), pass_at_k(4, 3, 2), pass_at_k(4, 0, 4)
     (0.5, 1.0, 0.0)
@@ -194,11 +182,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def success_at_k(correct: torch.Tensor, scores: torch.Tensor, k: int) -> torch.Tensor:
     """success@k|N (arXiv 2510.01857): whether any of the k highest scores of N is correct: [Q, N] -> [Q]. Where equal
-    scores straddle the k-th place, those of them that get in are drawn at random (expected value).
-
-    >>> success_at_k(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[3.0, 2.0, 2.0]]), 2)
-    tensor([0.5000])
-    """
+    scores straddle the k-th place, those of them that get in are drawn at random (expected value)."""
     values = []
     for right, score in zip(correct, scores):  # [N] each
         threshold = score.sort(descending=True).values[k - 1]
@@ -259,15 +243,14 @@ def predicted_place(values: torch.Tensor, read: torch.Tensor, rule: str) -> torc
 
 
 def alarm_rates(values: torch.Tensor, read: torch.Tensor, correct: torch.Tensor) -> dict:
-    """What a log-probability says of a trace by itself, with no others to compare it with: the share of right and of wrong
-    traces with a token below reward.SUSPICIOUS. [B, T], [B, T], [B] bool -> {"right": share, None if there are none, "wrong"}
-    """
+    """What a log-probability says of a trace by itself, with no other to compare it with: {"right": share of these with a token
+    below reward.SUSPICIOUS (None if there are none), "wrong": of those}. [B, T], [B, T], [B] bool."""
     alarm = (read.bool() & (values < reward.SUSPICIOUS)).any(1).float()
     groups = {"right": alarm[correct], "wrong": alarm[~correct]}
     return {name: float(found.mean()) if len(found) else None for name, found in groups.items()}
 
 
-def place_results(batch: Batch, truth: torch.Tensor, questions: torch.Tensor, readings: dict[str, Reading],
+def place_results(batch: data.Batch, truth: torch.Tensor, questions: torch.Tensor, readings: dict[str, Reading],
                   ends_step: torch.Tensor, likelihood: bool = True, seed: int = 0) -> dict:  # fmt: skip
     """How often each signal points at the error: {"count": traces, "hit0": {signal: [mean, low, high], ..}, "hit1", "step"}.
 
@@ -293,14 +276,13 @@ def place_results(batch: Batch, truth: torch.Tensor, questions: torch.Tensor, re
     ending = ends_step[batch.tokens] * mask
     step = ending.cumsum(1) - ending  # [B, T], steps that ended before t
     counting = {"hit0": distance == 0, "hit1": distance <= 1, "step": step == step.gather(1, truth)}
-
-    def interval(counts: torch.Tensor, place: torch.Tensor) -> list[float]:
-        share = (counts * place).sum(1) / place.sum(1).clamp(min=1)  # [B]
-        per_question = [share[wrong & (questions == q)].mean() for q in questions[wrong].unique()]
-        return bootstrap(torch.stack(per_question), seed=seed)
-
-    hits = {hit: {name: interval(counts, place) for name, place in places.items()} for hit, counts in counting.items()}
-    return {"count": int(wrong.sum())} | hits
+    groups = [wrong & (questions == q) for q in questions[wrong].unique()]  # [B] each
+    results: dict = {"count": int(wrong.sum())}
+    for hit, counts in counting.items():
+        shares = {name: (counts * place).sum(1) / place.sum(1).clamp(min=1) for name, place in places.items()}  # [B] each
+        means = {name: torch.stack([share[rows].mean() for rows in groups]) for name, share in shares.items()}
+        results[hit] = {name: bootstrap(values, seed=seed) for name, values in means.items()}
+    return results
 
 
 # 4. Results -----------------------------------------------------------------------------------------------------------
@@ -312,7 +294,7 @@ def choice_results(correct: torch.Tensor, keys: torch.Tensor, scores: dict[str, 
     then "pass@k" and "auroc" (all candidates pooled). scores: [Q, N] each. voters: weighted vote -> the score that weighs.
     A way is of use if it lies above random, an even draw; none lies above the oracle, right if any of the n is."""
     total, right = correct.shape[1], correct.sum(1).int().tolist()  # c of pass@k, per question
-    results, passes = {}, {}
+    results: dict = {}
     for n in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
         row = {"random": correct.mean(1), "majority": majority_vote(correct, keys, n, seed=seed)}
         row |= {name: best_of_n(correct, values, n) for name, values in scores.items()}
@@ -320,9 +302,8 @@ def choice_results(correct: torch.Tensor, keys: torch.Tensor, scores: dict[str, 
             row[name] = majority_vote(correct, keys, n, vote_weights(scores[weighs]), seed=seed)
         row["oracle"] = torch.tensor([pass_at_k(total, c, n) for c in right])
         results[str(n)] = {name: bootstrap(values, seed=seed) for name, values in row.items()}
-        passes[str(n)] = results[str(n)]["oracle"]
     areas = {name: auroc(values.flatten(), correct.flatten()) for name, values in scores.items()}
-    return results | {"pass@k": passes, "auroc": areas}
+    return results | {"pass@k": {n: row["oracle"] for n, row in results.items()}, "auroc": areas}
 
 
 def rerank_results(candidates: Candidates, readings: dict[str, Reading], rule: str = "mean", seed: int = 0) -> dict:
@@ -337,8 +318,8 @@ def rerank_results(candidates: Candidates, readings: dict[str, Reading], rule: s
     keys = answer_keys(candidates.answers, [example.options for example in candidates.examples])
     results = choice_results(correct, keys, scores, {"weighted_majority": "reward"} if "reward" in scores else {}, seed)
     if "reward" in scores:
-        successes = {n: success_at_k(correct, scores["reward"], int(n)) for n in results["pass@k"]}
-        results["success@k"] = {n: bootstrap(values, seed=seed) for n, values in successes.items()}
+        success = lambda n: bootstrap(success_at_k(correct, scores["reward"], int(n)), seed=seed)
+        results["success@k"] = {n: success(n) for n in results["pass@k"]}
     return results
 
 
@@ -375,12 +356,10 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
 # 5. The command line -----------------------------------------------------------------------------------------------------
 
 
-def read_candidates(path: str, n: int | None = None) -> tuple[list[Example], list[str], int]:
-    """JSON lines with question, candidates and, if known, answer -> (examples, texts, n).
-
-    All lines hold as many candidates as the first one, and an answer if it does; of more than `n`, the first n are used.
-    """
-    rows: list[tuple[Example, list[str]]] = []
+def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example], list[str], int]:
+    """JSON lines with question, candidates and, if known, answer -> (examples, texts, n). All lines hold as many candidates
+    as the first one, and an answer if it does; of more than `n`, the first n are used."""
+    rows: list[tuple[data.Example, list[str]]] = []
     for number, line in data.text_lines(path):
         try:
             record = json.loads(line)
@@ -391,7 +370,7 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[Example], lis
                 raise ValueError("field 'question' is missing or empty")
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
                 raise ValueError("field 'candidates' is missing: a list of one or more response texts")
-            rows.append((Example(question, "", answer or ""), [check_text(text) for text in texts]))
+            rows.append((data.Example(question, "", answer or ""), [check_text(text) for text in texts]))
             if len(texts) != len(rows[0][1]):
                 raise ValueError(f"{len(texts)} candidates, but the lines before have {len(rows[0][1])}")
             if bool(answer) != bool(rows[0][0].answer):
@@ -402,8 +381,7 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[Example], lis
             raise UserError(f"{path}:{number}: {error}") from None
     if not rows:
         raise UserError(f"{path} is empty: it needs one JSON object per line, with question and candidates")
-    n = n or len(rows[0][1])
-    return [example for example, _ in rows], [text for _, texts in rows for text in texts[:n]], n
+    return [example for example, _ in rows], [text for _, texts in rows for text in texts[:n]], n or len(rows[0][1])
 
 
 def load_judges(run: Path, tokenizer, temperature: float, device, dtype=torch.float32) -> dict:
@@ -429,12 +407,12 @@ def models_of_run(run: Path, policy_name: str, device):
     return policy_model, tokenizer, discriminator, load_judges(run, tokenizer, settings["fair_temperature"], device), settings
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check, run. Raises UserError for bad input."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, checked before anything is loaded. Raises UserError for bad input."""
     parser = Parser(__doc__)
     parser.add_argument("--run", help="folder of a run of train.py; without it, a demonstration")
     parser.add_argument("--n", type=int, help="candidates per question (default 16, or all of the file's)")
-    parser.add_argument("--questions", type=int, help="test questions (default 100; 40 in the demonstration)")
+    parser.add_argument("--questions", type=int, default=100, help="test questions")
     parser.add_argument("--candidates", metavar="FILE", help="JSON lines with question, candidates, answer")
     parser.add_argument("--rule", default="mean", choices=RULES, help="the reward's trace score")
     parser.add_argument("--policy", default="base", help="who samples: base (the run's), run, or a folder")
@@ -450,15 +428,22 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name} must be from {low:,} to {high:,}, not {value}")
     if not args.run and (args.candidates or args.policy != "base"):
         raise UserError(f"--{'candidates' if args.candidates else 'policy'} needs a trained reward: give --run too")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load, read or sample the candidates, judge them, print."""
+    args = parse(argv)
     loading.quiet()
     given = read_candidates(args.candidates, args.n) if args.candidates else None  # before what takes long
     device = loading.pick_device(args.device)
     if args.run:
         policy_model, tokenizer, discriminator, judges, settings = models_of_run(Path(args.run), args.policy, device)
+        models = [policy_model, discriminator.reward_model.model, *judges.values()]
     else:
-        (policy_model, tokenizer), discriminator, judges = loading.load_policy(loading.BASE, device), None, {}
+        policy_model, tokenizer = loading.load_policy(loading.BASE, device)
+        models, discriminator, judges = [policy_model], None, {}
         settings = {"data": "words", "words_steps": 3, "words_largest": 40, "max_new_tokens": 64}
-    models = [policy_model, *judges.values(), *([discriminator.reward_model.model] if discriminator else [])]
     context = min(map(loading.context_length, models))
     if given:
         candidates = from_texts(tokenizer, *given, context)
@@ -466,23 +451,22 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.candidates} is text, whoever wrote it: {tokens} tokens of the run's own tokenizer are judged")
     else:
         words, new_tokens = (settings["words_steps"], settings["words_largest"]), settings["max_new_tokens"]
-        count = args.questions or (100 if args.run else 40)
-        examples = data.load_examples(settings["data"], "test", count, args.seed, *words)
+        examples = data.load_examples(settings["data"], "test", args.questions, args.seed, *words)
         examples, dropped = data.fit_context(tokenizer, examples, context, new_tokens)
         if dropped:
             print(f"{dropped} questions are too long for the models' context of {context} tokens: skipped")
         sampling = (new_tokens, args.temperature, torch.Generator(device).manual_seed(args.seed), args.rows)
         candidates = collect(policy_model, tokenizer, examples, args.n or 16, *sampling)
-    examples, n = candidates.examples, candidates.n
-    if not examples[0].answer:
+    if not candidates.examples[0].answer:
         readings = signals(candidates.batch, discriminator, policy_model)
-        return print(show_choices(candidates, trace_scores(*readings["reward"], args.rule).view(-1, n)))
+        return print(show_choices(candidates, trace_scores(*readings["reward"], args.rule).view(-1, candidates.n)))
     results = assess(candidates, discriminator, policy_model, judges, tokenizer, args.rule, args.seed)
+    n, shown = candidates.n, show_results(results)
     if args.run:
-        print(f"{len(examples)} questions, {n} candidates each; mean and 95% interval over questions; "
-              f"a trace's reward is its {args.rule}\n\n{show_results(results)}")  # fmt: skip
+        print(f"{len(candidates.examples)} questions, {n} candidates each; mean and 95% interval over questions; "
+              f"a trace's reward is its {args.rule}\n\n{shown}")  # fmt: skip
     else:
-        print(f"The shipped base, {n} samples for each of {len(examples)} test questions of words\n\n{show_results(results)}\n\n"
+        print(f"The shipped base, {n} samples for each of {len(candidates.examples)} test questions of words\n\n{shown}\n\n"
               "The base is confidently wrong: neither its votes nor its log-probability come near the oracle.\n"
               "A reward closes part of the gap: make one with train.py, then rerank.py --run RUN")  # fmt: skip
     if args.out:

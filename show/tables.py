@@ -85,10 +85,8 @@ def show_choices(candidates: Candidates, scores: torch.Tensor) -> str:
 def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, count: int = 24) -> list[dict]:
     """Of each question one right and one wrong trace, where there are, with the logit of D for each token (positive: the
     expert's). Predicted is the first suspicious token, if any; for a reward that is no log-probability, the lowest f."""
-    n, rows = candidates.n, []
-    for question, right in enumerate(candidates.correct):
-        rows += [question * n + (right == kind).nonzero().flatten()[:1] for kind in (1.0, 0.0)]
-    rows = torch.cat(rows)[:count].tolist()
+    n, kinds = candidates.n, [(q, right == kind) for q, right in enumerate(candidates.correct) for kind in (1.0, 0.0)]
+    rows = torch.cat([q * n + chosen.nonzero().flatten()[:1] for q, chosen in kinds])[:count].tolist()
     texts, examples = [candidates.texts[row] for row in rows], [candidates.examples[row // n] for row in rows]
     shown = Candidates(examples, candidates.batch[rows], texts, 1)
     readings = signals(shown.batch, discriminator, policy_model)

@@ -209,7 +209,7 @@ def test_vote_weights_by_hand():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one():
+def test_pass_at_k_is_the_share_of_subsets():
     for n, c, k in [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 1), (6, 1, 6), (6, 3, 4)]:
         subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
         assert rerank.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets)), (n, c, k)
