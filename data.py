@@ -484,7 +484,8 @@ def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: in
 def main() -> None:
     rng = random.Random(0)
     problem = words.words_problems("train", 1)[0]
-    expert, pupil = words.solve(problem), words.solve(problem, words.Pupil(), rng)
+    expert = Example(*words.solve(problem), task="words")
+    pupil = words.solve(problem, words.Pupil(), rng)
     print("question   ", expert.question)
     print("expert     ", expert.trace.replace("\n", " | "), "->", expert.answer)
     wrong = first_error(expert, response_text(pupil.trace, pupil.answer))
