@@ -37,7 +37,7 @@ import data
 import policy
 import reward
 from engine import loading
-from engine.candidates import Candidates, Reading, collect, from_texts, natural_errors, points_at_first, signals
+from engine.candidates import Candidates, Reading, collect, from_texts, natural_errors, per_token_likelihood, signals
 from engine.chat import check_text
 from engine.errors import Parser, UserError, exit_status
 from engine.runs import load_run
@@ -336,7 +336,7 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
     results = {"rerank": rerank_results(candidates, readings, rule, seed)}
     if discriminator is None:
         return results
-    scores, likelihood = trace_scores(*readings["reward"], rule), points_at_first(discriminator)
+    scores, likelihood = trace_scores(*readings["reward"], rule), per_token_likelihood(discriminator)
     results["distributions"] = {"right": scores[right].tolist(), "wrong": scores[~right].tolist()}
     names = (*LOGPROBS, "reward") if likelihood else LOGPROBS
     results["alarms"] = {name: alarm_rates(*readings[name], right) for name in names if name in readings}

@@ -62,10 +62,10 @@ def from_texts(tokenizer, examples: list[Example], texts: list[str], n: int, con
     prompts = [data.prompt_ids(tokenizer, example.question) for example in examples for _ in range(n)]
     responses = [data.response_ids(tokenizer, text) for text in texts]
     batch = data.make_batch(prompts, responses)
-    length, row = (int(value) for value in batch.lengths.max(0))
-    if context is not None and length > context:
-        raise UserError(f"candidate {row % n + 1} of question {row // n + 1} is {length} tokens long with its question, but "
-                        f"the models read at most {context}")  # fmt: skip
+    for row, length in enumerate(batch.lengths.tolist()):
+        if context is not None and length > context:
+            raise UserError(f"candidate {row % n + 1} of question {row // n + 1} is {length} tokens long with its question, "
+                            f"but the models read at most {context}")  # fmt: skip
     return Candidates(examples, batch, texts, n)
 
 
@@ -107,8 +107,8 @@ def reward_ends(batch: Batch, discriminator: reward.Discriminator) -> torch.Tens
     return reward.segment_ends(batch, discriminator.granularity, discriminator.interval, ends_step)
 
 
-def points_at_first(discriminator: reward.Discriminator) -> bool:
-    """Whether a reward is a log-probability per token, of which reward.SUSPICIOUS says which are too low."""
+def per_token_likelihood(discriminator: reward.Discriminator) -> bool:
+    """Whether the reward is a log-probability of each token: reward.SUSPICIOUS says which are too low."""
     return discriminator.reward_model.scores_all_actions and discriminator.granularity == "dense"
 
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 import baselines
-import rerank
 import train
 from engine import loading, lora
+from engine.candidates import collect
 from engine.errors import UserError
 from engine.settings import parse_settings
 from experiments import run as runs
@@ -73,8 +73,8 @@ def measure(cell: Cell, quick: bool) -> dict:
 
     def accuracy(samples: int, temperature: float) -> float:
         generator = torch.Generator().manual_seed(SEED)
-        return float(rerank.collect(model, run.tokenizer, run.test, samples, run.s.max_new_tokens, temperature, generator,
-                                    run.s.sample_rows).correct.mean())  # fmt: skip
+        return float(collect(model, run.tokenizer, run.test, samples, run.s.max_new_tokens, temperature, generator,
+                             run.s.sample_rows).correct.mean())  # fmt: skip
 
     t1, greedy = {}, {}
     for share in SHARES if sft else SHARES[:1]:

@@ -12,6 +12,7 @@ import torch
 import data
 import rerank
 from engine import loading
+from engine.candidates import collect
 from engine.errors import UserError
 from experiments import run as runs
 
@@ -39,7 +40,7 @@ def judge(name: str, seed: int, quick: bool) -> dict:
         test = data.load_examples(name, "test", 20 if quick else 300, seed, **problems)
         count = min(count, 4) if quick else count
         generator = torch.Generator().manual_seed(seed)
-        candidates = rerank.collect(model, tokenizer, test, count, 96, 1.0, generator)
+        candidates = collect(model, tokenizer, test, count, 96, 1.0, generator)
         found[label] = rerank.assess(candidates, discriminator, base, judges, tokenizer, seed=seed)
         found[label].pop("distributions")
     return found
@@ -51,7 +52,7 @@ def own_grades(seed: int, quick: bool) -> dict:
     that tells how much of the learnt reward was in the base."""
     base, tokenizer = loading.load_policy("countdown-base")
     test = data.load_examples("countdown", "test", 20 if quick else 250, seed)
-    candidates = rerank.collect(base, tokenizer, test, 16, 40, 1.0, torch.Generator().manual_seed(seed + 1))
+    candidates = collect(base, tokenizer, test, 16, 40, 1.0, torch.Generator().manual_seed(seed + 1))
     batch, (right, wrong) = candidates.batch, tokenizer.convert_tokens_to_ids(["right", "wrong"])
     with torch.no_grad():
         logits = base(input_ids=batch.tokens).logits[torch.arange(len(batch)), batch.lengths - 1]  # [B, V]

@@ -4,7 +4,7 @@ import torch
 
 import data
 import reward
-from engine.candidates import Candidates, natural_errors, points_at_first, signals
+from engine.candidates import Candidates, natural_errors, per_token_likelihood, signals
 from engine.errors import printable
 
 
@@ -95,7 +95,7 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
     scores = discriminator.reward_model.scores(batch)
     logits = discriminator.logits(batch, scores, log_pi.to(scores.device)).cpu()
     wrong = natural_errors(shown, tokenizer, data.end_tokens(tokenizer, policy_model)).tolist()
-    traces, likelihood = [], points_at_first(discriminator)
+    traces, likelihood = [], per_token_likelihood(discriminator)
     for i, example in enumerate(examples):
         first, last = int(shown.batch.prompt_lengths[i]), int(shown.batch.lengths[i])
         read = [(float(f[i, t]), t - first) for t in range(first, last) if ends[i, t]]

@@ -10,6 +10,7 @@ import torch
 import data
 import rerank
 from engine import loading
+from engine.candidates import collect
 from engine.chat import token_ids
 from tasks import countdown
 from tasks.common import Solution
@@ -126,7 +127,7 @@ def test_the_base_calculates_and_judges_and_does_not_plan():
     model, tokenizer = loading.load_policy("countdown-base")
     examples = data.load_examples("countdown", "validation", 200)
     generator = torch.Generator().manual_seed(0)
-    candidates = rerank.collect(model, tokenizer, examples, 2, 40, 1.0, generator)
+    candidates = collect(model, tokenizer, examples, 2, 40, 1.0, generator)
     lines = [line for text in candidates.texts for line in re.findall(r"(\d+)([+-])(\d+)=(\d+)", text)]
     sound = sum(int(r) == (int(a) + int(b) if o == "+" else int(a) - int(b)) for a, o, b, r in lines) / len(lines)
     assert sound >= 0.98

@@ -9,8 +9,8 @@ import pytest
 from conftest import SHARED
 
 import data
-import rerank
 from data import Example
+from engine.candidates import from_texts
 from engine.chat import chat_text, set_date, token_ids
 from engine.errors import UserError
 from tasks import words
@@ -308,7 +308,7 @@ def test_a_response_ends_at_any_end_token_and_nothing_after_it_is_read(shipped):
     for end in ("<|turn|>", tokenizer.eos_token):
         text = f"18.{end}\nuser: Tom has 5 eggs"
         assert data.is_correct(example, data.decode(tokenizer, token_ids(tokenizer, text)))
-        candidates = rerank.from_texts(tokenizer, [example], [text], 1)
+        candidates = from_texts(tokenizer, [example], [text], 1)
         assert candidates.answers == [["18"]] and candidates.batch.response(0) == data.response_ids(tokenizer, "18.")
 
 
