@@ -232,9 +232,9 @@ def test_paths_of_this_machine_stay_out_of_the_page(page):
 
 
 def test_command_line_and_errors(tmp_path):
-    here = Path(report.__file__).parent
-    command = [sys.executable, "report.py", str(tmp_path)]
-    empty = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    root = Path(report.__file__).parents[1]
+    command = [sys.executable, "-m", "show.report", str(tmp_path)]
+    empty = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert empty.returncode == 2 and empty.stderr.startswith("error: ") and empty.stderr.count("\n") == 1
     for name, text in (("results.json", "{"), ("results.json", "[]"), ("metrics.jsonl", '{\n{"step": 1}')):
         (tmp_path / name).write_text(text)
