@@ -14,9 +14,9 @@ import torch
 
 import data
 import policy
-from engine import loading, memory
+from engine import loading
 from engine.settings import parse_settings
-from irl import draw
+from irl import IRL, draw
 
 
 @dataclass
@@ -42,11 +42,8 @@ class SFT:
         batch = data.demonstration_batch(
             self.tokenizer, draw(self.experts, s.sft_batch, self.rng), self.policy_model.device
         )
-        parts = memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens)
-        self.policy_model.train()
-        loss = policy.accumulate(lambda rows: policy.sft_loss(self.policy_model, batch[rows]), parts,
-                                 float(batch.response_mask.sum()))  # fmt: skip
-        metrics = policy.optimizer_step(self.optimizer, loss)
+        loss = lambda rows: policy.sft_loss(self.policy_model, batch[rows])
+        metrics = policy.descend(self.policy_model, self.optimizer, batch, loss, s)
         self.done += 1
         return {"policy": metrics}
 
@@ -72,10 +69,9 @@ class GRPO:
     def step(self) -> dict:
         """Rollout, verify, normalise within the group, policy gradient."""
         s = self.settings
+        policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
         examples = draw(self.examples, s.questions, self.rng)
-        prompts = [data.prompt_ids(self.tokenizer, e.question) for e in examples]
-        rollout = policy.sample(self.policy_model, prompts, self.ends, s.max_new_tokens, s.group,
-                                s.temperature, s.top_p, self.generator, s.sample_rows)  # fmt: skip
+        rollout, sampled = self.rollout([e.question for e in examples], s.group)
         batch, mask = rollout.batch, rollout.batch.response_mask
         texts = [data.decode(self.tokenizer, batch.response(row)) for row in range(len(batch))]
         outcomes = torch.tensor([float(data.is_correct(examples[i // s.group], text)) for i, text in enumerate(texts)])
@@ -83,23 +79,12 @@ class GRPO:
         # A group that was all right, or all wrong, has no advantage and no gradient: its rows are left out. Late in
         # training that is most of them.
         taught = advantages.any(1).nonzero().squeeze(-1)
-        parts = [taught[p] for p in memory.micro_batches(batch.lengths[taught], s.micro_batch, s.micro_tokens)]
-        self.policy_model.train()
-        policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
-        for _ in range(s.epochs):
-            loss = policy.accumulate(lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
-                                     parts, float(mask.sum()))  # fmt: skip
-            metrics = policy.optimizer_step(self.optimizer, loss)
+        loss = lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows])
+        metrics = policy.descend(self.policy_model, self.optimizer, batch, loss, s, s.epochs, taught)
         self.done += 1
-        return {
-            "rollout": {
-                "length": float(mask.sum(1).mean()),
-                "finished": float(rollout.finished.float().mean()),
-                "entropy": float(-rollout.logprobs.sum() / mask.sum()),
-            },
-            "reward": {"mean": float(outcomes.mean())},
-            "policy": metrics,
-        }
+        return {"rollout": sampled, "reward": {"mean": float(outcomes.mean())}, "policy": metrics}
+
+    rollout = IRL.rollout  # the same stage 1
 
     def loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         """PPO's clipped loss with the group's advantage on every token of a trace, summed over them: a number."""

@@ -368,6 +368,20 @@ def accumulate(loss_of_rows: Callable[[torch.Tensor], torch.Tensor], parts: list
     return parallel.total(loss)
 
 
+def descend(model, optimizer, batch: Batch, loss: Callable[[torch.Tensor], torch.Tensor], settings, epochs: int = 1,
+            rows: torch.Tensor | None = None) -> dict:  # fmt: skip
+    """`epochs` optimizer steps on the mean of loss(row numbers), a sum over response tokens. Returns the last one's metrics.
+    rows: those that have a gradient, if not all; the mean is over the tokens of all of them."""
+    lengths = batch.lengths if rows is None else batch.lengths[rows]
+    parts = memory.micro_batches(lengths, settings.micro_batch, settings.micro_tokens)
+    parts = parts if rows is None else [rows[part] for part in parts]
+    model.train()
+    for _ in range(epochs):
+        value = accumulate(loss, parts, float(batch.response_mask.sum()))
+        metrics = optimizer_step(optimizer, value)
+    return metrics
+
+
 def main() -> None:
     import data
 
