@@ -162,8 +162,7 @@ class IRL:
         s, batch, old_logprobs = self.settings, rollout.batch, rollout.logprobs
         descend = lambda batch, loss: policy.descend(self.policy_model, self.policy_optimizer, batch, loss, s, s.epochs)
         if s.policy_loss == "exact" and not s.gamma and not s.kl_coef:  # the default: nothing hangs on the sampled tokens
-            return descend(batch, lambda rows: -self.expected_reward(
-                batch[rows], reward_hidden[rows], method=logprob.expected_reward_sum))  # fmt: skip
+            return descend(batch, lambda rows: self.exact_loss(batch[rows], reward_hidden[rows]))
 
         advantages = self.advantages(batch, rewards, reward_hidden)  # [B, T]
         if s.policy_loss == "best":  # only the winners of their groups are learnt from
@@ -206,13 +205,17 @@ class IRL:
         with logprob.half_precision(hidden.device):
             return method(hidden, weight, reward_hidden, reward_weight, s.entropy_coef, s.temperature, softcap)
 
+    def exact_loss(self, batch: data.Batch, reward_hidden, hidden=None) -> torch.Tensor:
+        """-sum_t E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] over the response tokens of some rows: a number."""
+        return -self.expected_reward(batch, reward_hidden, hidden, logprob.expected_reward_sum)
+
     def policy_loss(self, batch: data.Batch, old_logprobs, advantages, reward_hidden) -> torch.Tensor:
         """The loss of some rows, summed over their response tokens: a number. policy.py has the equations."""
-        s, chosen, loss = self.settings, batch.response_mask.bool(), 0.0
+        s, chosen = self.settings, batch.response_mask.bool()
         old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
         hidden = policy.choosing_states(self.policy_model, batch)  # [N, H]
-        if s.policy_loss == "exact":  # r_t over all actions; what follows, F_t, from the sampled one
-            loss = loss - self.expected_reward(batch, reward_hidden, hidden, logprob.expected_reward_sum)
+        # r_t over all actions, if it can be; what follows, and other rewards, from the sampled one
+        loss = self.exact_loss(batch, reward_hidden, hidden) if s.policy_loss == "exact" else 0.0
         if s.kl_coef:
             with torch.no_grad():
                 reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]  # [N]
