@@ -41,6 +41,7 @@ from engine.candidates import Candidates, Reading, collect, from_texts, natural_
 from engine.chat import check_text
 from engine.errors import Parser, UserError, exit_status
 from engine.runs import load_run
+from engine.settings import check_values
 from show.tables import show_choices, show_results
 from tasks.answers import ONLY_NUMBER, normalise_text, option_of, parse_number
 
@@ -271,11 +272,13 @@ def place_results(batch: data.Batch, truth: torch.Tensor, questions: torch.Tenso
     places["chance"] = mask
     if "reward" in readings:
         places["chance_reward"] = readings["reward"][1]
+
     truth = truth.clamp(min=0)[:, None]  # [B, 1]
     distance = (torch.arange(mask.shape[1]) - truth).abs()
     ending = ends_step[batch.tokens] * mask
     step = ending.cumsum(1) - ending  # [B, T], steps that ended before t
     counting = {"hit0": distance == 0, "hit1": distance <= 1, "step": step == step.gather(1, truth)}
+
     groups = [wrong & (questions == q) for q in questions[wrong].unique()]  # [B] each
     results: dict = {"count": int(wrong.sum())}
     for hit, counts in counting.items():
@@ -422,10 +425,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON, too")
     parser.add_argument("--seed", type=int, default=0, help="of the questions, the samples and the intervals")
     args = parser.parse(argv)
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # nan is refused too
-            raise UserError(f"--{name} must be from {low:,} to {high:,}, not {value}")
+    check_values(vars(args), RANGES)
     if not args.run and (args.candidates or args.policy != "base"):
         raise UserError(f"--{'candidates' if args.candidates else 'policy'} needs a trained reward: give --run too")
     return args
