@@ -108,8 +108,6 @@ class IRL:
             policy.divide_logits(self.policy_model, s.entropy_coef)
             if s.kl_coef:
                 self.keep_reference()
-        for optimizer in (self.policy_optimizer, self.reward_optimizer):
-            memory.read_again(optimizer)
 
     def keep_reference(self) -> None:
         """pi_ref is the policy as it is now. No optimizer has its parameters; what is frozen in the policy is shared."""

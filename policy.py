@@ -306,14 +306,9 @@ def sft_loss(model, batch: Batch) -> torch.Tensor:
 
 
 def make_optimizer(model, lr: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay: a policy that starts from a pretrained model should stay near it. Weights in bf16 get
-    float32 masters."""
+    """AdamW without weight decay: a policy that starts from a pretrained model should stay near it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not any(p.dtype == torch.bfloat16 for p in parameters):
-        return parallel.make_optimizer(torch.optim.AdamW, parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    for parameter in parameters:
-        parameter.grad_dtype = torch.float32  # micro-batches add up in it: in bf16, 1 + 0.003 is 1
-    return parallel.make_optimizer(memory.MasterAdamW, parameters, lr=lr, betas=(0.9, 0.99))
+    return parallel.make_optimizer(torch.optim.AdamW, parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def set_rate(optimizer, peak: float, done: int, steps: int, warm_up: float = 0.1) -> None:

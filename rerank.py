@@ -387,14 +387,14 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example]
     return [example for example, _ in rows], [text for _, texts in rows for text in texts[:n]], n or len(rows[0][1])
 
 
-def load_judges(run: Path, tokenizer, temperature: float, device, dtype=torch.float32) -> dict:
+def load_judges(run: Path, tokenizer, temperature: float, device) -> dict:
     """The JUDGES that this run has trained: signal -> model. Fair SFT's logits are divided by its setting fair_temperature,
     which would distort the log-probability of a whole trace: as IRL's f is the averaged reward before its logits are divided
     by alpha, the judge is the averaged model before they are."""
     judges = {}
     for signal, name in JUDGES.items():
         if (run / name).is_dir():
-            judges[signal] = loading.load_policy(str(run / name), device, dtype)[0]
+            judges[signal] = loading.load_policy(str(run / name), device)[0]
             loading.check_same_tokenizer(tokenizer, str(run / name))
             if name == "sft_fair":
                 policy.divide_logits(judges[signal], 1 / temperature)

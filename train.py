@@ -80,8 +80,6 @@ class Run:
         self.s, self.folder = s, run_folder(s.name)
         self.device = loading.pick_device(s.device)
         self.dtype = memory.weight_type(s.weights, s.lora_rank, self.device)
-        # merged weights stay float32: bf16 would round away what an adapter has learnt
-        self.trained_dtype = torch.float32 if s.lora_rank else self.dtype
         torch.manual_seed(s.seed)
         base, self.tokenizer = loading.load_policy(s.model, self.device, self.dtype)
         set_date(self.tokenizer, s.date)
@@ -199,7 +197,7 @@ class Run:
         with self.keeper.signals.at_once():
             s, test, base = self.s, self.test[: self.s.rerank_questions], self.load()
             discriminator = self.load_discriminator("reward")
-            judges = rerank.load_judges(self.folder, self.tokenizer, s.fair_temperature, self.device, self.trained_dtype)
+            judges = rerank.load_judges(self.folder, self.tokenizer, s.fair_temperature, self.device)
             generator = torch.Generator(self.device).manual_seed(s.seed + 1)
             candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator,
                                         s.sample_rows)  # fmt: skip
@@ -251,7 +249,7 @@ class Run:
         if trained is None and self.base is not None:
             return self.base
         folder = str(self.folder / trained) if trained else self.s.model
-        return loading.load_policy(folder, self.device, self.trained_dtype if trained else self.dtype)[0]
+        return loading.load_policy(folder, self.device, torch.float32 if trained else self.dtype)[0]
 
     def to_train(self, model=None):
         """The model, by default the base, as it is trained: with an adapter of its own if there is a --lora-rank."""
@@ -267,7 +265,7 @@ class Run:
         trained under that name."""
         s = self.s
         if trained is not None:
-            return reward.load_reward(s.reward, str(self.folder / trained), self.device, self.trained_dtype)
+            return reward.load_reward(s.reward, str(self.folder / trained), self.device)
         if self.base is None or s.reward_model != s.model:
             reward_model = reward.load_reward(s.reward, s.reward_model, self.device, self.dtype)
         elif s.reward == "likelihood":

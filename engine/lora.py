@@ -65,8 +65,8 @@ def adapt(base: nn.Module, rank: int, alpha: float, generator: torch.Generator |
     """A model that computes what `base` computes, plus an adapter on every attention and MLP matrix. All that is frozen
     is `base`'s own tensors, not copies. Embeddings and output matrix, which are often one, have no adapter.
 
-    Freezes `base`. A head (with_head) keeps its own weights, trained in full. The last norm's weight is not trained, but
-    a copy, for policy.divide_logits. `generator` (a CPU's) draws every A.
+    Freezes `base`. A head (with_head) keeps its own weights, trained in full, in float32. The last norm's weight is not
+    trained, but a copy, for policy.divide_logits. `generator` (a CPU's) draws every A.
     """
     if rank < 1:
         raise UserError(f"an adapter's rank must be at least 1, not {rank}")
@@ -79,6 +79,8 @@ def adapt(base: nn.Module, rank: int, alpha: float, generator: torch.Generator |
         weight = norm.weight.detach().clone()
         del norm.weight
         norm.register_buffer("weight", weight)
+    if hasattr(model, "score"):  # float32 whatever the base is, as all that trains
+        model.score.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     found = 0
     for parent in list(model.base_model.modules()):  # a list: the loop below changes the tree
         for name, child in list(parent.named_children()):

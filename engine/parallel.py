@@ -121,20 +121,18 @@ def sum_gradients(parameters: list) -> None:
         return
     for parameter in parameters:
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+            parameter.grad = torch.zeros_like(parameter)
     for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]:
         work.wait()
 
 
 def make_optimizer(kind: type, parameters: list, **options) -> torch.optim.Optimizer:
     """kind(parameters, **options); with several ranks each keeps the states of a share of the parameters (ZeRO stage 1,
-    Rajbhandari et al. 2019, arXiv 1910.02054), which must be of one type. All ranks start from rank 0's parameters."""
+    Rajbhandari et al. 2019, arXiv 1910.02054). All ranks start from rank 0's parameters."""
     if world() == 1:
         return kind(parameters, **options)
     for parameter in parameters:
         dist.broadcast(parameter.data, 0)
-    if len({parameter.dtype for parameter in parameters}) > 1:
-        return kind(parameters, **options)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # here, because it takes a second
 
     return ZeroRedundancyOptimizer(parameters, optimizer_class=kind, **options)

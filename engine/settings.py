@@ -92,7 +92,7 @@ class Settings:
     micro_tokens: int = setting(0, "tokens per forward pass, rows of similar length together; 0: --micro-batch rows")
     lora_rank: int = setting(0, "adapters of this rank on one frozen base, which policy and reward share; 0: all weights")
     lora_alpha: float = setting(32.0, "an adapter's output counts alpha / rank times", POSITIVE)
-    weights: str = setting("auto", "auto: bf16 for LoRA on CUDA, else float32", ("auto", "float32", "bf16"))
+    weights: str = setting("auto", "of the base: auto is bf16 for LoRA on CUDA, else float32", ("auto", "float32", "bf16"))
     gradient_checkpointing: bool = setting(False, "keep each layer's input only, compute the rest again in backward")
     sample_rows: int = setting(512, "responses sampled at once: the size of the cache of keys and values", COUNT)
     # Evaluation
@@ -242,6 +242,8 @@ def check(s: Settings) -> None:
         (s.start == "reward" and not can_start_at_reward(s),
          "--start reward takes --reward likelihood, --logit airl, --granularity dense, --discriminator-loss bce, --gamma 0, "
          "--reward-nll and --entropy-coef above 0, and no other --reward-model"),
+        (s.weights == "bf16" and not s.lora_rank,
+         "--weights bf16 is for a frozen base, with --lora-rank: weights that train are float32, or small steps would vanish"),
         (s.explain and ("irl" not in s.methods or s.start == "sft" or not s.discriminator_coef),
          "--explain shows one iteration of IRL from the base: leave out --method, --start and --discriminator-coef"),
     ):  # fmt: skip

@@ -399,33 +399,6 @@ def test_the_policy_starts_at_the_averaged_adapter(shipped, settings):
     assert loop.step()["policy"]["skipped"] == 0
 
 
-def test_masters_follow_the_averaged_weights(shipped, settings):
-    """In bf16: or the next update would bring the weights before the mean back."""
-    dtype = torch.bfloat16
-    reward_model = reward.load_reward("likelihood", "base", dtype=dtype)
-    ends_step = reward.step_end_tokens(shipped[1], len(shipped[1]))
-    loop = irl.IRL(
-        replace(settings, start="reward", reward_average=0.5, warm_up_lr=1e-2), shipped[1],
-        loading.load_policy("base", dtype=dtype)[0], reward.Discriminator(reward_model, "airl", "dense", 0, ends_step),
-        data.load_examples("words", "train", 16),
-    )  # fmt: skip
-    before = [p.detach().clone() for p in reward_model.parameters()]
-    loop.warm_up()
-    loop.warm_up()
-    learnt = [p.detach().clone() for p in reward_model.parameters()]
-    loop.end_warm_up()
-    moved = torch.cat([(a - b).flatten() for a, b in zip(before, learnt)]).abs().max()
-    assert moved > 0.01
-    for a, b, now in zip(before, learnt, reward_model.parameters(), strict=True):
-        assert_close(now.float(), (a.float() + b.float()) / 2, atol=1e-3, rtol=2**-7)
-        assert torch.equal(loop.reward_optimizer.state[now]["master"], now.float())
-    averaged = [p.detach().clone() for p in reward_model.parameters()]
-    loop.step()  # at rate reward_lr, a thousandth of warm_up_lr
-    for a, b in zip(averaged, reward_model.parameters(), strict=True):
-        assert_close(b, a, atol=1e-3, rtol=2**-7)
-        assert torch.equal(b, loop.reward_optimizer.state[b]["master"].bfloat16())
-
-
 @pytest.mark.parametrize("start, rank", [("reward", 0), ("reward", 2), ("base", 0), ("base", 2)])
 def test_the_reference_is_the_policy_at_its_first_step(shipped, settings, start, rank):
     """After the warm-up pi_ref = pi, so the KL is 0; then the policy moves and the reference does not."""

@@ -147,7 +147,7 @@ def test_a_head_shares_the_base_too(batch, tmp_path, dtype):
     model = lora.adapt(head, 4, 8.0)
     pointers = {p.data_ptr() for p in base.parameters()}
     assert all(p.requires_grad or p.data_ptr() in pointers for p in model.parameters())
-    assert model.score.weight.requires_grad
+    assert model.score.weight.requires_grad and all(p.dtype == torch.float32 for p in trained(model))
     disturbed(model)
     reward.HeadReward(model).eval().scores(batch).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in trained(model))

@@ -253,7 +253,7 @@ def interrupt(monkeypatch, *flags, name="step", number=3) -> None:
     "", "--start sft", "--policy-loss ppo --kl-coef 0.1 --gamma 0.9 --epochs 2",
     "--reward head --policy-loss reinforce --logit gail --granularity sparse", "--freeze-reward",
     "--method sft_fair,likelihood --fair-steps 2", "--lora-rank 2 --start reward --gradient-checkpointing",
-    "--weights bf16 --start reward --micro-tokens 200",
+    "--start reward --micro-tokens 200",
     "--lora-rank 2 --start sft --reward head --policy-loss ppo --weights bf16 --kl-coef 0.1",
     "--start reward --kl-coef 0.1", "--lora-rank 2 --start reward --kl-coef 0.1",
 ])  # fmt: skip

@@ -70,7 +70,7 @@ def test_the_demo_writes_everything(capsys):
     "--method sft,grpo --test-split validation --wrong-demonstrations 0.5",
     "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 8",
     "--method irl --start sft --lora-rank 2 --reward head --policy-loss ppo --weights bf16",
-    "--method irl --weights bf16 --gradient-checkpointing --micro-tokens 500",
+    "--method irl --gradient-checkpointing --micro-tokens 500",
     "--method irl --lora-rank 2 --reward random --policy-loss ppo --gamma 0.9", "--method sft_fair,irl --fair-average 0",
     "--method likelihood --start sft --granularity sparse --policy-loss ppo --discriminator-loss bt",
     "--method all --reward head --policy-loss ppo --gamma 0.9",  # without the method likelihood
@@ -216,6 +216,7 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--micro-tokens -5", "--micro-tokens must be from 0 to"),
     ("--discriminator-loss wgan", "invalid choice: 'wgan'"),
     ("--weights bf17", "invalid choice: 'bf17'"),
+    ("--weights bf16", "--weights bf16 is for a frozen base, with --lora-rank"),
     ("--fair-average 1.5", "--fair-average must be from 0 to 1"),
     ("--fair-temperature 0", "--fair-temperature must be from 0.01 to"),
     ("--method likelihood --reward head --policy-loss ppo", "--method likelihood leaves the likelihood alone, which takes"),
