@@ -1,19 +1,26 @@
 """The reward: a discriminator that tells expert traces from the policy's own, read as a reward per token.
 
-    1. equations             discriminator logit, its losses, granularity, trace weights: pure functions
-    2. two reward models     likelihood (f = log p_phi(a|s), a language model) and head (the paper's linear head);
-                             Discriminator: D, and `token_rewards`, what the policy is trained on
-    3. negatives             the policy's rollouts, old rollouts (replay), perturbed expert traces
-    4. update                one discriminator step, experts and negatives weighing the same in total
+In Algorithm 1 this is the discriminator's update (stage 2) and the reward (stage 3). f is `scores`, the reward model's own
+opinion of each token. D = sigmoid(logit) is the probability that a token is the expert's. One update descends on
 
-The names: f is `scores`, the reward model's own opinion of each token. The discriminator says with probability
-D = sigmoid(logit) that a token is the expert's. For AIRL (Fu, Luo, Levine 2018, arXiv 1710.11248, section 4)
+    L = c_D [ 1/2 mean_expert BCE(logit, 1) + 1/2 mean_negative BCE(logit, 0) ]  -  c_L mean_expert log p_phi(a|s)
 
-    D(s,a) = exp f(s,a) / (exp f(s,a) + pi(a|s))     so     logit = f - log pi
+each mean over a trace's counted tokens, then over the traces; c_D is --discriminator-coef. The last term, the likelihood of
+the demonstrations, is ours and for a likelihood alone (c_L, --reward-nll). A negative is a sample, an older sample, or an
+expert's trace with one thing broken, which counts from the first changed token on (`compare`).
 
-which is what subtracting log pi buys: at the optimum f is the expert's log-density, whatever the policy was, and the
-reward log D - log(1-D) is the logit itself. The released code of arXiv 2510.01857 trains logit = f (GAIL's
-discriminator); then f is the log-ratio expert/policy and is worth nothing once the policy has moved on.
+    equation                                            where                           test, in tests/test_reward.py
+    D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits, airl      airl_discriminator_by_hand
+    logit = f (GAIL; 2510.01857's released code)        discriminator_logits, gail      the_discriminator_learns
+    BCE, smoothed labels (released code)                bce_loss                        bce_by_hand
+    Bradley-Terry (GAD)                                 comparison_loss                 comparison_losses_by_hand
+    r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards     rewards_are_clipped_and_sharpened
+    sparse, interval, dense (2510.01857, v1 and v2)     segment_ends, segment_sums      segment_ends, segment_sums_..
+    f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward    a_likelihood_is_.., a_head_reads_..
+    perturbed negatives (2510.01857)                    perturbed_negatives, compare    perturbed_negatives_count_from_..
+
+Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy was. With logit = f it is the
+log-ratio expert / policy, and is worth nothing once the policy has moved on.
 
 Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every token of two traces.
 """
@@ -30,7 +37,6 @@ import data
 import policy
 from data import Batch
 from engine import loading, logprob, memory, parallel, sampler
-from tasks import words
 from tasks.common import first_difference
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -51,8 +57,7 @@ def discriminator_logits(scores: torch.Tensor, policy_logprobs: torch.Tensor, ki
 def bce_loss(logits: torch.Tensor, is_expert: float, smoothing: float) -> torch.Tensor:
     """Binary cross-entropy per token, expert 1, policy 0, both moved towards 1/2 by label smoothing.
 
-    Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where the classes do not
-    overlap.
+    Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where nothing overlaps.
 
     >>> bce_loss(torch.tensor([0.0]), 1.0, 0.1)  # log 2, whatever the label
     tensor([0.6931])
@@ -74,8 +79,8 @@ def trace_weights(mask: torch.Tensor) -> torch.Tensor:
 def segment_ends(batch: Batch, granularity: str, interval: int, ends_step: torch.Tensor) -> torch.Tensor:
     """[B, T], 1 on the tokens where a score is read.
 
-    dense: every response token. sparse: the last one only. interval: the last token of each step (a token that holds a
-    newline: ends_step [V] says which do), or every `interval` tokens if interval > 0; the last token always.
+    dense: every response token. sparse: the last one. interval: the last token of each step (ends_step [V]: it holds a
+    newline), or every `interval` tokens if interval > 0; the last token always.
     """
     mask = batch.response_mask
     if granularity == "dense":
@@ -111,8 +116,8 @@ def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -
 class LikelihoodReward(torch.nn.Module):
     """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart.
 
-    It starts as a copy of the policy's starting point, so at first f - log pi = 0 and D = 1/2 everywhere, with all
-    that the base knows already in f. It scores every token of the vocabulary at once.
+    It starts as a copy of the policy's start: f - log pi = 0 and D = 1/2 everywhere, with all that the base knows already
+    in f. It scores every token of the vocabulary at once.
     """
 
     scores_all_actions = True
@@ -132,11 +137,8 @@ class LikelihoodReward(torch.nn.Module):
 
 
 class HeadReward(torch.nn.Module):
-    """f(s,a) = w . h + b, with h the hidden state that has read a: the paper's linear head on a language model.
-
-    With few demonstrations it tends to learn which prompts go with which traces rather than which steps are right. It
-    starts at f = 0.
-    """
+    """f(s,a) = w . h + b, with h the hidden state that has read a: the paper's linear head on a language model. It starts at
+    f = 0, and easily learns which prompts go with which traces, rather than which steps are right."""
 
     scores_all_actions = False
 
@@ -167,9 +169,8 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
             model = AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
             loading.check_output_layer(model, path)
             return LikelihoodReward(model)
-        model, info = AutoModelForTokenClassification.from_pretrained(
-            where, num_labels=1, output_loading_info=True, **options
-        )
+        options |= dict(num_labels=1, output_loading_info=True)
+        model, info = AutoModelForTokenClassification.from_pretrained(where, **options)
     if any("score" in key for key in info["missing_keys"]):
         (torch.nn.init.normal_ if kind == "random" else torch.nn.init.zeros_)(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
@@ -178,18 +179,14 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
 
 @dataclass
 class Discriminator:
-    """A reward model with what turns its scores into D, and D into rewards.
-
-    logit: 'airl' or 'gail'. granularity: 'dense', 'interval', 'sparse'. interval: tokens per segment, 0 = per step.
-    ends_step [V] bool: the tokens that end a step. clip: rewards are held within [-clip, clip], 0 = no clip.
-    """
+    """A reward model with what turns its scores into D, and D into rewards."""
 
     reward_model: LikelihoodReward | HeadReward
-    logit: str
-    granularity: str
-    interval: int
-    ends_step: torch.Tensor
-    clip: float = 0.0
+    logit: str  # airl or gail
+    granularity: str  # dense, interval or sparse
+    interval: int  # tokens per segment; 0: the trace's own steps
+    ends_step: torch.Tensor  # [V] bool, the tokens that end a step
+    clip: float = 0.0  # rewards are held within [-clip, clip]; 0: they are not
 
     def ends(self, batch: Batch) -> torch.Tensor:
         """[B, T], 1 where a score is read."""
@@ -198,8 +195,7 @@ class Discriminator:
     def segments(self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor):
         """(f, log pi, ends) per segment, each [B, T], on the segment's last token.
 
-        A segment's log pi is the sum over its tokens, and so is a likelihood's f: both are log-probabilities of the
-        segment. A head reads its f at the segment's end.
+        A segment's log pi is the sum over its tokens, and so is a likelihood's f. A head's is read at the segment's end.
         """
         ends = self.ends(batch)
         if self.granularity == "dense":
@@ -241,21 +237,17 @@ def step_end_tokens(tokenizer, size: int) -> torch.Tensor:
 
 @dataclass
 class Comparison:
-    """What one discriminator update sees: experts, and negatives for the same questions.
-
-    pair [M]: the expert row that answers the same question as each negative. negative_from [M]: the first column that
-    counts as a negative; all of a rollout, but of a perturbed trace only what follows the change.
-    """
+    """What one discriminator update sees: experts, and negatives for the same questions."""
 
     expert: Batch
     negative: Batch
-    pair: torch.Tensor
-    negative_from: torch.Tensor
+    pair: torch.Tensor  # [M], the expert row that answers the same question as each negative
+    negative_from: torch.Tensor  # [M], the first column that counts: of a perturbed trace, that of the change
 
 
 class Replay:
-    """Old rollouts, a few per question: the discriminator keeps seeing errors that the policy has given up, so that the
-    policy has no reason to come back to them. (AIRL, section 5, mixes in the last 20 iterations.)"""
+    """Old rollouts, a few per question: the policy shall not come back to errors that it has given up. (AIRL, section 5,
+    mixes in the last 20 iterations.)"""
 
     def __init__(self, per_question: int):
         self.past: dict[str, deque] = defaultdict(lambda: deque(maxlen=per_question))
@@ -279,13 +271,10 @@ class Replay:
             self.add(question, past)
 
 
-def perturbed_negatives(
-    tokenizer, example: data.Example, count: int, rng: random.Random
-) -> list[tuple[list[int], int]]:
+def perturbed_negatives(tokenizer, example: data.Example, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
     """`count` broken copies of an expert's trace: (response tokens, index of the first changed token).
 
-    The index comes from comparing token ids, so it is right for any tokenizer. A copy that equals the expert's is
-    dropped: a no-op is no negative.
+    The index comes from comparing token ids. A copy that equals the expert's is dropped: a no-op is no negative.
     """
     expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
     negatives = []
@@ -358,24 +347,13 @@ def expert_parts(comparison: Comparison, micro_batch: int, micro_tokens: int) ->
     return memory.micro_batches(family * longest, per_chunk, micro_tokens)
 
 
-def update(
-    discriminator: Discriminator,
-    optimizer,
-    policy_model,
-    comparison: Comparison,
-    loss: str = "bce",
-    smoothing: float = 0.1,
-    nll_coef: float = 0.0,
-    micro_batch: int = 64,
-    temperature: float = 1.0,
-    micro_tokens: int = 0,
-    discriminator_coef: float = 1.0,
-) -> dict:
+def update(discriminator: Discriminator, optimizer, policy_model, comparison: Comparison, loss: str = "bce",
+           smoothing: float = 0.1, nll_coef: float = 0.0, micro_batch: int = 64, temperature: float = 1.0,
+           micro_tokens: int = 0, discriminator_coef: float = 1.0) -> dict:  # fmt: skip
     """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
 
     policy_model: the current pi, at the temperature it samples with, whose log-probability AIRL's logit subtracts (of
-    experts and negatives alike; without a gradient). nll_coef adds the likelihood of the demonstrations to the loss of a
-    likelihood reward, discriminator_coef weighs all the rest of it.
+    experts and negatives alike; without a gradient). nll_coef is c_L, discriminator_coef c_D.
     """
     expert, negative = comparison.expert, comparison.negative
     model = discriminator.reward_model
@@ -417,32 +395,27 @@ def main() -> None:
     """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's mistake."""
     loading.quiet()
     base, tokenizer = loading.load_policy("base")
-    ends_step = step_end_tokens(tokenizer, len(tokenizer))
+    ends_step, ends = step_end_tokens(tokenizer, len(tokenizer)), data.end_tokens(tokenizer, base)
     discriminator = Discriminator(load_reward("likelihood", "base"), "airl", "dense", 0, ends_step)
-    optimizer = policy.make_optimizer(discriminator.reward_model, 3e-4)
-    experts, rng = data.load_examples("words", "train", 64), random.Random(0)
-    generator, ends = torch.Generator().manual_seed(0), data.end_tokens(tokenizer, base)
+    optimizer, rng = policy.make_optimizer(discriminator.reward_model, 3e-4), random.Random(0)
+    experts = data.load_examples("words", "train", 64)
     for number in range(1, 21):
         examples = rng.sample(experts, 16)
         prompts = [data.prompt_ids(tokenizer, example.question) for example in examples]
-        batch = policy.sample(base, prompts, ends, 64, group=2, generator=generator).batch
-        rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(len(examples))]
-        comparison = compare(tokenizer, examples, rollouts, 2, rng)
-        metrics = update(discriminator, optimizer, base, comparison, nll_coef=1.0)
+        batch = policy.sample(base, prompts, ends, 64, group=2).batch
+        rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(16)]
+        metrics = update(discriminator, optimizer, base, compare(tokenizer, examples, rollouts, 2, rng), nll_coef=1.0)
         if number % 10 == 0:
             print(f"discriminator update {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-    problem = words.Problem("Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", 24, (
-        words.Event("packs", "", 3, 12), words.Event("loss", "", 9)))  # fmt: skip
-    right, wrong = words.solve(problem), words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0))
-    for name, solution in (("expert", right), ("pupil", wrong)):
-        batch = data.demonstration_batch(tokenizer, [data.Example(*solution)])
+    question = "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"
+    for trace, answer in (("3*12=36\n24+36=60\n60-9=51", "51"), ("3+12=15\n24+15=39\n39-9=30", "30")):
+        batch = data.demonstration_batch(tokenizer, [data.Example(question, trace, answer)])
         with torch.no_grad():
             scores, log_pi = discriminator.reward_model.scores(batch), policy.token_logprobs(base, batch)
         chance = discriminator.logits(batch, scores, log_pi).sigmoid()
-        print(f"\n{name}: {solution.question}\n{'token':>10s}{'log pi':>10s}{'f':>10s}{'D':>10s}")
-        for t in range(int(batch.prompt_lengths[0]), int(batch.lengths[0])):
-            token = repr(tokenizer.decode([int(batch.tokens[0, t])]))
-            print(f"{token:>10s}{log_pi[0, t]:10.3f}{scores[0, t]:10.3f}{chance[0, t]:10.3f}")
+        print(f"\n{question}\n{'token':>10s}{'log pi':>10s}{'f':>10s}{'D':>10s}")
+        for t, token in enumerate(batch.response(0), int(batch.prompt_lengths[0])):
+            print(f"{tokenizer.decode([token])!r:>10s}{log_pi[0, t]:10.3f}{scores[0, t]:10.3f}{chance[0, t]:10.3f}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SHOWS = {  # module and arguments: what must be seen, as patterns over the whole output
     "data.py": [r"expert +\S+=\d+ \|", r"a pupil .*-> \d+", r"swap .*differs at \d+"],
     "policy.py": [r"<answer>\d+</answer> +log pi = -\d", r"largest difference from a fresh forward pass: [\d.]+e-0[5-9]"],
-    "reward.py": [r"discriminator update 20: .*accuracy 0\.\d", r"expert: Ava", r"pupil: Ava",
+    "reward.py": [r"discriminator update 20: .*accuracy 0\.\d", r"How many pens\?",
                   r"\n +'3' .*\n +'\+' +\S+ +-\d\.\d+ +0\.[0-4]\d*\n"],
     "irl.py": [r"iteration 3\n +rollout +length [\d.]+.*\n +discriminator loss .*\n +reward +mean .*\n +policy +loss"],
     "rerank.py": [r"best of n = ", r"majority +0\.\d", r"oracle +0\.\d", r"pass@k +0\.\d"],
