@@ -43,6 +43,7 @@ from engine.errors import Parser, UserError, exit_status
 from engine.runs import load_run
 from engine.settings import check_values
 from show.tables import show_choices, show_results
+from tasks import records
 from tasks.answers import ONLY_NUMBER, normalise_text, option_of, parse_number
 
 RULES = ("mean", "last", "lowest", "discounted")
@@ -363,12 +364,12 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example]
     """JSON lines with question, candidates and, if known, answer -> (examples, texts, n). All lines hold as many candidates
     as the first one, and an answer if it does; of more than `n`, the first n are used."""
     rows: list[tuple[data.Example, list[str]]] = []
-    for number, line in data.text_lines(path):
+    for number, line in records.text_lines(path):
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError('not a JSON object: each line needs {"question": .., "candidates": [..]}')
-            question, answer, texts = data.field(record, "question"), data.field(record, "answer"), record.get("candidates")
+            question, answer, texts = records.field(record, "question"), records.field(record, "answer"), record.get("candidates")
             if not question:
                 raise ValueError("field 'question' is missing or empty")
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):

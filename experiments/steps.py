@@ -30,6 +30,7 @@ import rerank
 from engine import loading
 from engine.chat import check_text
 from engine.errors import Parser, UserError, exit_status
+from tasks import records
 from tasks.common import first_difference
 
 RULES = ("lowest", "mean", "last")
@@ -52,7 +53,7 @@ class Solution:
 
 def read_solutions(path: str, count: int | None = None) -> list[Solution]:
     """The first `count` solutions of a file, or all. What is wrong with it is said in one line."""
-    lines = data.text_lines(path)
+    lines = records.text_lines(path)
     try:
         whole = json.loads("\n".join(text for _, text in lines)) if lines and lines[0][1].lstrip().startswith("[") else None
     except (ValueError, RecursionError) as error:
@@ -81,7 +82,7 @@ def from_record(record) -> Solution:
     name, labelled, first = "steps", "label", 0
     if "model_output_steps" in record:
         name, labelled, first = "model_output_steps", "model_output_solution_first_error_step", 1
-    question = data.field(record, "problem" if "problem" in record else "question")
+    question = records.field(record, "problem" if "problem" in record else "question")
     steps, label = record.get(name), record.get(labelled)
     if not question:
         raise ValueError("field 'question' is missing or empty")

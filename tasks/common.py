@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 
 class Solution(NamedTuple):
-    """An expert's: what data.Example is made of."""
+    """An expert's: what data.Example is made of, without its task."""
 
     question: str
     trace: str
     answer: str
+    options: tuple[str, ...] = ()
 
 
 def split_of(question: str) -> str:

@@ -117,7 +117,7 @@ def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]
     return list(found.values())
 
 
-def solutions(split: str, count: int, seed: int = 0) -> list[Solution]:
+def solutions(split: str, count: int, seed: int = 0, **_) -> list[Solution]:
     """An expert's solutions of `problems`.
 
     >>> expert = solutions("train", 1)[0]

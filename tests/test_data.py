@@ -13,7 +13,7 @@ from data import Example
 from engine.candidates import from_texts
 from engine.chat import chat_text, set_date, token_ids
 from engine.errors import UserError
-from tasks import words
+from tasks import records, words
 from tasks.answers import extract_answer, option_of, same_answer
 from tasks.common import first_difference
 
@@ -346,6 +346,6 @@ def test_too_long_examples_are_dropped_and_counted(shipped):
 def test_medreason_row_keeps_answer_text_only():
     row = {"question": "Which valve?", "options": "Answer Choices:\nA. Mitral valve\nB. Aortic valve", "reasoning": "...",
            "answer": "Aortic valve. Explanation: it lies between."}  # fmt: skip
-    example = data.from_medreason(row)
+    example = records.from_medreason(row)
     assert example.answer == "Aortic valve" and example.options == ("Mitral valve", "Aortic valve")
     assert "B. Aortic valve" in example.question

@@ -28,7 +28,7 @@ from engine import loading
 from engine.errors import UserError, exit_status
 from engine.runs import load_run, read_settings
 from show import report, trace
-from tasks import words
+from tasks import records, words
 from tasks.answers import extract_answer, same_answer
 
 
@@ -75,7 +75,7 @@ raw = st.lists(st.sampled_from(LITERALS) | st.binary(max_size=20), max_size=6).m
 
 
 @st.composite
-def records(draw, fields: tuple[str, ...]):
+def objects(draw, fields: tuple[str, ...]):
     """An object with these fields, filled with texts; in half of them some are missing, doubled, or of any type."""
     pairs = [(field, [draw(texts)] if field in ("options", "candidates") else draw(texts) + "1") for field in fields]
     if draw(st.booleans()):
@@ -105,10 +105,10 @@ def file(tmp_path_factory) -> Path:
 
 def test_demonstration_files(survives, file):
     @inputs(300)
-    @given(lines_of(records(("question", "trace", "answer", "options"))), st.sampled_from(data.SPLITS))
+    @given(lines_of(objects(("question", "trace", "answer", "options"))), st.sampled_from(data.SPLITS))
     def check(content, split):
         file.write_bytes(content)
-        for example in survives(data.read_jsonl, file) or []:
+        for example in survives(records.read_jsonl, file) or []:
             for text in (example.question, example.trace, example.answer, *example.options):
                 assert isinstance(text, str) and text.encode() is not None
             assert example.question and example.answer
@@ -121,7 +121,7 @@ def test_records(survives):
     @inputs(300)
     @given(st.dictionaries(st.sampled_from(["question", "trace", "answer", "options"]), values | texts) | values)
     def check(record):
-        survives(data.from_record, record, allowed=ValueError)  # read_jsonl adds file and line
+        survives(records.from_record, record, allowed=ValueError)  # read_jsonl adds file and line
 
     check()
 
@@ -131,14 +131,14 @@ def test_medreason_rows(survives):
     @given(texts, texts, texts, texts)
     def check(question, options, reasoning, answer):
         row = {"question": question, "options": options, "reasoning": reasoning, "answer": answer}
-        survives(data.from_medreason, row, allowed=ValueError)
+        survives(records.from_medreason, row, allowed=ValueError)
 
     check()
 
 
 def test_candidate_files(survives, file):
     @inputs(200)
-    @given(lines_of(records(("question", "candidates", "answer"))), st.none() | st.integers(1, 3))
+    @given(lines_of(objects(("question", "candidates", "answer"))), st.none() | st.integers(1, 3))
     def check(content, n):
         file.write_bytes(content)
         found = survives(rerank.read_candidates, str(file), n)
@@ -219,8 +219,8 @@ def test_perturbations(survives):
 def test_a_swap_of_equal_numbers_is_none():
     """However they are written, and however long: Python makes no integer of more than 4,300 digits."""
     long = "9" * 5000
-    for trace in ("7-07", f"{long}-0{long}"):
-        assert data.perturb(Example("?", trace, "x"), random.Random(0), "swap") is None
+    for equal in ("7-07", f"{long}-0{long}"):
+        assert data.perturb(Example("?", equal, "x"), random.Random(0), "swap") is None
     assert data.perturb(Example("?", f"{long}-{long}1", "x"), random.Random(0), "swap") is not None
 
 
@@ -299,7 +299,8 @@ def test_a_chat_template_that_never_ends(tmp_path):
     config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": loop}))
-    program = "import data, policy, sys; t = loading.load_tokenizer(sys.argv[1]); "
+    program = "import sys; from engine.chat import chat_text; from engine.errors import exit_status; "
+    program += "from engine.loading import load_tokenizer; t = load_tokenizer(sys.argv[1]); "
     program += "sys.exit(exit_status(lambda: chat_text(t, 'hello', seconds=0.5)))"
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "base")], timeout=60, check=False,
                           cwd=Path(data.__file__).parent, capture_output=True, text=True)  # fmt: skip
@@ -402,9 +403,9 @@ def test_reports_of_odd_runs(survives, tmp_path_factory):
                 content = "\n".join(map(json.dumps, lines)).encode()
             (run / name).write_bytes(content)
         survives(report.write_report, run)
-        for trace in report.read_run(run)["traces"] if survives(report.read_run, run) else []:
-            if isinstance(trace, dict):
-                survives(report.picture, trace, 1.0)
+        for shown in report.read_run(run)["traces"] if survives(report.read_run, run) else []:
+            if isinstance(shown, dict):
+                survives(report.picture, shown, 1.0)
 
     with pytest.MonkeyPatch.context() as patch:  # figures take seconds: the next test has them
         patch.setattr(report, "draw", lambda name, label, paint, size: "<svg></svg>")

@@ -28,6 +28,7 @@ from data import Example
 from engine import loading
 from engine.errors import UserError, exit_status, printable
 from show import report, trace
+from tasks import records
 from tasks.answers import extract_answer, same_answer
 
 ROOT = Path(data.__file__).parent
@@ -129,7 +130,7 @@ def test_regular_expressions_take_linear_time(method, pattern):
 
 
 def medreason(text):
-    return data.from_medreason({"question": "?", "options": text, "reasoning": "", "answer": text})
+    return records.from_medreason({"question": "?", "options": text, "reasoning": "", "answer": text})
 
 
 def broken(text):
@@ -145,8 +146,8 @@ USES = {
         same_answer(text, "1"),
     ),
     "is_correct": lambda text: data.is_correct(Example("?", "", text), text),
-    "from_record": lambda text: data.from_record({"question": "?", "trace": text, "answer": f"1{text}"}),
-    "from_gsm8k": lambda text: data.from_record({"question": "?", "answer": f"{text}#### 1"}),
+    "from_record": lambda text: records.from_record({"question": "?", "trace": text, "answer": f"1{text}"}),
+    "from_gsm8k": lambda text: records.from_record({"question": "?", "answer": f"{text}#### 1"}),
     "from_medreason": medreason,
     "perturb": broken,
     "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2", task="words"), text),
