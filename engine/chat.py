@@ -9,12 +9,7 @@ from engine.errors import UserError
 
 
 def check_text(text: str) -> str:
-    r"""`text` as it is; ValueError if it holds half a surrogate pair: legal JSON, but no text that has tokens or bytes.
-
-    >>> check_text("\ud800")
-    Traceback (most recent call last):
-    ValueError: the text holds '\ud800', half of a surrogate pair, which no UTF-8 can say
-    """
+    """`text` as it is; ValueError if it holds half a surrogate pair: legal JSON, but no text that has tokens or bytes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -25,13 +20,11 @@ def check_text(text: str) -> str:
 def chat_text(tokenizer, message: str, seconds: float = 10.0, reply: str | None = None) -> str:
     """One user turn in the tokenizer's chat template, up to where the answer begins; with a `reply`, that one too, and
     whatever the template puts after it.
-
-    A chat template is a program that comes with the model. transformers runs it in Jinja's sandbox, where it can reach
-    neither Python nor files; but it may fail, drop the question, or never end, so it has `seconds` in a thread of its own.
+    transformers runs a template in Jinja's sandbox, where it can reach neither Python nor files; but it may fail, drop the
+    question, or never end, so it has `seconds` in a thread of its own.
     """
     turns, found = [{"role": "user", "content": message}], {}
-    if reply is not None:
-        turns.append({"role": "assistant", "content": reply})
+    turns += [{"role": "assistant", "content": reply}] if reply is not None else []
 
     def render():
         try:
@@ -44,16 +37,15 @@ def chat_text(tokenizer, message: str, seconds: float = 10.0, reply: str | None 
     thread = threading.Thread(target=render, daemon=True)
     thread.start()
     thread.join(seconds)
-    text = found.get("text")
     if thread.is_alive():
         problem = f"takes more than {seconds:g} seconds for one question"
-    elif text is None:
+    elif "error" in found:
         problem = f"fails: {type(found['error']).__name__}: {found['error']}"
+    elif message.strip() in found["text"]:
+        return found["text"]
     else:
-        problem = "" if message.strip() in text else "leaves the question out"
-    if problem:
-        raise UserError(f"the tokenizer's chat template {problem}. Mend or remove chat_template in the model's folder")
-    return text
+        problem = "leaves the question out"
+    raise UserError(f"the tokenizer's chat template {problem}. Mend or remove chat_template in the model's folder")
 
 
 def set_date(tokenizer, date: str | None) -> None:
@@ -66,11 +58,7 @@ def set_date(tokenizer, date: str | None) -> None:
 
 def at_date(template: str, day: datetime.date) -> str:
     """A chat template in which strftime_now, transformers' clock, stands still. (It takes no clock of ours: functions that
-    are handed to a template become text.)
-
-    >>> at_date("{{ strftime_now('%d %b %Y') }}", datetime.date(2026, 1, 31))
-    "{{ '31 Jan 2026' }}"
-    """
+    are handed to a template become text.)"""
     return re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", lambda m: repr(day.strftime(m[2])), template)
 
 
@@ -87,6 +75,5 @@ def end_of_turn(tokenizer, template: str) -> int | None:
     """The special token that the chat template puts right after the assistant's message; None if there is none."""
     reply = "the reply"
     after = chat_text(tokenizer, "the question", reply=reply).rpartition(reply)[2].lstrip() if template else ""
-    first = token_ids(tokenizer, after)[:1]
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return first[0] if first and first[0] in special else None
+    return next((token for token in token_ids(tokenizer, after)[:1] if token in special), None)

@@ -11,10 +11,8 @@ class UserError(Exception):
 
 
 def exit_status(program: Callable[[], object]) -> int:
-    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the input.
-
-    What the terminal's encoding lacks (ASCII, Windows code pages) is printed as an escape instead of raising.
-    """
+    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the input. What the terminal's
+    encoding lacks (ASCII, Windows code pages) is printed as an escape."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams have none, and need none
             stream.reconfigure(errors="backslashreplace")
@@ -45,7 +43,7 @@ CONTROL = {
 
 
 def nearest(word: str, choices) -> str:
-    """', did you mean X?' or nothing.
+    """The choice that is most like the word, as a question in brackets; nothing if none is like it.
 
     >>> nearest("gsm8", ["words", "gsm8k"])
     " (did you mean 'gsm8k'?)"
@@ -58,11 +56,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, but what is wrong is a UserError, and an unknown flag is told its nearest neighbour."""
 
     def __init__(self, description: str):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(self, message: str):
-        """argparse's own complaints, in our form."""
+    def error(self, message: str):  # argparse's own complaints
         raise UserError(message)
 
     def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:

@@ -227,6 +227,7 @@ def test_your_own_file_and_folder(tmp_path):
         ('{"question": "a", "trace": "b"}', r":1: field 'answer' is missing"),
         ('{"question": "a", "answer": "b"}', r":1: field 'trace' is missing"),
         ("[1, 2]", r":1: not a JSON object"),
+        (r'{"question": "\ud800", "trace": "b", "answer": "c"}', r":1: field 'question': .* half of a surrogate pair"),
     ],
 )
 def test_broken_files_are_named_with_their_line(tmp_path, content, message):
