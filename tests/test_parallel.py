@@ -21,6 +21,7 @@ import data
 import irl
 import policy
 import reward
+import train
 from engine import loading, parallel
 from engine.errors import UserError
 from engine.settings import METHODS, parse_settings
@@ -37,6 +38,9 @@ KINDS = {
     "bt": "--policy-loss reinforce --discriminator-loss bt",
     "adamw": "",
 }
+TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 7 --rerank-questions 6 --rerank-n 4 "
+        "--eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 2 --fair-steps 2 "
+        "--warm-up 2 --validate-every 2 --device cpu").split()  # fmt: skip
 
 
 def rollout_of(tokenizer, questions: list[int]) -> policy.Rollout:
@@ -92,6 +96,8 @@ def work(rank: int, port: int, folder: str) -> None:
     else:
         raise AssertionError("5 questions were shared between 2 processes")
     assert (parallel.seed(7) == 7) == (rank == 0)
+    os.chdir(folder)
+    assert train.main([*TINY, "--questions", "5", "--group", "2"]) == 2 and not Path("runs").exists()
     parallel.leave()
     assert rank == 0
 
@@ -133,11 +139,6 @@ def test_without_torchrun_nothing_is_shared():
     assert parallel.total(2.5) == 2.5 and parallel.share_of(5, "--questions") == 5
 
 
-TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 11 --rerank-questions 6 --rerank-n 4 "
-        "--eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 2 --fair-steps 2 "
-        "--warm-up 2 --validate-every 1 --device cpu").split()  # fmt: skip
-
-
 def torchrun(folder, *flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     return subprocess.run([*command, str(ROOT / "train.py"), *TINY, *flags], cwd=folder, capture_output=True, text=True)
@@ -153,13 +154,7 @@ def test_torchrun_runs_every_method(tmp_path):
         "likelihood warm-up"] * 2 + ["likelihood"] * 2 + ["warm-up"] * 2 + ["irl"] * 2 + ["grpo"] * 2  # fmt: skip
     results = json.loads((run / "results.json").read_text())
     assert set(results["methods"]) == {"base", *METHODS} and (run / "report.html").exists()
-    assert results["methods"]["base"]["t1"] * 22 == pytest.approx(round(results["methods"]["base"]["t1"] * 22))
+    assert results["methods"]["base"]["t1"] * 14 == pytest.approx(round(results["methods"]["base"]["t1"] * 14))
     assert results["settings"]["questions"] == 4 and results["settings"]["seed"] == 0
     for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):
         AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
-
-
-def test_torchrun_with_what_cannot_be_shared_says_so(tmp_path):
-    done = torchrun(tmp_path, "--questions", "5", "--group", "2")
-    assert done.returncode != 0 and "error: --questions 5 cannot be shared among 2 processes" in done.stderr
-    assert not (tmp_path / "runs").exists()

@@ -25,14 +25,17 @@ from engine.runs import load_run
 from engine.settings import Settings, parse_settings
 from show import trace as trace_of
 
-TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 12 --rerank-questions 12 "
-        "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --fair-steps 3 --warm-up 2 --validate-every 1 "
+TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 8 --rerank-questions 8 "
+        "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --fair-steps 3 --warm-up 2 --validate-every 2 "
         "--device cpu").split()  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def in_a_new_folder(tmp_path, monkeypatch):
+def in_a_new_folder(tmp_path, monkeypatch, request):
+    """And without the report's figures, which take longer than a tiny run, but for one run of all methods."""
     monkeypatch.chdir(tmp_path)
+    if request.function is not test_the_demo_writes_everything:
+        monkeypatch.setattr(train.report, "draw", lambda name, *_: f"<svg><title>{name}</title></svg>")
 
 
 def test_the_demo_writes_everything(capsys):
@@ -52,7 +55,7 @@ def test_the_demo_writes_everything(capsys):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = {"sft": 3, "sft_fair": 3, "likelihood warm-up": 2, "likelihood": 2, "warm-up": 2, "irl": 2, "grpo": 2}
     assert [line["method"] for line in lines] == [method for method, count in steps.items() for _ in range(count)]
-    assert "<html" in (run / "report.html").read_text() and json.loads((run / "traces.json").read_text())
+    assert (run / "report.html").read_text().count("<svg") > 5 and json.loads((run / "traces.json").read_text())
     for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):  # loadable by anybody
         AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
     printed = capsys.readouterr().out
@@ -68,7 +71,7 @@ def test_the_demo_writes_everything(capsys):
     "--method irl --granularity interval --interval 5 --policy-loss reinforce --discriminator-loss bt --kl-coef 0.01",
     "--method irl --freeze-reward", "--method irl --reward random --policy-loss ppo --gamma 0.9",
     "--method sft,grpo --test-split validation --wrong-demonstrations 0.5",
-    "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 8",
+    "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 20",
     "--method irl --start sft --lora-rank 2 --reward head --policy-loss ppo --weights bf16",
     "--method irl --gradient-checkpointing --micro-tokens 500",
     "--method irl --lora-rank 2 --reward random --policy-loss ppo --gamma 0.9", "--method sft_fair,irl --fair-average 0",
@@ -161,7 +164,8 @@ def test_as_many_rows_are_sampled_at_once_as_asked_for(monkeypatch):
     seen, real = [], sampler.sample_chunk
     monkeypatch.setattr(sampler, "sample_chunk", lambda model, prompts, end, new, group, *rest: seen.append(
         len(prompts) * group) or real(model, prompts, end, new, group, *rest))  # fmt: skip
-    assert train.main([*TINY, "--sample-rows", "8"]) == 0
+    flags = "--method sft,irl --eval-questions 4 --rerank-questions 3 --sample-rows 8".split()
+    assert train.main([*TINY, *flags]) == 0
     assert max(seen) == 8
 
 
@@ -289,9 +293,8 @@ def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
     Qwen2ForCausalLM(config).save_pretrained("model")
     qwen_tokenizer.save_pretrained("model")
     flags = "--demonstrations 8 --questions 2 --group 2 --eval-questions 3 --rerank-questions 2 --rerank-n 2 "
-    flags += (
-        "--eval-samples 1 --max-steps 1 --sft-steps 1 --warm-up 1 --max-new-tokens 12 --micro-batch 2 --validate-every 0 --device cpu"
-    )
+    flags += "--eval-samples 1 --max-steps 1 --sft-steps 1 --sft-batch 4 --warm-up 1 --max-new-tokens 12 --micro-batch 2 "
+    flags += "--validate-every 0 --device cpu"
     assert train.main(["--model", "model", "--data", str(SHARED / "data" / "gsm8k"), *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
     assert set(results["methods"]) == {"base", "sft", "irl"} and results["localise"] == {}
