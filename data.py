@@ -39,7 +39,7 @@ from tasks.common import first_difference
 # 1. Demonstrations --------------------------------------------------------------------------------------------------
 
 # Tasks whose problems are made here, from a seed. Each module has the same names in it: solutions (an expert's), is_right
-# and first_error (exact checks of a whole response), and BASE (the model that ships with it).
+# and first_error (exact checks of a whole response). engine/settings.py has the settings and the base of each.
 EMBEDDED = {"words": words, "countdown": countdown}
 SOURCES = (*EMBEDDED, *records.HUB)
 SPLITS = ("train", "validation", "test")

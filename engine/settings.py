@@ -124,21 +124,22 @@ MAY_BE = {f.name: f.metadata["may_be"] or (0, MANY) for f in fields(Settings) if
 
 # What depends on the task and on the model's size. Rates for large models are the customary ones, not tuned here.
 WORDS = dict(
-    data="words", method="all", extra_questions=4000, max_new_tokens=64, eval_questions=500, eval_samples=8,
+    model="base", data="words", method="all", extra_questions=4000, max_new_tokens=64, eval_questions=500, eval_samples=8,
     rerank_questions=250, micro_batch=96, questions=16, group=4, entropy_coef=0.2,
     reward_average=0.5, warm_up_lr=3e-4, reward_lr=1e-5, max_steps=100, policy_lr=3e-5, grpo_steps=400, grpo_lr=4e-4,
     sft_steps=480, sft_lr=3e-4, fair_steps=120, fair_lr=3e-4, fair_average=0.5, fair_temperature=0.2)  # fmt: skip
 # Finished traces are judged here: the paper's head, a score per trace
 COUNTDOWN = WORDS | dict(
-    data="countdown", reward="head", logit="gail", granularity="sparse", policy_loss="ppo", gamma=1.0, kl_coef=0.05,
-    demonstrations=64, extra_questions=3000, max_new_tokens=40, perturbed=4, group=8,
+    model="countdown-base", data="countdown", reward="head", logit="gail", granularity="sparse", policy_loss="ppo",
+    gamma=1.0, kl_coef=0.05, demonstrations=64, extra_questions=3000, max_new_tokens=40, perturbed=4, group=8,
     reward_average=0.0, warm_up=40, warm_up_lr=1e-3, max_steps=300, policy_lr=6e-4, grpo_steps=300, grpo_lr=6e-4)  # fmt: skip
 LARGE = dict(
     data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, eval_questions=200, eval_samples=4,
     rerank_questions=100, micro_batch=2, questions=32, group=8, entropy_coef=0.1,
     reward_average=0.0, warm_up_lr=1e-5, reward_lr=2e-6, max_steps=200, policy_lr=2e-6, grpo_steps=200, grpo_lr=2e-6,
     sft_steps=200, sft_lr=1e-5, fair_steps=200, fair_lr=1e-5, fair_average=0.0, fair_temperature=0.1)  # fmt: skip
-PRESETS = {"words": WORDS, "countdown": COUNTDOWN, "large": LARGE}
+TASKS = {"words": WORDS, "countdown": COUNTDOWN}  # data.EMBEDDED, with the bases that ship here
+PRESETS = TASKS | {"large": LARGE}
 LORA_RATES = 10  # with --lora-rank the rates above are this times as high: customary, too
 
 
@@ -172,13 +173,12 @@ def parse_settings(arguments: list[str]) -> Settings:
 
 def complete(given: dict) -> Settings:
     """Settings from those that were given; the others by the task and the model's size, then by what is decided so far."""
-    countdown = given.get("data") == "countdown"
-    model = given.get("model", "countdown-base" if countdown else "base")
-    small = model in loading.SHIPPED
-    preset = PRESETS["large" if not small else "countdown" if countdown else "words"]
+    preset = TASKS.get(given.get("data"), WORDS)
+    small = given.get("model", preset["model"]) in loading.SHIPPED
+    preset = preset if small else LARGE
     if given.get("lora_rank"):
         preset = preset | {name: LORA_RATES * rate for name, rate in preset.items() if name.endswith("_lr")}
-    s = Settings(**{"model": model} | preset | given)
+    s = Settings(**preset | given)
     if s.policy_loss is None:
         s.policy_loss = "exact" if scores_all_actions(s) else "ppo"
     if s.gamma is None:  # the tokens between two scores have only what follows

@@ -11,8 +11,10 @@ from conftest import SHARED
 import data
 from data import Example
 from engine.candidates import from_texts
+from engine import loading
 from engine.chat import chat_text, set_date, token_ids
 from engine.errors import UserError
+from engine.settings import TASKS
 from tasks import records, words
 from tasks.answers import extract_answer, option_of, same_answer
 from tasks.common import first_difference
@@ -95,6 +97,17 @@ def test_token_at_names_the_token_that_holds_a_character(shipped):
     index = data.token_at(tokenizer, ids, data.first_error(EXPERT, response))
     assert tokenizer.decode([ids[index]]) == "+" and index == 2
     assert data.token_at(tokenizer, ids, len(response)) == len(ids) - 1  # past the text: the end token
+
+
+@pytest.mark.parametrize("name", data.EMBEDDED)
+def test_every_embedded_task_has_all_that_a_task_needs(name):
+    """Settings, a base that ships here, and experts whom its own checker finds right."""
+    assert TASKS.keys() == data.EMBEDDED.keys()
+    assert TASKS[name]["data"] == name and TASKS[name]["model"] in loading.SHIPPED
+    for expert in data.load_examples(name, "test", 20):
+        text = wrap(expert.trace, expert.answer)
+        assert expert.task == name and data.is_correct(expert, text) and data.first_error(expert, text) is None
+        assert not data.is_correct(expert, text.replace("<answer>", "<answer>9"))
 
 
 # answers -------------------------------------------------------------------------------------------------------
