@@ -16,7 +16,7 @@ import itertools
 import random
 
 from tasks import common
-from tasks.common import Solution, first_wrong
+from tasks.common import Solution, first_wrong, wrong_digit
 
 NUMBERS, LARGEST, OPERATORS = 3, 20, "+-"  # what a base this small calculates without slips
 AIMED = 0.1  # share of the attempts in the base's corpus that aim at the target
@@ -62,11 +62,7 @@ def make_problem(rng: random.Random) -> tuple[Numbers, int]:
 
 
 def question_of(numbers: Numbers, target: int) -> str:
-    """The text of a problem.
-
-    >>> question_of((7, 12, 4), 15)
-    '7 12 4 > 15'
-    """
+    """The text of a problem: '7 12 4 > 15'."""
     return " ".join(map(str, numbers)) + f" > {target}"
 
 
@@ -85,24 +81,19 @@ def split_of(numbers: Numbers, target: int) -> str:
     return common.split_of(question_of(tuple(sorted(numbers)), target))
 
 
-def attempt(
-    numbers: Numbers, target: int, rng: random.Random, aims: bool = True, slips: float = 0.0
-) -> tuple[list[str], int, bool]:
-    """(lines, last result, whether right). Who aims writes only lines after which the target can be reached; who does not
+def attempt(numbers: Numbers, target: int, rng: random.Random, aims: bool = True, slips: float = 0.0) -> tuple[str, int, bool]:
+    """(trace, last result, whether right). Who aims writes only lines after which the target can be reached; who does not
     writes any. A slip is a wrong digit or, by somebody who knows where to end, the target itself."""
     lines, true = [], True
     while len(numbers) > 1:
         choices = (aims and good_moves(numbers, target)) or moves(numbers)
-        line, rest = rng.choice(list(choices.items()))
+        line, numbers = rng.choice(list(choices.items()))
         if rng.random() < slips:
-            digits = list(str(rest[-1]))
-            place = rng.randrange(len(digits))
-            digits[place] = rng.choice([digit for digit in "123456789" if digit != digits[place]])
-            slip = target if rng.random() < 0.5 and rest[-1] != target else int("".join(digits))
-            line, rest, true = f"{line.split('=')[0]}={slip}", (*rest[:-1], slip), False
+            slip = wrong_digit(numbers[-1], rng)
+            slip = target if rng.random() < 0.5 and numbers[-1] != target else slip
+            line, numbers, true = f"{line.split('=')[0]}={slip}", (*numbers[:-1], slip), False
         lines.append(line)
-        numbers = rest
-    return lines, numbers[0], true and numbers[0] == target
+    return "\n".join(lines), numbers[0], true and numbers[0] == target
 
 
 def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]:
@@ -118,27 +109,17 @@ def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]
 
 
 def solutions(split: str, count: int, seed: int = 0, **_) -> list[Solution]:
-    """An expert's solutions of `problems`.
-
-    >>> expert = solutions("train", 1)[0]
-    >>> is_right(expert, f"<think>\\n{expert.trace}\\n</think>\\n<answer>{expert.answer}</answer>")
-    True
-    """
-    rng, found = random.Random(f"countdown experts {split} {seed}"), []
-    for numbers, target in problems(split, count, seed):
-        lines, _, _ = attempt(numbers, target, rng)
-        found.append(Solution(question_of(numbers, target), "\n".join(lines), str(target)))
-    return found
+    """An expert's solutions of `problems`."""
+    rng = random.Random(f"countdown experts {split} {seed}")
+    made = problems(split, count, seed)
+    return [Solution(question_of(*problem), attempt(*problem, rng)[0], str(problem[1])) for problem in made]
 
 
 def first_error(expert, response: str) -> int | None:
     """Where a response can no longer come right: a character offset into it, None if it is right. Of the expert's example
     only the question counts: at each line all good ones are known, those after which the target can still be reached.
 
-    >>> expert = Solution("7 12 4 > 15", "", "15")
-    >>> first_error(expert, "<think>\\n12+7=19\\n19-4=15\\n</think>\\n<answer>15</answer>") is None
-    True
-    >>> first_error(expert, "<think>\\n12-7=5\\n5+4=9\\n</think>\\n<answer>9</answer>")  # 7 was not to be taken away
+    >>> first_error(Solution("7 12 4 > 15", "", "15"), "<think>\\n12-7=5\\n5+4=9\\n")  # 7 was not to be taken away
     11
     """
     numbers, target = problem_of(expert.question)
@@ -165,5 +146,5 @@ def graded_attempts(count: int, seed: int = 0):
         numbers, target = make_problem(rng)
         if split_of(numbers, target) == "train":
             count, stranger = count - 1, rng.random() < STRANGERS
-            lines, last, right = attempt(numbers, target, rng, rng.random() < AIMED, SLIPS * stranger)
-            yield question_of(numbers, target), "\n".join(lines), str(last), "right" if right else "wrong", stranger
+            trace, last, right = attempt(numbers, target, rng, rng.random() < AIMED, SLIPS * stranger)
+            yield question_of(numbers, target), trace, str(last), "right" if right else "wrong", stranger

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.errors import UserError
 from tasks.answers import extract_answer, same_answer
-from tasks.common import Solution, first_wrong, split_of
+from tasks.common import Solution, first_wrong, split_of, wrong_digit
 
 NAMES = ("Ava", "Ben", "Cho", "Dan", "Eve", "Gus", "Ida", "Lee")
 ITEMS = ("pens", "eggs", "cards", "coins", "nuts", "beads", "shells", "pins")
@@ -103,10 +103,7 @@ def solve(problem: Problem, pupil: Pupil | None = None, rng: random.Random | Non
         if pupil and op == "-" and rng.random() < pupil.borrow:
             result = subtract_by_column(a, b)
         elif pupil and rng.random() < pupil.slip:
-            digits = list(str(abs(result)))
-            place = rng.randrange(len(digits))
-            digits[place] = rng.choice([d for d in "123456789" if d != digits[place]])
-            result = int("".join(digits))
+            result = wrong_digit(abs(result), rng)
         result = abs(result)  # once a pupil has erred, more may be given away than is left; pupils drop the sign
         lines.append(f"{a}{op}{b}={result}")
         return result
@@ -131,9 +128,7 @@ def words_problems(split: str, count: int, seed: int = 0, steps: int = 3, larges
             problems.setdefault(problem.question, problem)
         if len(problems) == count:
             return list(problems.values())
-    raise UserError(
-        f"only {len(problems)} different problems with steps={steps}, largest={largest}; {count} were asked for"
-    )
+    raise UserError(f"only {len(problems)} different problems with steps={steps}, largest={largest}; {count} were asked for")
 
 
 def solutions(split: str, count: int, seed: int = 0, steps: int = 3, largest: int = 40) -> list[Solution]:

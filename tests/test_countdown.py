@@ -13,7 +13,7 @@ from engine import loading
 from engine.candidates import collect
 from engine.chat import token_ids
 from tasks import countdown
-from tasks.common import Solution
+from tasks.common import Solution, first_difference, wrong_digit
 
 
 def brute_force(numbers, target):
@@ -99,6 +99,15 @@ def test_the_verifier_reads_the_whole_trace_and_is_locked_in_training():
     assert not data.is_correct(example, f"<think>\n</think>\n<answer>{example.answer}</answer>")
     with data.no_verifier(), pytest.raises(RuntimeError, match="without a verifier"):
         data.is_correct(example, data.response_text(example.trace, example.answer))
+
+
+def test_differences_and_slips():
+    assert first_difference("abc", "abd") == first_difference([1, 2], [1, 2, 3]) == 2 and first_difference("", "") == 0
+    rng = random.Random(0)
+    for number in (0, 7, 10, 305):
+        for _ in range(20):
+            slip = str(wrong_digit(number, rng))
+            assert len(slip) == len(str(number)) and sum(a != b for a, b in zip(slip, str(number))) == 1
 
 
 def test_broken_copies_of_experts_are_wrong():
