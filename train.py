@@ -6,15 +6,14 @@
     python train.py --explain                                one iteration in numbers, stage by stage; writes nothing
     python train.py --resume --name demo                     go on with runs/demo, which was stopped or killed
 
-Outside of Algorithm 1, which is irl.IRL.step: here its models are made, its steps are counted, and what has been learnt is
-tested against the true answers, which no training but GRPO's sees. What a run leaves in runs/<name>/: settings.json,
-metrics.jsonl (a line per step), results.json, traces.json, report.html, and models that `from_pretrained` loads: policy/
-(IRL's, or the only method's), reward/, and sft/, sft_fair/, likelihood/ and grpo/ of what else was trained.
+Outside of Algorithm 1, which is irl.IRL.step: here its models are made, its steps are counted, and what was learnt is tested
+against the true answers, which no training but GRPO's sees. A run leaves in runs/<name>/: settings.json, metrics.jsonl (a
+line per step), results.json, traces.json, report.html, and models that `from_pretrained` loads: policy/ (IRL's, or the only
+method's), reward/, and sft/, sft_fair/, likelihood/ and grpo/ of what else was trained.
 
-On one machine the same settings give the same numbers, bit for bit, with or without interruptions (engine/keeper.py).
-Across machines they do not: threads, the BLAS library, the processor and CUDA's kernels decide in which order sums are
-taken, and a sampled token that falls otherwise makes another run. Many GPUs share a run with
-torchrun --nproc-per-node=N train.py (engine/parallel.py).
+On one machine the same settings give the same numbers, bit for bit, with or without interruptions (engine/keeper.py). On
+another the sums are taken in another order, and a sampled token that falls otherwise makes another run. Many GPUs share one
+with torchrun --nproc-per-node=N train.py (engine/parallel.py).
 """
 
 import json
@@ -22,7 +21,7 @@ import random
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -37,16 +36,13 @@ import reward
 from engine import checkpoint, loading, lora, memory, parallel
 from engine.chat import set_date
 from engine.errors import UserError, exit_status
-from engine.keeper import Keeper
+from engine.keeper import Keeper, Signals, Stopped, in_one_line
 from engine.runs import is_finished, run_folder, saved_settings
 from engine.settings import METHODS, Settings, complete, parse_flags
-from engine.stops import Signals, Stopped, in_one_line
 from show import explain, report
 from show.tables import show_traces, table
 
-# ---------------------------------------------------------------------------------------------------------------
-# Evaluation: the answer check is used from here on, and nowhere in irl.py
-# ---------------------------------------------------------------------------------------------------------------
+# --- evaluation: the answer check is used from here on, and nowhere in irl.py ----------------------------------
 
 
 def right(model, tokenizer, examples: list[data.Example], n: int, temperature: float, generator, s: Settings) -> torch.Tensor:
@@ -66,9 +62,7 @@ def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dic
     return {"t1": t1[0], "t1_interval": t1[1:], "greedy": greedy[0], "greedy_interval": greedy[1:], "pass@k": at_k}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A run
-# ---------------------------------------------------------------------------------------------------------------
+# --- a run ------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -119,13 +113,13 @@ class Run:
         self.keeper = keeper
         with keeper.opened(self.device.type, self.data_sum):
             self.results = keeper.progress.results
-            for name, phase in self.phases().items():
+            for name, phase in self.phases():
                 if name not in keeper.progress.finished:
                     phase()
                     keeper.finish(name)
             self.finish()
 
-    def phases(self) -> dict[str, Callable]:
+    def phases(self) -> Iterator[tuple[str, Callable]]:
         """What was asked for, in order: the base, METHODS, then what the reward is worth at inference.
 
         Every phase loads the models that it needs and drops them: at 0.5B each one counts.
@@ -133,14 +127,13 @@ class Run:
         wanted = set(self.s.methods)
         if self.s.start == "sft" and wanted & {"likelihood", "irl"}:
             wanted.add("sft")
-        trains = dict(zip(METHODS, (self.train_sft, self.train_sft, self.train_irl, self.train_irl, self.train_grpo)))
-        phases = {"test base": lambda: self.test_method("base")}
+        train = {"grpo": self.train_grpo, "irl": self.train_irl, "likelihood": self.train_irl}
+        yield "test base", partial(self.test_method, "base")
         for method in filter(wanted.__contains__, METHODS):
-            phases[f"train {method}"] = partial(trains[method], method)
-            phases[f"test {method}"] = partial(self.test_method, method)
+            yield f"train {method}", partial(train.get(method, self.train_sft), method)
+            yield f"test {method}", partial(self.test_method, method)
         if "irl" in wanted:
-            phases["use reward"] = self.use_reward
-        return phases
+            yield "use reward", self.use_reward
 
     # --- the phases ---------------------------------------------------------------------------------------------
 
@@ -150,16 +143,17 @@ class Run:
             model = self.load(None if method == "base" else self.folder_of(method))
             found = evaluate(model, self.tokenizer, self.test, self.s)
         if method != "base":
-            stages = (warm_up_of(method), method)
-            found["seconds"] = sum(self.keeper.progress.seconds.get(stage, 0.0) for stage in stages)
+            seconds = self.keeper.progress.seconds
+            found["seconds"] = seconds.get(warm_up_of(method), 0.0) + seconds.get(method, 0.0)
         self.results["methods"][method] = found
 
     def train_sft(self, method: str) -> None:
         """Imitate the demonstrations. sft_fair then gets what IRL's default gets: weights averaged with the start, and
         logits divided for good; and updates and a rate of its own, for those that are best with these are others."""
         s, fair, model = self.mine, method == "sft_fair", self.to_train()
-        start = lora.start_of(model) if fair and s.fair_average else []
-        s = replace(s, sft_steps=s.fair_steps, sft_lr=s.fair_lr) if fair else s
+        if fair:
+            start = lora.start_of(model) if s.fair_average else []
+            s = replace(s, sft_steps=s.fair_steps, sft_lr=s.fair_lr)
         trainer = self.keeper.resumed(baselines.SFT(s, self.tokenizer, model, self.experts))
         self.run_steps(method, trainer, s.sft_steps)
         if fair:

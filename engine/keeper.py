@@ -1,4 +1,4 @@
-"""What a run keeps on the disk as it goes: its log, its checkpoints, and from where it goes on after a stop or a kill.
+"""How a run survives: its log, its checkpoints, where it goes on after a stop or a kill, and what ends it early.
 
 train.Run says what is done; a Keeper counts it, saves it and finds it again. With several processes (torchrun) the first
 one logs, and nothing is saved before the end: each has a replay, random numbers and a part of the optimizers' states of its
@@ -9,6 +9,8 @@ import errno
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +23,82 @@ from engine import checkpoint, parallel
 from engine.errors import UserError
 from engine.runs import is_finished, run_folder
 from engine.settings import Settings, flag
-from engine.stops import Signals
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+RATES = {"sft": "sft_lr", "sft_fair": "fair_lr", "grpo": "grpo_lr", "warm-up": "warm_up_lr"}  # others have two
+
+
+class Stopped(BaseException):
+    """The run was asked to stop. Not an Exception, so that nobody on the way swallows it."""
+
+    def __init__(self, number: int, advice: str):
+        super().__init__(signal.Signals(number).name + advice)
+        self.status = 128 + number  # the shell's convention: 130 for SIGINT, 143 for SIGTERM
+
+
+class Signals:
+    """SIGINT and SIGTERM. The first is kept until `check`, or raises Stopped on the spot inside `at_once`; the second
+    ends the process. A context: outside of it signals do what they did before."""
+
+    def __init__(self):
+        self.received, self.immediate, self.before = 0, False, {}
+        self.advice = " before anything was done"
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _frame) -> None:
+        """Called between two Python instructions of whatever is going on; prints by os.write, which is always safe."""
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        if self.immediate:
+            self.check()
+        os.write(2, b"\nfinishing this step, then saving (a second signal stops at once)\n")
+
+    def check(self) -> None:
+        """Stop here if that was asked for."""
+        if self.received:
+            raise Stopped(self.received, self.advice)
+
+    @contextmanager
+    def at_once(self):
+        """For what changes nothing that a checkpoint does not hold: loading, evaluation."""
+        self.check()
+        self.immediate = True
+        try:
+            yield
+        finally:
+            self.immediate = False
+
+
+@contextmanager
+def in_one_line(s: Settings):
+    """A full or unwritable disk, and a full memory, as UserError with what to do about it."""
+    folder, command = run_folder(s.name), f"python train.py --resume --name {s.name}"
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        raise UserError(f"cannot write to {folder} ({error.strerror}): what was saved before stands. When there is room, go on "
+                        f"with {command}") from None  # fmt: skip
+    except (MemoryError, RuntimeError) as error:  # CUDA's is a RuntimeError; on a CPU torch says it in a plain one
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in MEMORY):
+            raise
+        raise UserError(
+            f"out of memory: in training a smaller --micro-batch helps ({s.micro_batch} now), or --gradient-checkpointing; in "
+            f"sampling fewer --sample-rows ({s.sample_rows}); {command} takes them. A new run may have a smaller "
+            f"--max-new-tokens ({s.max_new_tokens}) or a --lora-rank"
+        ) from None
 
 
 class Log:
@@ -76,13 +153,8 @@ class Keeper:
         if there and not resume and not s.explain:
             how = "" if is_finished(self.folder) else f"go on with it ({self.command}), "
             raise UserError(f"{self.folder} already holds a run: {how}give another --name, or remove that folder")
-        if resume:
-            self.can_go_on()
-
-    def can_go_on(self) -> None:
-        """From now on who stops the run is told how it goes on."""
-        if self.alone:
-            self.signals.advice = f"; what was done is saved. Go on with: {self.command}"
+        self.advice = f"; what was done is saved. Go on with: {self.command}"
+        signals.advice = self.advice if resume else signals.advice
 
     @contextmanager
     def opened(self, device: str, data_sum: int) -> Iterator[None]:
@@ -92,7 +164,7 @@ class Keeper:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
-        self.can_go_on()
+        self.signals.advice = self.advice if self.alone else self.signals.advice
         self.progress, self.saved, self.about = Progress(), None, {"device": device, "data": data_sum}
         with checkpoint.locked(self.folder) if parallel.rank() == 0 else nullcontext():
             if self.resume:
@@ -176,34 +248,27 @@ class Keeper:
         if parallel.rank() == 0:
             self.log.write(method, step, metrics, self.bar)
         self.progress.steps[method] = step
-        broken = self.count_skipped(method, metrics)
-        if broken or self.signals.received or self.save_is_due(step):
+        trouble = self.trouble(method, step, metrics)
+        if trouble or self.signals.received or self.save_is_due(step):
             self.save(trainer)
-        if broken:
-            raise UserError(self.diagnosis(method, broken, step, metrics[broken]))
+        if trouble:
+            raise UserError(trouble)
         self.signals.check()
 
-    def count_skipped(self, method: str, metrics: dict) -> str:
-        """Follow the updates that were left out because they were not finite. Returns the stage, policy or
-        discriminator, that did not move in three steps in a row; normally ''."""
+    def trouble(self, method: str, step: int, metrics: dict) -> str:
+        """'', or what to turn where three steps in a row left an update out because it was not finite: the rate, and with
+        sampled rewards their clip."""
         for stage in ("discriminator", "policy"):
-            skipped = metrics.get(stage, {}).get("skipped", 0)
-            before, in_a_row = self.progress.skipped.get(f"{method} {stage}", (0, 0))
-            in_a_row = in_a_row + 1 if skipped > before else 0
-            self.progress.skipped[f"{method} {stage}"] = [skipped, in_a_row % 3]
+            values, key = metrics.get(stage, {}), f"{method} {stage}"
+            before, in_a_row = self.progress.skipped.get(key, (0, 0))
+            in_a_row = in_a_row + 1 if values.get("skipped", 0) > before else 0
+            self.progress.skipped[key] = [values.get("skipped", 0), in_a_row % 3]
             if in_a_row == 3:
-                return stage
+                rate = RATES.get(method.split()[-1], "policy_lr" if stage == "policy" else "reward_lr")
+                clip = " --reward-clip 10" if rate == "policy_lr" and self.s.policy_loss in ("reinforce", "ppo") else ""
+                how = (f"What is saved is as it was after the last good update. Go on with something turned, for instance: "
+                       f"{self.command}" if self.alone else "Start again with something turned, for instance:")  # fmt: skip
+                return (f"{method}: the {stage}'s loss or gradient was not finite in three steps in a row (step {step}: loss "
+                        f"{values['loss']:.3g}, norm of the gradient {values['grad_norm']:.3g}). {how} "
+                        f"{flag(rate)} {getattr(self.s, rate) / 2:g}{clip}")  # fmt: skip
         return ""
-
-    def diagnosis(self, method: str, stage: str, step: int, values: dict) -> str:
-        """What was not finite, and what to turn: the rate, and with sampled rewards their clip."""
-        rates = {"sft": "sft_lr", "sft_fair": "fair_lr", "grpo": "grpo_lr", "warm-up": "warm_up_lr"}
-        rate = rates.get(method.split()[-1]) or ("policy_lr" if stage == "policy" else "reward_lr")
-        sampled = rate == "policy_lr" and self.s.policy_loss in ("reinforce", "ppo")
-        turn = f"{flag(rate)} {getattr(self.s, rate) / 2:g}{' --reward-clip 10' * sampled}"
-        return (
-            f"{method}: the {stage}'s loss or gradient was not finite in three steps in a row (step {step}: loss "
-            f"{values['loss']:.3g}, norm of the gradient {values['grad_norm']:.3g}). "
-            + ("What is saved is as it was after the last good update. Go on with something turned, for instance: "
-               f"{self.command} {turn}" if self.alone else f"Start again with something turned, for instance: {turn}")
-        )

@@ -10,8 +10,7 @@ from engine.errors import Parser, UserError
 METHODS = ("sft", "sft_fair", "likelihood", "irl", "grpo")  # in the order in which they are trained
 DEVICES = ("auto", "cpu", "cuda", "mps")
 RULES = ("mean", "last", "lowest", "discounted")  # rerank.trace_scores
-MANY = 10**9
-COUNT, SHARE, POSITIVE = (1, MANY), (0, 1), (0.01, 1000)
+COUNT, SHARE, POSITIVE = (1, 10**9), (0, 1), (0.01, 1000)
 
 
 def setting(default, help: str, may_be: tuple = ()):
@@ -120,7 +119,7 @@ class Settings:
 
 
 # What each may be: one of some strings, or a number from, to
-MAY_BE = {f.name: f.metadata["may_be"] or (0, MANY) for f in fields(Settings) if f.metadata["may_be"] or f.type in (int, float)}
+MAY_BE = {f.name: f.metadata["may_be"] or (0, 10**9) for f in fields(Settings) if f.metadata["may_be"] or f.type in (int, float)}
 
 # What depends on the task and on the model's size. Rates for large models are the customary ones, not tuned here.
 WORDS = dict(

@@ -27,14 +27,13 @@ import policy
 import train
 from engine import checkpoint, keeper, loading
 from engine.errors import UserError
-from engine.keeper import Keeper, Log
+from engine.keeper import Keeper, Log, Signals, Stopped, in_one_line
 from engine.runs import saved_settings
 from engine.settings import complete, flag, parse_flags, parse_settings
-from engine.stops import Signals, Stopped, in_one_line
 
 EVALUATION = "--eval-questions 4 --eval-samples 1 --rerank-questions 4 --rerank-n 2 --max-new-tokens 12 --device cpu"
-ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 --max-steps 4 --grpo-steps 4 "
-       f"--validate-every 4 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
+ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 "
+       f"--max-steps 4 --grpo-steps 4 --validate-every 4 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
 IRL = (f"--method irl --demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 2 --warm-up 2 "
        f"--max-steps 3 --validate-every 0 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
 RESUME = ["--resume", "--name", "demo"]
@@ -471,10 +470,12 @@ def test_an_update_that_is_not_finite_changes_nothing(loss, gradient):
 
 def make_nan(patch, steps, stage="policy"):
     """Let the loss of these steps of IRL be NaN."""
-    owner, name = (irl.IRL, "policy_loss") if stage == "policy" else (train.reward, "comparison_loss")
-    real, real_step, now = getattr(owner, name), irl.IRL.step, []
+    real_step, now = irl.IRL.step, []
     patch.setattr(irl.IRL, "step", lambda self: now.append(self.done + 1) or real_step(self))
-    patch.setattr(owner, name, lambda *args: real(*args) * (float("nan") if now and now[-1] in steps else 1.0))
+    policy_losses = ((irl.IRL, "policy_loss"), (irl.IRL, "exact_loss"))
+    for owner, name in policy_losses if stage == "policy" else ((train.reward, "comparison_loss"),):
+        real = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, real=real: real(*args) * (float("nan") if now and now[-1] in steps else 1.0))
 
 
 def test_two_bad_steps_are_counted_and_survived(here, monkeypatch):
