@@ -10,8 +10,8 @@ from conftest import SHARED
 
 import data
 from data import Example
-from engine.candidates import from_texts
 from engine import loading
+from engine.candidates import from_texts
 from engine.chat import chat_text, set_date, token_ids
 from engine.errors import UserError
 from engine.settings import TASKS
