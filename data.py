@@ -7,8 +7,8 @@ tokens, and negatives that cost no sampling. The true answers, which it must not
     2. tokens           question -> prompt; trace and answer -> response, *its end token included*
     3. Batch            padded tokens [B, T], with masks that come from lengths
     4. the verifier     is_correct, and the lock on it, no_verifier
-    5. perturb          an expert's trace with one thing broken. Only what follows the first changed token counts as
-                        negative: reward.perturbed_negatives finds its column by comparing tokens
+    5. perturb          an expert's trace with one thing broken. Negative is only what follows, from the first changed
+                        token on: reward.perturbed_negatives finds its column by comparing tokens
 
     what the method needs           where                 test, in tests/test_data.py
     D_E                             load_examples         splits_are_disjoint_and_reproducible
@@ -137,10 +137,8 @@ def until_end(tokenizer, text: str) -> str:
 
 def token_at(tokenizer, ids, offset: int) -> int:
     """Index of the token of `ids` that holds character `offset` of the decoded text (past its end: the end token)."""
-    for index in range(len(ids)):
-        if len(decode(tokenizer, ids[: index + 1])) > offset:
-            return index
-    return len(ids) - 1
+    reaches = (index for index in range(len(ids)) if len(decode(tokenizer, ids[: index + 1])) > offset)
+    return next(reaches, len(ids) - 1)
 
 
 def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: int = 0) -> tuple[list[Example], int]:
@@ -266,7 +264,6 @@ def first_error(expert: Example, response: str) -> int | None:
 # becomes '+', which is how the pupil of `words` goes wrong: the reward has to find that out from samples.
 
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*", "×": "÷", "÷": "×"}
-PERTURBATIONS = ("number", "operator", "answer", "swap")
 
 
 def perturb(example: Example, rng: random.Random, kind: str | None = None) -> tuple[Example, int] | None:
@@ -280,9 +277,8 @@ def perturb(example: Example, rng: random.Random, kind: str | None = None) -> tu
     >>> broken.trace, at
     ('3/12=36', 9)
     """
-    breaks = {"number": break_number, "operator": break_operator, "answer": break_answer, "swap": swap_numbers}
-    for one in [kind] if kind else rng.sample(PERTURBATIONS, len(PERTURBATIONS)):
-        broken = breaks[one](example, rng)
+    for one in [kind] if kind else rng.sample(list(PERTURBATIONS), len(PERTURBATIONS)):
+        broken = PERTURBATIONS[one](example, rng)
         if broken is not None and broken != example:
             before, after = (response_text(e.trace, e.answer) for e in (example, broken))
             return broken, first_difference(before, after)
@@ -348,6 +344,9 @@ def other_number(digits: str, rng: random.Random) -> str:
     same = changed == digits
     leading_zero = len(changed) > 1 and changed[0] == "0" and digits[0] != "0"
     return other_number(digits, rng) if same or leading_zero else changed
+
+
+PERTURBATIONS = {"number": break_number, "operator": break_operator, "answer": break_answer, "swap": swap_numbers}
 
 
 def main() -> None:

@@ -33,10 +33,8 @@ def from_hub(source: str, split: str) -> list[Solution]:
     try:
         rows = list(datasets.load_dataset(name, config, split=hub_split))
     except Exception as error:  # datasets raises a dozen kinds: offline, proxy, gated, renamed
-        raise UserError(
-            f"cannot fetch {name} from the hub ({type(error).__name__}). Without a network, give a folder "
-            "that holds train.jsonl and test.jsonl: --data DIR"
-        ) from None
+        raise UserError(f"cannot fetch {name} from the hub ({type(error).__name__}). Without a network, give a folder "
+                        "that holds train.jsonl and test.jsonl: --data DIR") from None  # fmt: skip
     try:
         found = [from_medreason(row) if source == "medreason" else from_record(row) for row in rows]
     except (ValueError, KeyError) as error:
@@ -64,8 +62,7 @@ def read_jsonl(path: Path) -> list[Solution]:
 
 
 def text_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, line) of each line of a UTF-8 file that is not empty. A byte order mark, which Windows likes to
-    write, is no part of the first."""
+    """(line number, line) of each line of a UTF-8 file that is not empty. A byte order mark, as Windows writes, is no text."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -111,8 +108,7 @@ def from_record(record) -> Solution:
     options = record.get("options") or []
     if not isinstance(options, list):
         raise ValueError(f"field 'options' must be a list of strings, not {type(options).__name__}")
-    # GSM8K's calculator annotations go; a lone '<<' of the text stays.
-    trace = re.sub(r"<<[^<>]{0,200}>>", "", trace).strip()
+    trace = re.sub(r"<<[^<>]{0,200}>>", "", trace).strip()  # GSM8K's calculator annotations go; a lone '<<' stays
     options = tuple(field({"options": option}, "options") or "" for option in options)
     return Solution(question, trace, answer.strip(), options)
 

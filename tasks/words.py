@@ -1,4 +1,8 @@
-"""words: embedded word problems with an exact checker per step, and a pupil who gets them wrong."""
+"""words: embedded word problems with an exact checker per step, and a pupil who gets them wrong.
+
+    Ava has 24 pens. Ava buys 3 bags of 12. How many pens?        3*12=36
+                                                                  24+36=60
+"""
 
 import random
 import re

@@ -204,7 +204,7 @@ def test_first_errors(survives):
 
 def test_perturbations(survives):
     @inputs(500)
-    @given(examples(), st.integers(0, 2**32), st.none() | st.sampled_from(data.PERTURBATIONS))
+    @given(examples(), st.integers(0, 2**32), st.none() | st.sampled_from(list(data.PERTURBATIONS)))
     def check(example, seed, kind):
         found = survives(data.perturb, example, random.Random(seed), kind)
         if found:
