@@ -27,7 +27,9 @@ from data import Example
 from engine import loading
 from engine.errors import UserError, exit_status
 from engine.runs import load_run, read_settings
+from experiments.picture import picture
 from show import report, trace
+from show.figures import Line, chart, histogram
 from tasks import records, words
 from tasks.answers import extract_answer, same_answer
 
@@ -405,34 +407,28 @@ def test_reports_of_odd_runs(survives, tmp_path_factory):
         survives(report.write_report, run)
         for shown in report.read_run(run)["traces"] if survives(report.read_run, run) else []:
             if isinstance(shown, dict):
-                survives(report.picture, shown, 1.0)
+                survives(picture, shown, 1.0)
 
-    with pytest.MonkeyPatch.context() as patch:  # figures take seconds: the next test has them
-        patch.setattr(report, "draw", lambda name, label, paint, size: "<svg></svg>")
-        check()
+    check()
 
 
 finite = st.floats(-1e30, 1e30, exclude_min=True, exclude_max=True)
 
 
 def test_figures_of_odd_numbers(survives):
-    @inputs(6)
+    points = st.lists(st.tuples(finite, finite), min_size=1, max_size=5)
+
+    @inputs(100)
     @given(st.lists(finite, max_size=5), st.lists(finite, max_size=5))
     def check_histogram(right, wrong):
-        survives(report.histograms, right, wrong)
+        survives(histogram, "h", "reward", {"right": right, "wrong": wrong})
 
-    @inputs(6)
-    @given(st.lists(st.tuples(finite, finite), min_size=1, max_size=5), st.booleans())
-    def check_curves(points, share):
-        steps, heights = zip(*points)
-        survives(report.curves, "c", "t", share, [("irl", "IRL", list(steps), list(heights))])
+    @inputs(200)
+    @given(st.lists(points, min_size=1, max_size=3), st.booleans(), st.sampled_from(["", "pale", "band", "dashed"]))
+    def check_chart(lines, share, look):
+        survives(chart, "c", "step", [Line("a", "irl", line, look) for line in lines], share)
 
-    @inputs(6)
-    @given(st.dictionaries(st.integers(1, 999_999), st.tuples(finite, finite, finite), max_size=4))
-    def check_against(points):
-        survives(report.against, "a", "t", "N", [("irl", "-", "o", "IRL", True, points)])
-
-    check_histogram(), check_curves(), check_against()
+    check_histogram(), check_chart()
 
 
 def test_an_error_is_one_line_whatever_it_quotes(survives, capsys):

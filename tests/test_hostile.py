@@ -153,7 +153,7 @@ USES = {
     "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2", task="words"), text),
     "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),
     "printable": printable,
-    "visible": report.visible,
+    "token_span": lambda text: report.token_span(0, text, 0.5, 1.0, []),
 }
 
 
