@@ -16,7 +16,7 @@ import data
 import policy
 from engine import loading
 from engine.settings import parse_settings
-from irl import IRL, draw
+from irl import IRL
 
 
 @dataclass
@@ -40,7 +40,7 @@ class SFT:
         s = self.settings
         policy.set_rate(self.optimizer, s.sft_lr, self.done, s.sft_steps)
         batch = data.demonstration_batch(
-            self.tokenizer, draw(self.experts, s.sft_batch, self.rng), self.policy_model.device
+            self.tokenizer, data.draw(self.experts, s.sft_batch, self.rng), self.policy_model.device
         )
         loss = lambda rows: policy.sft_loss(self.policy_model, batch[rows])
         metrics = policy.descend(self.policy_model, self.optimizer, batch, loss, s)
@@ -70,7 +70,7 @@ class GRPO:
         """Rollout, verify, normalise within the group, policy gradient."""
         s = self.settings
         policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
-        examples = draw(self.examples, s.questions, self.rng)
+        examples = data.draw(self.examples, s.questions, self.rng)
         rollout, sampled = self.rollout([e.question for e in examples], s.group)
         batch, mask = rollout.batch, rollout.batch.response_mask
         texts = [data.decode(self.tokenizer, batch.response(row)) for row in range(len(batch))]

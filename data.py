@@ -8,7 +8,7 @@ tokens, and negatives that cost no sampling. The true answers, which it must not
     3. Batch            padded tokens [B, T], with masks that come from lengths
     4. the verifier     is_correct, and the lock on it, no_verifier
     5. perturb          an expert's trace with one thing broken. Negative is only what follows, from the first changed
-                        token on: reward.perturbed_negatives finds its column by comparing tokens
+                        token on: perturbed_negatives finds its column by comparing tokens
 
     what the method needs           where                 test, in tests/test_data.py
     D_E                             load_examples         splits_are_disjoint_and_reproducible
@@ -81,6 +81,11 @@ def load_examples(source: str, split: str, count: int | None = None, seed: int =
         raise UserError(f"'{source}' has no {split} examples")
     random.Random(f"order {seed}").shuffle(found)
     return [Example(*solution) for solution in found[:count]]
+
+
+def draw(items: list, count: int, rng: random.Random) -> list:
+    """`count` items, without repeats where there are enough."""
+    return rng.sample(items, count) if len(items) >= count else rng.choices(items, k=count) if items else []
 
 
 # 2. Prompts and responses -------------------------------------------------------------------------------------------
@@ -347,6 +352,22 @@ def other_number(digits: str, rng: random.Random) -> str:
 
 
 PERTURBATIONS = {"number": break_number, "operator": break_operator, "answer": break_answer, "swap": swap_numbers}
+
+
+def perturbed_negatives(tokenizer, example: Example, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
+    """`count` broken copies of an expert's trace: (response tokens, index of the first changed token).
+
+    The index comes from comparing token ids. A copy that equals the expert's is dropped: a no-op is no negative.
+    """
+    expert = response_ids(tokenizer, response_text(example.trace, example.answer))
+    negatives = []
+    for _ in range(count):
+        found = perturb(example, rng)
+        if found is not None:
+            broken = response_ids(tokenizer, response_text(found[0].trace, found[0].answer))
+            if broken != expert:
+                negatives.append((broken, first_difference(broken, expert)))
+    return negatives
 
 
 def main() -> None:

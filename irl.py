@@ -13,11 +13,11 @@ Nobody checks an answer here: every step runs inside `data.no_verifier()`, where
 and GRPO, are in baselines.py. GRPO may look.)
 
     equation                                               where                          test, in tests/test_irl.py
-    Algorithm 1                                            IRL.step                       a_policy_improves_from_demonstrations_alone
+    Algorithm 1                                            IRL.step                       a_policy_improves_from_demonstrations_..
     pi ~ exp(f / alpha) is best for r at gamma = 0         IRL.end_warm_up                the_policy_starts_at_the_averaged_reward
     max E_{a~pi}[f - alpha log pi], gamma = 0 (ours)       IRL.update_policy              exact_loss_equals_the_plain_loop
-    A_t = G_t - b_t, or F_t - its mean (method of v1, v2)  IRL.advantages                 sums_over_actions_and_what_follows_..
-    no verifier in training                                data.no_verifier               training_raises_if_the_answer_check_..
+    A_t = G_t - b_t, or F_t - its mean (method of v1, v2)  IRL.advantages                 sums_over_actions_and_..
+    no verifier in training                                data.no_verifier               training_raises_if_..
 
 Run `python irl.py` for three iterations on the shipped base, stage by stage.
 """
@@ -31,7 +31,7 @@ import data
 import policy
 import reward
 from data import Example
-from engine import loading, logprob, lora, memory
+from engine import loading, logprob, lora
 from engine.settings import parse_settings
 from policy import Rollout
 
@@ -70,8 +70,8 @@ class IRL:
         policy.set_rate(self.policy_optimizer, s.policy_lr, self.done, s.max_steps)
         policy.set_constant_rate(self.reward_optimizer, s.reward_lr)
         with data.no_verifier():
-            examples = draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
-            questions = [e.question for e in examples] + draw(self.extra, s.questions // 2, self.rng)
+            examples = data.draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
+            questions = [e.question for e in examples] + data.draw(self.extra, s.questions // 2, self.rng)
             rollout, metrics["rollout"] = self.rollout(questions, s.group)  # G traces per question
             if not s.freeze_reward:
                 metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)  # D: expert or policy?
@@ -86,7 +86,7 @@ class IRL:
         s, rollout = self.settings, None
         with data.no_verifier():
             policy.set_constant_rate(self.reward_optimizer, s.warm_up_lr)
-            examples = draw(self.experts, s.questions, self.rng)
+            examples = data.draw(self.experts, s.questions, self.rng)
             if s.discriminator_coef:
                 rollout, _ = self.rollout([e.question for e in examples], s.rollouts_per_expert)
             return self.update_discriminator(examples, rollout, s.rollouts_per_expert)
@@ -236,11 +236,6 @@ def first_logprob(model, tokenizer, experts: list[Example]) -> float:
     first = [data.response_ids(tokenizer, data.response_text(e.trace, e.answer))[:1] for e in experts]
     batch = data.make_batch(prompts, first, model.device)
     return float(policy.in_chunks(lambda b: policy.token_logprobs(model, b), batch, 4).sum()) / len(experts)
-
-
-def draw(items: list, count: int, rng: random.Random) -> list:
-    """`count` items, without repeats where there are enough."""
-    return rng.sample(items, count) if len(items) >= count else rng.choices(items, k=count) if items else []
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ expert's trace with one thing broken, which counts from the first changed token 
     r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards     rewards_are_clipped_and_sharpened
     sparse, interval, dense (2510.01857, v1 and v2)     segment_ends, segment_sums      segment_ends, segment_sums_..
     f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward    a_likelihood_is_.., a_head_reads_..
-    perturbed negatives (2510.01857)                    perturbed_negatives, compare    perturbed_negatives_count_from_..
+    perturbed negatives (2510.01857)                    data.perturbed_negatives, compare  perturbed_negatives_count_from_..
 
 Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy was. With logit = f it is the
 log-ratio expert / policy, and is worth nothing once the policy has moved on.
@@ -37,7 +37,6 @@ import data
 import policy
 from data import Batch
 from engine import loading, logprob, memory, parallel, sampler
-from tasks.common import first_difference
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Equations
@@ -271,22 +270,6 @@ class Replay:
             self.add(question, past)
 
 
-def perturbed_negatives(tokenizer, example: data.Example, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
-    """`count` broken copies of an expert's trace: (response tokens, index of the first changed token).
-
-    The index comes from comparing token ids. A copy that equals the expert's is dropped: a no-op is no negative.
-    """
-    expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
-    negatives = []
-    for _ in range(count):
-        found = data.perturb(example, rng)
-        if found is not None:
-            broken = data.response_ids(tokenizer, data.response_text(found[0].trace, found[0].answer))
-            if broken != expert:
-                negatives.append((broken, first_difference(broken, expert)))
-    return negatives
-
-
 def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[int]]], perturbed: int,
             rng: random.Random, device="cpu") -> Comparison:  # fmt: skip
     """Experts beside negatives: rollouts[i] holds sampled responses (token lists) to examples[i].question."""
@@ -294,7 +277,7 @@ def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[in
     for i, example in enumerate(examples):
         prompt = data.prompt_ids(tokenizer, example.question)
         negatives = [(response, 0) for response in rollouts[i]]
-        negatives += perturbed_negatives(tokenizer, example, perturbed, rng)
+        negatives += data.perturbed_negatives(tokenizer, example, perturbed, rng)
         for response, first_changed in negatives:
             prompts.append(prompt)
             responses.append(response)

@@ -196,7 +196,7 @@ def test_perturbed_negatives_count_from_the_first_changed_token(shipped):
     _, tokenizer = shipped
     example = data.Example("Ava has 24 pens. Ava loses 9. Ava finds 3. How many pens?", "24-9=15\n15+3=18", "18")
     expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
-    found = reward.perturbed_negatives(tokenizer, example, 50, random.Random(0))
+    found = data.perturbed_negatives(tokenizer, example, 50, random.Random(0))
     assert len(found) == 50
     for ids, first in found:
         assert ids != expert and ids[:first] == expert[:first] and ids[first] != expert[first]
