@@ -2,7 +2,11 @@
 
 SFT imitates the demonstrations: it sees what IRL sees and never samples. GRPO (Shao et al. 2024, arXiv 2402.03300)
 samples and asks a verifier about each answer: it sees what IRL may not see, and shows what a verifier buys. It is the
-only place where the answer check enters training, and the reason why these two live outside irl.py.
+only place where the answer check enters training, and the reason why these two live outside irl.py. (No part of Algorithm 1.)
+
+    equation                                         where            test, in tests/test_irl.py
+    -log pi of the demonstrations' tokens            SFT.step         sft_fits_its_demonstrations
+    A = (R - mean R) / std R, R = 1 if right         GRPO.step        grpo_leaves_out_only_what_teaches_nothing
 
 Run `python baselines.py` for a few updates of each on the shipped base.
 """

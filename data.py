@@ -260,7 +260,9 @@ def is_correct(example: Example, response: str) -> bool:
 
 def first_error(expert: Example, response: str) -> int | None:
     """Where a response to an embedded problem first goes wrong: a character offset into it, None if it is right. Only
-    tests of what a reward has learnt ask for it."""
+    tests of what a reward has learnt ask for it; the lock holds here, too."""
+    if _verifier_locked:
+        raise RuntimeError("the place of an error was asked for while training without a verifier")
     return EMBEDDED[expert.task].first_error(expert, response)
 
 

@@ -1,13 +1,22 @@
-"""The policy: a causal language model that we load, sample from, score with, and improve.
+"""The policy: a causal language model that we sample from, score with, and improve. (engine/loading.py loads it.)
 
-    1. load_policy                      a hub name, a short name (Qwen2.5-0.5B) or a folder -> model, tokenizer
-    2. sample                           batched sampling with a key/value cache, written out
-    3. choosing_states, token_logprobs  hidden states, and log pi(a_t | s_t) of given tokens (logprob.py does the sums)
-    4. returns, baselines, advantages   pure functions of rewards [B, T]
-    5. losses                           SFT, REINFORCE, PPO; KL to a reference
-    6. update                           one optimizer step in micro-batches, whose size changes no gradient
+In Algorithm 1 this is the rollout (stage 1) and the policy's step (stage 4). Index t is the same everywhere: column t speaks
+of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
 
-Index t is the same everywhere: column t speaks of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
+    1. sampling                     `sample_plain` shows what `sample` does faster (engine/sampler.py)
+    2. log-probabilities            `token_logprobs_plain` shows what `token_logprobs` does with less (engine/logprob.py)
+    3. returns, advantages          pure functions of rewards [B, T]
+    4. losses                       SFT, REINFORCE, PPO; KL to a reference
+    5. updates                      one optimizer step in micro-batches, whose size changes no gradient
+
+    equation                                                 where               test, in tests/test_policy.py
+    G_t = r_t + gamma G_{t+1} (2510.01857)                   returns_to_go       returns_to_go_by_hand
+    b_t, the mean of the others (Kool et al. 2019)           group_baseline      the_group_baseline_is_unbiased
+    A = (R - mean R) / std R (2402.03300, eq. 3)             grpo_advantages     grpo_advantages_by_hand
+    -A log pi (Williams 1992)                                reinforce_loss      reinforce_gradient_is_minus_the_advantage
+    -min(ratio A, clip(ratio) A) (1707.06347, eq. 7)         ppo_loss            ppo_clips_where_the_ratio_has_gone_far_..
+    KL ~ e^d - d - 1, d = log pi_ref - log pi (k3)           kl_k3               k3_by_hand_and_unbiased
+    -log pi of the expert's tokens                           sft_loss            the_end_token_is_trained_and_the_prompt_..
 
 Run `python policy.py` to sample the shipped base and see that its log-probabilities are those of a fresh forward pass.
 """
@@ -22,9 +31,7 @@ from data import Batch, make_batch
 from engine import loading, logprob, memory, parallel, sampler
 from engine.errors import UserError
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Sampling
-# ---------------------------------------------------------------------------------------------------------------
+# 1. Sampling ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -59,6 +66,19 @@ def choose(logprobs: torch.Tensor, temperature: float, top_p: float, generator=N
 
 
 @torch.no_grad()
+def sample_plain(model, prompt: list[int], ends: tuple[int, ...], max_new_tokens: int, temperature: float = 1.0,
+                 top_p: float = 1.0, generator=None) -> tuple[list[int], list[float]]:  # fmt: skip
+    """One response and log pi of its tokens, with a whole forward pass for each: what `sample` does, to be read."""
+    response, logprobs = [], []
+    while len(response) < max_new_tokens and not (response and response[-1] in ends):
+        logits = model(torch.tensor([prompt + response], device=model.device)).logits[:, -1].float()  # [1, V]
+        logp = (logits / (temperature or 1.0)).log_softmax(-1)
+        response.append(int(choose(logp, temperature, top_p, generator)))
+        logprobs.append(float(logp[0, response[-1]]))
+    return response, logprobs
+
+
+@torch.no_grad()
 def sample(
     model, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, group: int = 1, temperature: float = 1.0,
     top_p: float = 1.0, generator: torch.Generator | None = None, rows: int = 512,
@@ -89,9 +109,15 @@ def sample(
     return Rollout(batch, values.to(model.device), finished.to(model.device))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Log-probabilities of given tokens
-# ---------------------------------------------------------------------------------------------------------------
+# 2. Log-probabilities of given tokens --------------------------------------------------------------------------------
+
+
+def token_logprobs_plain(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """log pi(a_t | s_t) by one ordinary forward pass: what `token_logprobs` does, to be read. [B, T], 0 elsewhere."""
+    logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits.float()  # [B, T, V]
+    logp = (logits / temperature).log_softmax(-1)[:, :-1]  # what was known before token t is in column t - 1
+    chosen = logp.gather(-1, batch.tokens[:, 1:, None]).squeeze(-1)  # [B, T-1]
+    return torch.nn.functional.pad(chosen, (1, 0)) * batch.response_mask
 
 
 def choosing_states(model, batch: Batch) -> torch.Tensor:
@@ -146,9 +172,7 @@ def token_entropies(model, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def in_chunks(
-    function: Callable, batch: Batch, rows: int = 64, *aligned: torch.Tensor, tokens: int = 0
-) -> torch.Tensor:
+def in_chunks(function: Callable, batch: Batch, rows: int = 64, *aligned: torch.Tensor, tokens: int = 0) -> torch.Tensor:
     """function(batch, *aligned) -> [B, T] or [B, T, H] without a gradient, a few rows at a time, so that memory does not
     grow with B. `aligned` are [B, T, ..] tensors that belong to the batch; each call gets its rows of them. `rows` and
     `tokens` are those of memory.micro_batches."""
@@ -177,9 +201,7 @@ def divide_logits(model, by: float) -> None:
         raise UserError("this model's logits cannot be divided by scaling its last norm: use --start base")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Returns, baselines, advantages
-# ---------------------------------------------------------------------------------------------------------------
+# 3. Returns, baselines, advantages -----------------------------------------------------------------------------------
 
 
 def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -255,9 +277,7 @@ def grpo_advantages(outcomes: torch.Tensor, group: int) -> torch.Tensor:
     return (centred / grouped.std(1, unbiased=False, keepdim=True).clamp(min=1e-6)).flatten()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Losses, one value per token [B, T] or [N]. `accumulate` divides their sum by the tokens of the whole batch.
-# ---------------------------------------------------------------------------------------------------------------
+# 4. Losses, one value per token [B, T] or [N]. `accumulate` divides their sum by the tokens of the whole batch. ------
 
 
 def reinforce_loss(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -300,9 +320,7 @@ def sft_loss(model, batch: Batch) -> torch.Tensor:
     return loss_of_logprobs(model, choosing_states(model, batch), batch, lambda logprobs, n: -logprobs)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6. Updates
-# ---------------------------------------------------------------------------------------------------------------
+# 5. Updates ----------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model, lr: float) -> torch.optim.Optimizer:

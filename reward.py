@@ -10,8 +10,8 @@ the demonstrations, is ours and for a likelihood alone (c_L, --reward-nll). A ne
 expert's trace with one thing broken, which counts from the first changed token on (`compare`).
 
     equation                                            where                           test, in tests/test_reward.py
-    D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits, airl      airl_discriminator_by_hand
-    logit = f (GAIL; 2510.01857's released code)        discriminator_logits, gail      the_discriminator_learns
+    D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits            airl_discriminator_by_hand
+    logit = f (GAIL; 2510.01857's released code)        discriminator_logits            the_discriminator_learns
     BCE, smoothed labels (released code)                bce_loss                        bce_by_hand
     Bradley-Terry (GAD)                                 comparison_loss                 comparison_losses_by_hand
     r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards     rewards_are_clipped_and_sharpened

@@ -173,6 +173,8 @@ def test_extract_answer(response, answer):
 def test_the_verifier_can_be_locked():
     with data.no_verifier(), pytest.raises(RuntimeError, match="without a verifier"):
         data.is_correct(EXPERT, wrap(EXPERT.trace))
+    with data.no_verifier(), pytest.raises(RuntimeError, match="without a verifier"):
+        data.first_error(EXPERT, wrap(EXPERT.trace))
     assert data.is_correct(EXPERT, wrap(EXPERT.trace))
 
 

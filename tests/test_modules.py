@@ -1,6 +1,8 @@
 """Each module runs by itself, as `python <module>.py`, and shows its part."""
 
 import ast
+import importlib
+import itertools
 import re
 import runpy
 import sys
@@ -76,3 +78,26 @@ def test_no_module_imports_itself_by_a_detour():
         for name in free:
             del left[name]
     assert not left, f"these import each other: {left}"
+
+
+@pytest.mark.parametrize("module", sorted(TOP - {"train"}))
+def test_the_table_on_top_names_what_is_there(module):
+    """Each equation's row ends with the names of its functions, here or `module.name`, and of its tests, maybe cut by '..'."""
+    text = ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8")))
+    file = re.search(r"tests/(test_\w+)\.py", text)[1]
+    tests = set(re.findall(r"^def test_(\w+)", (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"), re.M))
+    lines = text.split("\n")
+    start = next(i for i, line in enumerate(lines) if f"tests/{file}.py" in line) + 1
+    rows = list(itertools.takewhile(str.strip, lines[start:]))
+    assert rows
+    for row in rows:
+        *_, where, checks = re.split(r" {2,}", row.strip())
+        for name in where.split(", "):
+            owner, _, rest = name.partition(".")
+            found = importlib.import_module(owner) if owner in TOP else importlib.import_module(module)
+            for part in (rest if owner in TOP else name).split("."):
+                assert hasattr(found, part), row
+                found = getattr(found, part)
+        for check in checks.split(", "):
+            cut = check.removesuffix("..").rstrip("_")
+            assert cut in tests or cut != check and any(test.startswith(cut) for test in tests), row

@@ -33,9 +33,31 @@ def test_sampled_logprobs_equal_a_fresh_forward_pass(shipped, prompts, temperatu
     assert rollout.finished.all() and (rollout.batch.lengths > rollout.batch.prompt_lengths).all()
 
 
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8)])
+def test_sample_is_the_plain_loop(shipped, prompts, temperature, top_p):
+    model, tokenizer = shipped
+    ends = data.end_tokens(tokenizer, model)
+    for prompt in prompts[:3]:
+        how = (ends, 40)
+        response, logprobs = policy.sample_plain(model, prompt, *how, temperature, top_p, torch.Generator().manual_seed(1))
+        fast = policy.sample(model, [prompt], *how, 1, temperature, top_p, torch.Generator().manual_seed(1))
+        assert fast.batch.response(0) == response
+        assert_close(fast.logprobs[0, len(prompt) :], torch.tensor(logprobs), atol=1e-4, rtol=1e-4)
+
+
+def test_token_logprobs_are_those_of_the_plain_pass(shipped):
+    model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
+    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 4))
+    plain, fast = (score(model, batch, 0.7) for score in (policy.token_logprobs_plain, policy.token_logprobs))
+    assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(fast.sum(), parameters), torch.autograd.grad(plain.sum(), parameters), strict=True):
+        assert b.any() and (a - b).norm() <= 1e-4 * b.norm()
+
+
 def test_sampling_and_training_agree_in_half_precision(shipped, prompts, monkeypatch):
-    """Under bf16 autocast too, both take float32 logits of the same states. The layers are kept out of it: their roundings depend on how many
-    tokens are read at once."""
+    """Under bf16 autocast too, both take float32 logits of the same states. The layers are kept out of it: their roundings
+    depend on how many tokens are read at once."""
     model, tokenizer = shipped
     decoder = model.get_decoder()
     exact = torch.autocast("cpu", enabled=False)(decoder.forward)
