@@ -41,12 +41,11 @@ from engine.candidates import Candidates, Reading, collect, from_texts, natural_
 from engine.chat import check_text
 from engine.errors import Parser, UserError, exit_status
 from engine.runs import load_run
-from engine.settings import check_values
+from engine.settings import DEVICES, RULES, check_values
 from show.tables import show_choices, show_results
 from tasks import records
 from tasks.answers import ONLY_NUMBER, normalise_text, option_of, parse_number
 
-RULES = ("mean", "last", "lowest", "discounted")
 # Models trained on the demonstrations alone, whose log-probability is the baseline to beat: signal -> folder of a run
 JUDGES = {"sft_logprob": "sft", "sft_fair_logprob": "sft_fair"}
 LOGPROBS = ("logprob", *JUDGES)
@@ -422,7 +421,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--policy", default="base", help="who samples: base (the run's), run, or a folder")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy")
     parser.add_argument("--rows", type=int, default=512, help="responses sampled at a time (memory)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON, too")
     parser.add_argument("--seed", type=int, default=0, help="of the questions, the samples and the intervals")
     args = parser.parse(argv)
