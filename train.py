@@ -323,8 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
         with signals:
             return exit_status(program)
     except Stopped as stopped:
-        print(f"\nstopped by {stopped}", file=sys.stderr)
-        return stopped.status
+        status, told = stopped.args
+        print(f"\nstopped by {told}", file=sys.stderr)
+        return status
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What lets a run be killed at any moment and go on as if nothing had happened.
+"""What lets a run be killed at any moment and go on as if nothing had happened; engine/keeper.py decides when to save.
 
     files         written beside their place, then renamed: there is the old one or the new one, never half of one
-    state         of models, optimizers, random generators, ... as tensors and plain values
+    state         of what a trainer (irl.IRL, baselines.SFT, baselines.GRPO) names in `changes`: tensors and plain values
     checkpoints   runs/<name>/checkpoints/000012/: tensors.safetensors, state.json, checksums.json; two are kept
 
-No pickle anywhere: a checkpoint is data, and reading one runs no code. engine/keeper.py decides when to save; a trainer
-(irl.IRL, baselines.SFT, baselines.GRPO) says in `changes` which of its attributes training changes.
+No pickle anywhere: a checkpoint is data, and reading one runs no code.
 """
 
 import errno
@@ -30,8 +29,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-# --- files ------------------------------------------------------------------------------------------------------
 
 
 def sync(path: Path) -> None:
@@ -90,13 +87,12 @@ def locked(folder: Path):
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another process is writing {folder}: wait for it, or give another --name") from None
-    except OSError:
-        pass
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}: wait for it, or give another --name") from None
+        except OSError:
+            pass
         yield
     finally:
         os.close(descriptor)
@@ -111,12 +107,9 @@ def checksum(path: Path) -> int:
     return value
 
 
-# --- state ------------------------------------------------------------------------------------------------------
-
-
 def state_of(part):
     """The state of a model, an optimizer, a random generator or anything with a state_dict: dicts, lists, tensors."""
-    if isinstance(part, int):
+    if isinstance(part, int):  # how many steps are done
         return part
     if isinstance(part, random.Random):
         return part.getstate()
@@ -136,11 +129,11 @@ def restore(part, state) -> None:
         part.setstate((version, tuple(words), gauss))
     elif isinstance(part, torch.Generator):
         part.set_state(state)
-    elif isinstance(part, torch.optim.Optimizer):  # JSON has made strings of its parameters' numbers
-        part.load_state_dict(state | {"state": {int(number): values for number, values in state["state"].items()}})
-    elif isinstance(part, torch.nn.Module):
-        part.load_state_dict(part.state_dict() | state)
     else:
+        if isinstance(part, torch.optim.Optimizer):  # JSON has made strings of its parameters' numbers
+            state = state | {"state": {int(number): values for number, values in state["state"].items()}}
+        if isinstance(part, torch.nn.Module):
+            state = part.state_dict() | state
         part.load_state_dict(state)
 
 
@@ -160,11 +153,9 @@ def load_trainer(trainer, state: dict) -> None:
 
 
 def generators() -> list[torch.Generator]:
-    """torch's global ones. (A model's dropout draws from them.)"""
+    """torch's global ones, from which a model's dropout draws."""
     return [torch.default_generator, *torch.cuda.default_generators]
 
-
-# --- checkpoints ------------------------------------------------------------------------------------------------
 
 TENSOR = "__tensor__"  # in state.json, {TENSOR: name} stands for a tensor of tensors.safetensors
 

@@ -30,11 +30,7 @@ RATES = {"sft": "sft_lr", "sft_fair": "fair_lr", "grpo": "grpo_lr", "warm-up": "
 
 
 class Stopped(BaseException):
-    """The run was asked to stop. Not an Exception, so that nobody on the way swallows it."""
-
-    def __init__(self, number: int, advice: str):
-        super().__init__(signal.Signals(number).name + advice)
-        self.status = 128 + number  # the shell's convention: 130 for SIGINT, 143 for SIGTERM
+    """The run was asked to stop: (exit status, by what and how to go on). Nobody on the way may swallow it as an Exception."""
 
 
 class Signals:
@@ -67,7 +63,8 @@ class Signals:
     def check(self) -> None:
         """Stop here if that was asked for."""
         if self.received:
-            raise Stopped(self.received, self.advice)
+            # the shell's convention: 130 for SIGINT, 143 for SIGTERM
+            raise Stopped(128 + self.received, f"{signal.Signals(self.received).name}{self.advice}")
 
     @contextmanager
     def at_once(self):

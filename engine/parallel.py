@@ -9,13 +9,10 @@ their replay, and samples with its own random numbers. The ranks meet in four pl
     make_optimizer       PyTorch's ZeroRedundancyOptimizer: each rank keeps AdamW's states for 1/N of the weights
     rows, mean           evaluation, and the metrics that are logged
 
-Neither DistributedDataParallel nor FSDP2 would do: both hang their communication on a module's forward and backward, so all
-ranks must make the same number of them. Here they do not: a rank samples until its own longest response has ended,
-micro-batches by tokens are as many as they need to be, and losses go around the model's forward (policy.choosing_states). One
-sum per optimizer step needs no such agreement, and moves as many bytes. It does not overlap with backward, and weights are
-not sharded: a model that one GPU cannot hold needs --lora-rank. Nothing is saved before the end (engine/keeper.py).
-
-Without torchrun there is one process, every function here returns what it was given, and nothing else changes.
+Neither DistributedDataParallel nor FSDP2 would do: they hang communication on a module's forward and backward, of which all
+ranks must then make the same number. Here a rank samples until its own longest response has ended, and losses go around the
+model's forward (policy.choosing_states); one sum per optimizer step moves as many bytes. Weights are not sharded, and nothing
+is saved before the end (engine/keeper.py). Without torchrun every function here returns what it was given.
 """
 
 import os

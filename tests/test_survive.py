@@ -373,7 +373,7 @@ def test_a_step_is_finished_first_and_a_second_signal_does_not_wait(monkeypatch)
         time.sleep(0.01)  # nothing happens in the middle of a step
         with pytest.raises(Stopped) as stopped:
             signals.check()
-        assert stopped.value.status == 143
+        assert stopped.value.args[0] == 143
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
