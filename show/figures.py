@@ -58,11 +58,7 @@ def chart(label: str, xlabel: str, lines: list[Line], share: bool = False, x_tic
 
 
 def limits(values: list[float], share: bool = False) -> tuple[float, float]:
-    """(low, high) of an axis for these values, never equal; for shares from 0 to a round number.
-
-    >>> limits([0.1, 0.5], share=True), limits([2.0, 2.0])
-    ((0.0, 0.6), (1.0, 3.0))
-    """
+    """(low, high) of an axis for these values, never equal; for shares from 0 to a round number."""
     low, high = min(values), max(values)
     if share and low >= 0 and high <= 1:
         return 0.0, next(top for top in (0.1, 0.2, 0.4, 0.6, 0.8, 1.0) if high <= top)
@@ -73,11 +69,7 @@ def limits(values: list[float], share: bool = False) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """The round numbers from low to high, about five: 1, 2 or 5 times a power of ten apart.
-
-    >>> ticks(0, 1), ticks(-3, 42)
-    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [0.0, 10.0, 20.0, 30.0, 40.0])
-    """
+    """The round numbers from low to high, about five: 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next((unit * factor for factor in (1, 2, 5) if unit * factor >= 0.999 * rough), 10 * unit)

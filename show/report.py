@@ -32,11 +32,6 @@ METHODS = {"base": "Base", "sft": "SFT", "sft_fair": "SFT, averaged and sharpene
 # Ways to choose one of N samples that are drawn: (colour, look). The others only get numbers.
 RULES = {"oracle": ("ink", "dotted"), "reward": ("irl", ""), "majority": ("other", "dashed"), "sft_logprob": ("sft", ""),
          "sft_fair_logprob": ("sft_fair", ""), "logprob": ("base", ""), "random": ("soft", "dotted")}  # fmt: skip
-SCORES = {"logprob": "policy log-prob", "sft_logprob": "SFT log-prob", "sft_fair_logprob": "averaged SFT log-prob",
-          "entropy": "policy entropy: highest", "weighted_majority": "majority, weighted by reward",
-          "chance_reward": "chance, where the reward is read"}  # fmt: skip
-OF_A_SCORE = {"first": "first below −1", "drop": "largest drop", "mean": "mean token", "lowest": "lowest token",
-              "last": "last token", "discounted": "discounted sum"}  # fmt: skip
 # place in report.html: (a share?, methods, metrics); a line for every method and metric that there is
 CURVES = {
     "validation": (True, "sft sft_fair likelihood irl grpo", "validation/t1"),
@@ -57,32 +52,27 @@ CURVES = {
 
 
 def read_run(run: Path) -> dict:
-    """What a run's four files hold, and under "missing" the names of those that are not there."""
-    names = {"settings": "settings.json", "metrics": "metrics.jsonl", "results": "results.json", "traces": "traces.json"}
-    parts: dict = {"settings": {}, "metrics": [], "results": {}, "traces": []}
-    missing = [name for name in names.values() if not os.path.isfile(run / name)]
-    if len(missing) == len(names):
-        raise UserError(f"{run} is not the folder of a run: none of {', '.join(missing)} is there")
-    for key, name in names.items():
-        if name in missing:
-            continue
-        try:
-            text = (run / name).read_text(encoding="utf-8", errors="replace")
-            found = parse_lines(text) if key == "metrics" else json.loads(text)
-        except (ValueError, OSError, RecursionError) as error:
-            raise UserError(f"cannot read {run / name}: {error}") from None
-        if not isinstance(found, type(parts[key])):
-            raise UserError(f"{run / name}: expected a JSON {'object' if parts[key] == {} else 'list'}")
-        parts[key] = found
-    return parts | {"missing": missing}
+    """{"settings", "metrics", "results", "traces": what these files hold, "missing": names of those that are not there}."""
+    kinds = {"settings.json": dict, "metrics.jsonl": list, "results.json": dict, "traces.json": list}
+    parts = {"missing": [name for name in kinds if not os.path.isfile(run / name)]}
+    if len(parts["missing"]) == len(kinds):
+        raise UserError(f"{run} is not the folder of a run: none of {', '.join(kinds)} is there")
+    for name, kind in kinds.items():
+        found = kind()
+        if name not in parts["missing"]:
+            try:
+                text = (run / name).read_text(encoding="utf-8", errors="replace")
+                found = parse_lines(text) if name.endswith("l") else json.loads(text)
+            except (ValueError, OSError, RecursionError) as error:
+                raise UserError(f"cannot read {run / name}: {error}") from None
+        if not isinstance(found, kind):
+            raise UserError(f"{run / name}: expected a JSON {'object' if kind is dict else 'list'}")
+        parts[name.split(".")[0]] = found
+    return parts
 
 
 def parse_lines(text: str) -> list[dict]:
-    """The objects in JSON lines. A last line cut in two is left out: the run still goes on, or was stopped.
-
-    >>> parse_lines('{"step": 1}\\n{"st')
-    [{'step': 1}]
-    """
+    """The objects in JSON lines. A last line cut in two is left out: the run still goes on, or was stopped."""
     lines, records = text.strip().split("\n"), []
     for number, line in enumerate(lines, 1):
         try:
@@ -94,11 +84,7 @@ def parse_lines(text: str) -> list[dict]:
 
 
 def dig(tree, *keys, kind: type = dict):
-    """tree[a][b].. if it is of this kind, else an empty one: what is missing, null or odd shows nothing.
-
-    >>> dig({"a": {"b": {"c": 1}}}, "a", "b"), dig({"a": 3}, "a", "b"), dig({"a": [1]}, "a", kind=list)
-    ({'c': 1}, {}, [1])
-    """
+    """tree[a][b].. if it is of this kind, else an empty one: what is missing, null or odd shows nothing."""
     for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree if isinstance(tree, kind) else kind()
@@ -110,33 +96,25 @@ def finite(value) -> float | None:
     return float(value) if is_number and abs(value) < 1e30 else None
 
 
-def interval(value) -> tuple[float, float | None, float | None] | None:
-    """(mean, low, high) of what results.json holds for a number: [mean, low, high], or the number alone.
+def numbers(values: list) -> list[float]:
+    """Those of the values that are finite numbers."""
+    return [number for number in map(finite, values) if number is not None]
 
-    >>> interval([0.5, 0.4, 0.6]), interval(0.5), interval(None)
-    ((0.5, 0.4, 0.6), (0.5, None, None), None)
-    """
-    values = [finite(v) for v in (value if isinstance(value, list) else [value])]
-    mean, low, high = (values + [None] * 3)[:3]
-    return None if mean is None else (mean, low, high) if None not in (low, high) else (mean, None, None)
+
+def interval(value) -> list[float]:
+    """[mean, low, high] of what results.json holds for a number; [mean] * 3 if it holds no more than that; or []."""
+    values = value if isinstance(value, list) else [value]
+    found = numbers(values[:3])
+    return found if len(found) == 3 else numbers(values[:1]) * 3
 
 
 def by_number(tree: dict) -> list[tuple[int, object]]:
-    """(n, tree[n]) for those keys of `tree` that are whole numbers, in their order.
-
-    >>> by_number({"16": 0.9, "2": 0.5, "auroc": 1})
-    [(2, 0.5), (16, 0.9)]
-    """
-    return sorted(((int(key), value) for key, value in tree.items() if re.fullmatch("[1-9][0-9]{0,5}", key)),
-                  key=lambda item: item[0])  # fmt: skip
+    """(n, tree[n]) for those keys of `tree` that are whole numbers, in their order."""
+    return [(n, tree[str(n)]) for n in sorted(int(key) for key in tree if re.fullmatch("[1-9][0-9]{0,5}", key))]
 
 
 def series(metrics: list[dict], method: str, key: str, most: int = 400) -> list[tuple[float, float]]:
-    """(step, value) of one metric, thinned to about `most`. Of a step logged twice the later counts.
-
-    >>> series([{"method": "irl", "step": 1, "reward/mean": 0.5}], "irl", "reward/mean")
-    [(1.0, 0.5)]
-    """
+    """(step, value) of one metric, thinned to about `most`. Of a step logged twice the later counts."""
     logged = [record for record in metrics if record.get("method") == method]
     points = [(finite(record.get("step")), finite(record.get(key))) for record in logged]
     known = sorted(dict(point for point in points if None not in point).items())
@@ -146,28 +124,17 @@ def series(metrics: list[dict], method: str, key: str, most: int = 400) -> list[
 # 2. Cells -----------------------------------------------------------------------------------------------------
 
 
-def named(score: str) -> str:
-    """What a score, or what is made of one, is called on the page.
-
-    >>> named("sft_logprob_first"), named("random")
-    ('SFT log-prob: first below −1', 'random')
-    """
-    whole, _, part = score.rpartition("_")
-    return f"{SCORES.get(whole, whole)}: {OF_A_SCORE[part]}" if part in OF_A_SCORE else SCORES.get(score, score)
-
-
 def percent(value) -> str:
     """An interval as a table cell: '31.0%' and, smaller, its bounds."""
-    mean, low, high = interval(value) or (None, None, None)
-    bounds = "" if low is None else f" <small>{100 * low:.1f} to {100 * high:.1f}</small>"
-    return '<span class="soft">–</span>' if mean is None else f"{100 * mean:.1f}%{bounds}"
+    if not interval(value):
+        return '<span class="soft">–</span>'
+    mean, low, high = (100 * share for share in interval(value))
+    return f"{mean:.1f}%" + (f" <small>{low:.1f} to {high:.1f}</small>" if low < high else "")
 
 
 def strip(value, colour: str) -> str:
     """A small drawing of an interval on the line from 0 to 1."""
-    if not (found := interval(value)):
-        return ""
-    mean, low, high = (100 * min(max(found[0] if v is None else v, 0.0), 1.0) for v in found)
+    mean, low, high = (100 * min(max(share, 0.0), 1.0) for share in interval(value) or [0, 0, 0])
     return (f'<span class="strip" style="color:var(--{colour})">'
             f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{mean:.1f}%"></b></span>')  # fmt: skip
 
@@ -197,13 +164,12 @@ def tidy(value) -> str:
 
 
 def results_parts(results: dict) -> dict[str, str]:
-    """How well each method answers, as a table."""
+    """How well each method answers."""
     methods, rows = dig(results, "methods"), []
     for key in sorted(methods, key=lambda key: [*METHODS, key].index(key)):
         method, colour = dig(methods, key), key if key in METHODS else "soft"
         t1, greedy = ([method.get(how), *dig(method, f"{how}_interval", kind=list)] for how in ("t1", "greedy"))
-        seconds = finite(method.get("seconds"))
-        took = percent(None) if seconds is None else f"{seconds:,.0f} s"
+        took = "".join(f"{seconds:,.0f} s" for seconds in numbers([method.get("seconds")]))
         rows.append([METHODS.get(key, key), percent(t1), percent(greedy), strip(t1, colour), took])
     return {"results": table("Results", ["method", "right at T = 1", "right, greedy", "T = 1, 0 to 100%", "training time"], rows)}
 
@@ -218,8 +184,8 @@ def training_parts(metrics: list[dict]) -> dict[str, str]:
             if len(points) > 40:
                 lines.append(Line("", colour, points, "pale"))
                 near = len(points) // 20
-                means = [fmean(y for _, y in points[max(0, i - near) : i + near + 1]) for i in range(len(points))]
-                points = [(step, mean) for (step, _), mean in zip(points, means)]
+                windows = [points[max(0, i - near) : i + near + 1] for i in range(len(points))]
+                points = [(step, fmean(y for _, y in window)) for (step, _), window in zip(points, windows)]
             name = key.split("/d_")[1] if "/d_" in key else METHODS[method]
             lines += [Line(name, colour, points, "dashed" if name == "negative" else "")] if points else []
         parts[place] = chart(f"{place.replace('_', ' ')} against training step", "step", lines, share)
@@ -233,19 +199,19 @@ def choosing_parts(results: dict) -> dict[str, str]:
         """Shares against 1, 2, 4, .. lines: (name, colour, look, [(n, value)]). The reward has a band."""
         drawn, ticks = [], {}
         for name, colour, look, values in lines:
-            known = [(math.log2(n), *interval(value)) for n, value in values if interval(value)]
             ticks |= {math.log2(n): str(n) for n, value in values if interval(value)}
-            if name == "reward" and all(low is not None for _, _, low, _ in known):
+            known = [(math.log2(n), *interval(value)) for n, value in values if interval(value)]
+            if known and name == "reward":
                 around = [(x, low) for x, _, low, _ in known] + [(x, high) for x, _, _, high in known[::-1]]
-                drawn += [Line("", colour, around, "band")] if known else []
+                drawn.append(Line("", colour, around, "band"))
             drawn += [Line(name, colour, [(x, mean) for x, mean, _, _ in known], look)] if known else []
         return chart(label, xlabel, drawn, True, ticks)
 
     passes = [(name, key, "", by_number(dig(results, "methods", key, "pass@k"))) for key, name in METHODS.items()]
     sizes = [(n, row) for n, row in by_number(dig(results, "rerank")) if isinstance(row, dict)]
-    best = [(named(rule), *look, [(n, row.get(rule)) for n, row in sizes]) for rule, look in RULES.items()]
+    best = [(rule, *look, [(n, row.get(rule)) for n, row in sizes]) for rule, look in RULES.items()]
     rules = dict.fromkeys(rule for _, row in sizes for rule in row)
-    rows = [[named(rule), *(percent(row.get(rule)) for _, row in sizes)] for rule in rules]
+    rows = [[rule, *(percent(row.get(rule)) for _, row in sizes)] for rule in rules]
     return {
         "pass_at_k": against("pass@k of each method", "k", passes),
         "best_of_n": against("Best of N by each rule", "N", best),
@@ -255,10 +221,9 @@ def choosing_parts(results: dict) -> dict[str, str]:
 
 def reward_parts(results: dict) -> dict[str, str]:
     """Does the reward know right traces from wrong ones, which it was never told?"""
-    groups = {kind: [v for v in map(finite, dig(results, "distributions", kind, kind=list)) if v is not None]
-              for kind in ("right", "wrong")}  # fmt: skip
+    groups = {kind: numbers(dig(results, "distributions", kind, kind=list)) for kind in ("right", "wrong")}
     areas = {key: value for key, value in dig(results, "rerank", "auroc").items() if finite(value) is not None}
-    rows = [[named(key), f"{areas[key]:.3f}"] for key in sorted(areas, key=areas.get, reverse=True)]
+    rows = [[key, f"{areas[key]:.3f}"] for key in sorted(areas, key=areas.get, reverse=True)]
     return {
         "rewards": histogram("Reward of traces with a right and with a wrong answer", "reward of the trace", groups),
         "auroc": table("AUROC", ["score of a trace", "AUROC"], rows),
@@ -271,32 +236,25 @@ def localisation_parts(results: dict) -> dict[str, str]:
     for kind in ("natural", "single"):
         found = {head: column for key, head in heads.items() if (column := dig(results, "localise", kind, key))}
         pointers = dict.fromkeys(key for column in found.values() for key in column)
-        rows = [[named(key), *(percent(column.get(key)) for column in found.values())] for key in pointers]
-        count = finite(dig(results, "localise", kind).get("count"))
+        rows = [[key, *(percent(column.get(key)) for column in found.values())] for key in pointers]
+        count = numbers([dig(results, "localise", kind).get("count")])
         parts[kind] = table("First wrong token", ["pointer", *found], rows)
-        parts[f"{kind}_count"] = f"{count:,.0f}" if rows and count is not None else ""
+        parts[f"{kind}_count"] = f"{count[0]:,.0f}" if rows and count else ""
     return parts
 
 
 def traces_parts(traces: list, shown: int = 12) -> dict[str, str]:
     """Traces with every token coloured by its reward; all beyond `shown` wait behind a click."""
     traces = [trace for trace in traces if isinstance(trace, dict)]
-    rewards = [finite(reward) for trace in traces for reward in dig(trace, "rewards", kind=list)]
-    scale = full_colour([reward for reward in rewards if reward is not None])
+    scale = full_colour([reward for trace in traces for reward in dig(trace, "rewards", kind=list)])
     cards = [trace_card(trace, scale) for trace in traces]
-    return {
-        "traces": "\n".join(cards[:shown]), "more_traces": "\n".join(cards[shown:]),
-        "lowest": signed(-scale) * bool(cards), "highest": signed(scale) * bool(cards),
-    }  # fmt: skip
+    lowest, highest = (signed(value) * bool(cards) for value in (-scale, scale))
+    return {"traces": "".join(cards[:shown]), "more_traces": "".join(cards[shown:]), "lowest": lowest, "highest": highest}
 
 
-def full_colour(rewards: list[float]) -> float:
-    """The reward that gets full colour: the 98th percentile of |reward|. An outlier must not bleach the page.
-
-    >>> full_colour([-2.0, 1.0]), full_colour([])
-    (2.0, 1.0)
-    """
-    sizes = sorted(map(abs, rewards))
+def full_colour(rewards: list) -> float:
+    """The reward that gets full colour: the 98th percentile of |reward|. An outlier must not bleach the page."""
+    sizes = sorted(map(abs, numbers(rewards)))
     return (sizes[round(0.98 * (len(sizes) - 1))] if sizes else 0.0) or 1.0
 
 
@@ -313,7 +271,7 @@ def trace_card(trace: dict, scale: float) -> str:
     facts += [f"{mark} {at:.0f}" for mark, at in marks.items() if finite(at) is not None]
     return (f'<article><p class="question">{escape(str(trace.get("question", "")))}</p>'
             f'<p class="facts">{"".join(tags)}<span>{" · ".join(facts)}</span></p>'
-            f'<div class="trace">{"".join(spans)}</div></article>')  # fmt: skip
+            f'<div class="trace">{"".join(spans)}</div></article>\n')  # fmt: skip
 
 
 def token_span(index: int, token: str, reward: float | None, scale: float, marks: list[str]) -> str:
@@ -335,8 +293,8 @@ def page_of(name: str, found: dict) -> str:
     results, settings = found["results"], found["settings"] or dig(found["results"], "settings")
     parts = results_parts(results) | training_parts(found["metrics"]) | choosing_parts(results) | reward_parts(results)
     parts |= localisation_parts(results) | traces_parts(found["traces"])
-    parts["settings"] = table("Settings", ["name", "value"],
-                              [[key, f"<code>{escape(tidy(value))}</code>"] for key, value in settings.items()])  # fmt: skip
+    rows = [[key, f"<code>{escape(tidy(value))}</code>"] for key, value in settings.items()]
+    parts["settings"] = table("Settings", ["name", "value"], rows)
     frame = FRAME.read_text(encoding="utf-8")
     for element in ("figure", "details", "section"):
         frame = pruned(frame, element, parts)
@@ -350,11 +308,7 @@ def page_of(name: str, found: dict) -> str:
 
 
 def pruned(frame: str, element: str, parts: dict[str, str]) -> str:
-    """The frame without those elements of a kind whose places are all to be filled with nothing.
-
-    >>> pruned("<p>$a</p>\\n<p>$b</p>\\n", "p", {"a": "", "b": "1"})
-    '<p>$b</p>\\n'
-    """
+    """The frame without those elements of a kind whose places are all to be filled with nothing."""
     kept, *pieces = frame.split(f"<{element}")
     for piece in pieces:
         inside, end, after = piece.partition(f"</{element}>\n")

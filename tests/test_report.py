@@ -14,7 +14,7 @@ import pytest
 
 from engine.errors import UserError
 from show import report
-from show.figures import Line, chart, histogram
+from show.figures import Line, chart, histogram, limits, ticks
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.com/x.png onerror=alert(2)>"
 
@@ -93,11 +93,10 @@ def test_everything_of_a_full_run_is_shown(page):
     assert all(f["role"] == "img" and f["aria-label"] and "width" not in f for f in figures)
     captions = re.findall("<figcaption>([^$]*?)</figcaption>", report.FRAME.read_text(encoding="utf-8"))
     assert len(captions) == len(figures) + 1 and all(caption in page for caption in captions)
-    for name in ("oracle", "majority, weighted by reward", "reward: last token", "averaged SFT log-prob",
-                 "SFT log-prob: first below −1", "policy entropy: highest", *report.METHODS.values()):  # fmt: skip
+    for name in ("oracle", "weighted_majority", "reward_last", "sft_logprob_first", "entropy", *report.METHODS.values()):
         assert name in elements.text
     legends = set(re.findall("</i>([^<]*)</span>", page))
-    assert legends == {*report.METHODS.values(), "expert", "negative", *map(report.named, report.RULES),
+    assert legends == {*report.METHODS.values(), "expert", "negative", *report.RULES,
                        "right answer (50)", "wrong answer (50)"}  # fmt: skip
     assert "$" not in page
 
@@ -149,6 +148,7 @@ def test_tokens_are_coloured_by_their_reward(page):
 
 def test_one_outlier_does_not_bleach_the_page():
     assert report.full_colour([1.0, -1.0] * 100 + [-1000.0]) == 1.0
+    assert report.full_colour([-2.0, 1.0, None]) == 2.0 and report.full_colour([]) == 1.0
 
 
 def poison(value, key=""):
@@ -186,6 +186,21 @@ def test_any_file_alone_or_missing(tmp_path, name):
     (tmp_path / name).unlink()
     del files[name]
     assert f"Not in this run: {name}." in page_of(tmp_path, files)
+
+
+def test_what_is_read():
+    assert report.parse_lines('{"step": 1}\n{"st') == [{"step": 1}]
+    tree = {"a": {"b": {"c": 1}}, "d": [1]}
+    assert [report.dig(tree, "a", "b"), report.dig(tree, "d", "b"), report.dig(tree, "d", kind=list)] == [{"c": 1}, {}, [1]]
+    intervals = [report.interval(value) for value in ([0.5, 0.4, 0.6], 0.5, [0.5, None, 0.6], [None, 0.4, 0.6], True, [])]
+    assert intervals == [[0.5, 0.4, 0.6], [0.5] * 3, [0.5] * 3, [], [], []]
+    assert report.by_number({"16": 0.9, "2": 0.5, "auroc": 1}) == [(2, 0.5), (16, 0.9)]
+    logged = [{"method": "irl", "step": step, "reward/mean": value} for step, value in ((2, 0.1), (1, 0.5), (2, 0.3), (3, None))]
+    assert report.series([*logged, {"method": "grpo", "step": 9}], "irl", "reward/mean") == [(1.0, 0.5), (2.0, 0.3)]
+
+
+def test_what_would_stay_empty_is_taken_out():
+    assert report.pruned("<p>$a</p>\n<p>$b $a</p>\n<q>$a</q>", "p", {"a": "", "b": "1"}) == "<p>$b $a</p>\n<q>$a</q>"
 
 
 def places(tree, at=()):
@@ -226,6 +241,11 @@ def test_figures_of_little_data():
     assert histogram("t", "r", {"right": [1.0], "wrong": []}).count("<g ") == 1
     assert histogram("t", "r", {"right": [2.0, 2.0], "wrong": [2.0]}).count("<g ") == 2
     assert histogram("t", "r", {"right": [], "wrong": []}) == chart("t", "N", []) == ""
+
+
+def test_axes():
+    assert [limits([0.1, 0.5], share=True), limits([2.0, 2.0]), limits([0, 0])] == [(0.0, 0.6), (1.0, 3.0), (-0.5, 0.5)]
+    assert ticks(0, 1) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] and ticks(-3, 42) == [0.0, 10.0, 20.0, 30.0, 40.0]
 
 
 def test_a_figure_shows_its_numbers_where_they_are():
