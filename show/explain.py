@@ -4,15 +4,12 @@
     python train.py --explain --reward head --policy-loss ppo      any settings of a run
     python train.py --explain --model DIR --data FILE              any model, any data
 
-It is a file of its own because nothing in it trains: `Lecture` is `irl.IRL` with a voice. Each stage is the inherited
-one, called by the inherited `step`; only the printing around it is new. So what is shown is what training does, and
-tests/test_explain.py checks that a lecture leaves behind the very weights that a silent iteration would have left.
-
-Nothing is written to runs/. The output is plain text, at most WIDTH columns wide.
+Nothing in it trains: `Lecture` is `irl.IRL` with a voice. Each stage is the inherited one, called by the inherited `step`, so
+what is shown is what training does: a lecture leaves behind the very weights that a silent iteration would have left, and
+writes nothing to runs/.
 """
 
 import random
-import sys
 import textwrap
 
 import torch
@@ -21,9 +18,7 @@ import data
 import irl
 import policy
 import reward
-from data import Batch, Example
 from engine import logprob
-from policy import Rollout
 
 WARM_UP = 10  # updates of the discriminator before the lecture: at a fresh reward's D = 1/2 there is nothing to see
 WIDTH = 110  # columns of the output
@@ -38,280 +33,195 @@ class Lecture(irl.IRL):
     def give(self) -> None:
         """Warm up, run one iteration aloud, and tell at last what the answer check would have said."""
         s = self.settings
+        self.logit = "f - log pi" if s.logit == "airl" else "logit"  # the name of its column
         updates = min(WARM_UP, s.warm_up)
         for _ in range(updates):
             self.warm_up()
-        say("ONE ITERATION OF ALGORITHM 1 (arXiv 2510.01857)")
-        say(f"  policy '{s.model}', data '{s.data}', {len(self.experts)} demonstrations")
-        say(f"  reward {s.reward}, logit {s.logit}, granularity {s.granularity}; policy loss {s.policy_loss}, "
-            f"alpha {s.entropy_coef:g}, gamma {s.gamma:g}")  # fmt: skip
-        say(
-            f"  The discriminator has had {updates} updates; a run gives it {s.warm_up} before the policy's first step."
-        )
-        say("  Without any, a likelihood has D = 1/2 everywhere and a head f = 0: nothing to look at.")
+        say("ONE ITERATION OF ALGORITHM 1 (arXiv 2510.01857)",
+            f"  policy '{s.model}', data '{s.data}', {len(self.experts)} demonstrations",
+            f"  reward {s.reward}, logit {s.logit}, granularity {s.granularity}; policy loss {s.policy_loss}, "
+            f"alpha {s.entropy_coef:g}, gamma {s.gamma:g}",
+            f"  The discriminator has had {updates} updates; a run gives it {s.warm_up} before the policy's first step.",
+            "  Without any, a likelihood has D = 1/2 everywhere and a head f = 0: nothing to look at.")  # fmt: skip
         if s.start == "reward":
-            say(
-                "  A run would now let the policy start as a copy of the reward, at f = log pi; here it stays the base."
-            )
+            say("  A run would now let the policy start as a copy of the reward, at f = log pi; here it stays the base.")
         self.speaking = True
         self.step()
-        say()
-        say("WHAT TRAINING NEVER SAW: the answer check (data.is_correct), asked after the iteration")
-        for row in self.rows_of_the_question():
-            right = "right" if data.is_correct(self.example, self.text(row)) else "wrong"
+        say("", "WHAT TRAINING NEVER SAW: the answer check (data.is_correct), asked after the iteration")
+        for row, text in self.texts.items():
+            right = "right" if data.is_correct(self.example, text) else "wrong"
             say(f"  row {row:3d}  {right}   sum of r_t {self.shown_rewards[row].sum():8.3f}")
 
-    # -------------------------------------------------------------------------------------------------------------
-    # The four stages: the inherited one, and what there is to see of it
-    # -------------------------------------------------------------------------------------------------------------
-
-    def rollout(self, questions: list[str], group: int) -> tuple[Rollout, dict]:
+    def rollout(self, questions: list[str], group: int) -> tuple[policy.Rollout, dict]:
         """Stage 1: the question, the tensors and their shapes, the samples of one question."""
         rollout, metrics = super().rollout(questions, group)
         if not self.speaking:
             return rollout, metrics
-        self.shown, self.questions = rollout, questions
-        self.choose_row()
-        batch, row = rollout.batch, self.row
+        # What is followed: the row with the lowest logit D of all whose question has a demonstration
+        batch, by_question = rollout.batch, {e.question: e for e in self.experts}
+        known = torch.tensor([question in by_question for question in questions]).repeat_interleave(group)
+        logits = self.view(batch, rollout.logprobs)[0][self.logit].min(1).values.cpu()  # [B]
+        self.row = row = int(logits.masked_fill(~known, torch.inf).argmin())
+        self.example, self.shown, first = by_question[questions[row // group]], batch, row - row % group
+        self.texts = {each: data.decode(self.tokenizer, batch.response(each)) for each in range(first, first + group)}
         prompt, length, width = int(batch.prompt_lengths[row]), int(batch.lengths[row]), batch.tokens.shape[1]
+        words = "|".join(piece(self.tokenizer, token) for token in batch.tokens[row, :prompt].tolist())
         heading("THE QUESTION", f"one of {len(questions)}, with its demonstration")
-        say(f"  question   {self.example.question}")
-        say(f"  expert     {self.example.trace} -> {self.example.answer}")
-        say(f"  prompt     {prompt} tokens: {pieces(self.tokenizer, batch.tokens[row, :prompt].tolist())}")
-
+        say(f"  question   {self.example.question}",
+            f"  expert     {self.example.trace} -> {self.example.answer}",
+            f"  prompt     {prompt} tokens: {words if len(words) <= 60 else words[:60] + ' ..'}")  # fmt: skip
         heading("1. ROLLOUT", "irl.IRL.rollout, policy.sample")
         say(f"  B = {len(questions)} questions x {group} samples = {len(batch)} rows, T = {width} columns")
-        ids = batch.tokens[row, prompt : prompt + 8].tolist()
-        shape("tokens", batch.tokens, f"row {row}: its response begins with {ids}")
+        shape("tokens", batch.tokens, f"row {row}: its response begins with {batch.tokens[row, prompt : prompt + 8].tolist()}")
         shape("prompt_lengths", batch.prompt_lengths, f"row {row}: {prompt}")
         shape("lengths", batch.lengths, f"row {row}: {length}, prompt and response with the end token")
-        shape("response_mask", batch.response_mask,
-              f"row {row}: 0 x {prompt} (prompt), 1 x {length - prompt} (response), 0 x {width - length} (padding)")  # fmt: skip
+        parts = f"0 x {prompt} (prompt), 1 x {length - prompt} (response), 0 x {width - length} (padding)"
+        shape("response_mask", batch.response_mask, f"row {row}: {parts}")
         shape("log pi", rollout.logprobs, "of each sampled token, 0 outside the response")
         say(f"  mean length {metrics['length']:.1f}, ended by itself {metrics['finished']:.0%}, "
-            f"entropy {metrics['entropy']:.3f} per token")  # fmt: skip
-        say(f"  The {group} samples of the question, with log pi of the whole response:")
-        for each in self.rows_of_the_question():
-            say(f"  row {each:3d}  {float(rollout.logprobs[each].sum()):8.3f}  {self.text(each)}")
-        say(f"  Row {row} holds the least expert-like token of all samples for questions with a demonstration: it is")
-        say("  followed from here on.")
+            f"entropy {metrics['entropy']:.3f} per token",
+            f"  The {group} samples of the question, with log pi of the whole response:")  # fmt: skip
+        say(*(f"  row {i:3d}  {float(rollout.logprobs[i].sum()):8.3f}  {text}" for i, text in self.texts.items()))
+        say(f"  Row {row} holds the least expert-like token of all samples for questions with a demonstration: it is",
+            "  followed from here on.")  # fmt: skip
         return rollout, metrics
 
-    def update_discriminator(self, examples: list[Example], rollout: Rollout, group: int) -> dict:
+    def update_discriminator(self, examples: list[data.Example], rollout: policy.Rollout, group: int) -> dict:
         """Stage 2: f, its logit and D of an expert's trace and a sample, and what one update does to D and the loss."""
         if not self.speaking:
             return super().update_discriminator(examples, rollout, group)
-        s = self.settings
-        demonstration = data.demonstration_batch(self.tokenizer, [self.example], self.policy_model.device)
+        s, device = self.settings, self.policy_model.device
+        demonstration = data.demonstration_batch(self.tokenizer, [self.example], device)
         log_pi = policy.in_chunks(lambda b: policy.token_logprobs(self.policy_model, b, s.temperature), demonstration)
-        fresh = [[rollout.batch.response(i * group + g) for g in range(s.rollouts_per_expert)]
-                 for i in range(len(examples))]  # fmt: skip
-        comparison = reward.compare(self.tokenizer, examples, fresh, s.perturbed, random.Random(0), log_pi.device)
-        views = [self.view(demonstration, log_pi), self.view(rollout.batch, rollout.logprobs)]
-        before = self.measure(comparison)
+        traces = [("The expert's trace", demonstration, log_pi, 0),
+                  (f"The policy's, row {self.row}", rollout.batch, rollout.logprobs, self.row)]  # fmt: skip
+        fresh = [[rollout.batch.response(i * group + g) for g in range(s.rollouts_per_expert)] for i in range(len(examples))]
+        comparison = reward.compare(self.tokenizer, examples, fresh, s.perturbed, random.Random(0), device)
+        still = policy.make_optimizer(self.discriminator.reward_model, 0.0)  # a rate at which an update only measures
+        measure = lambda: reward.update(self.discriminator, still, self.policy_model, comparison, s.discriminator_loss,
+                                        s.label_smoothing, s.reward_nll, s.micro_batch, s.temperature)  # fmt: skip
+        views, before = [self.view(batch, log_pi) for _, batch, log_pi, _ in traces], measure()
         metrics = super().update_discriminator(examples, rollout, group)
-        after = self.measure(comparison)
-        views_after = [self.view(demonstration, log_pi), self.view(rollout.batch, rollout.logprobs)]
-
-        logit = "f - log pi" if s.logit == "airl" else "f"
+        after = measure()
         heading("2. DISCRIMINATOR", "irl.IRL.update_discriminator, reward.update")
-        sampled = sum(map(len, fresh))
         shape("experts", comparison.expert.tokens, "the demonstrations: label 1")
-        shape("negatives", comparison.negative.tokens, f"{sampled} samples of the policy, "
-              f"{len(comparison.negative) - sampled} broken demonstrations (from the change on): label 0")  # fmt: skip
-        say(f"  f from {type(self.discriminator.reward_model).__name__}.scores, logit D = {logit} "
+        broken = len(comparison.negative) - sum(map(len, fresh))
+        shape("negatives", comparison.negative.tokens, f"{sum(map(len, fresh))} samples of the policy, "
+              f"{broken} broken demonstrations (from the change on): label 0")  # fmt: skip
+        say(f"  f from {type(self.discriminator.reward_model).__name__}.scores, logit D = {self.logit.replace('logit', 'f')} "
             "(reward.discriminator_logits), D = sigmoid(logit)")  # fmt: skip
-        for name, batch, row, old, new in zip(
-            ("The expert's trace", f"The policy's, row {self.row}"), (demonstration, rollout.batch), (0, self.row),
-            views, views_after,
-        ):  # fmt: skip
+        for (name, batch, log_pi, row), (columns, ends) in zip(traces, views):
             say(f"\n  {name}, before the update; in the last column D after it")
-            self.table(batch, row, {"log pi": old[1], "f": old[0], logit: old[2], "D": old[2].sigmoid(),
-                                    "D after": new[2].sigmoid()}, old[3])  # fmt: skip
-        say(f"\n  updates: {s.discriminator_updates}, rate {rate_of(self.reward_optimizer):.1e}, gradient norm "
+            columns.pop("logit", None)  # GAIL's logit is f
+            self.table(batch, row, columns | {"D after": self.view(batch, log_pi)[0]["D"]}, ends)
+        say(f"\n  updates: {s.discriminator_updates}, rate {self.reward_optimizer.param_groups[0]['lr']:.1e}, gradient norm "
             f"{metrics['grad_norm']:.3f}. The comparison above, before and after:")  # fmt: skip
-        notes = {"loss": self.loss_name(), "d_expert": "mean D of expert tokens",
-                 "d_negative": "mean D of negative tokens", "accuracy": "share on the right side of 1/2"}  # fmt: skip
-        for name, note in notes.items():
-            say(f"    {name:11s}{before[name]:9.4f} -> {after[name]:9.4f}   {note}")
+        low = s.label_smoothing / 2
+        loss = {"bce": f"cross-entropy, labels {1 - low:g} and {low:g}", "bt": "Bradley-Terry"}[s.discriminator_loss]
+        if s.reward_nll and self.discriminator.reward_model.scores_all_actions:
+            loss += f", + {s.reward_nll:g} x -log p of the demonstrations"
+        notes = {"loss": loss, "d_expert": "mean D of expert tokens", "d_negative": "mean D of negative tokens",
+                 "accuracy": "share on the right side of 1/2"}  # fmt: skip
+        say(*(f"    {name:11s}{before[name]:9.4f} -> {after[name]:9.4f}   {note}" for name, note in notes.items()))
         return metrics
 
-    def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def rewards(self, rollout: policy.Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Stage 3: from f to r_t to returns to advantages, token by token."""
-        rewards, states, metrics = super().rewards(rollout)
+        rewards, hidden, metrics = super().rewards(rollout)
         s, batch = self.settings, rollout.batch
-        f, log_pi, logits, ends = self.view(batch, rollout.logprobs)
-        advantages = self.advantages(batch, rewards, states)
-        columns = {"log pi": log_pi, "f": f, "f - log pi" if s.logit == "airl" else "logit": logits,
-                   "D": logits.sigmoid(), "r_t": rewards}  # fmt: skip
+        self.shown_rewards, self.shown_advantages = rewards, self.advantages(batch, rewards, hidden)
+        columns, ends = self.view(batch, rollout.logprobs)
+        columns["r_t"] = rewards
         if s.policy_loss == "exact":
-            columns["E_pi[r]"] = policy.in_chunks(
-                lambda b, x: policy.spread(self.expected_reward(b, x), b.response_mask), batch, s.micro_batch, states
-            )
-        columns |= {"return": policy.returns_to_go(rewards, batch.response_mask, s.gamma), "advantage": advantages}
-        self.shown_rewards = rewards
-
+            expected = lambda b, x: policy.spread(self.expected_reward(b, x), b.response_mask)
+            columns["E_pi[r]"] = policy.in_chunks(expected, batch, s.micro_batch, hidden)
+        columns["return"] = policy.returns_to_go(rewards, batch.response_mask, s.gamma)
+        columns["advantage"] = self.shown_advantages
         heading("3. REWARD", "irl.IRL.rewards, reward.Discriminator.token_rewards")
         says = f"r_t = f - {s.entropy_coef:g} log pi" if s.logit == "airl" else "r_t = f"
         says += f", held within +-{s.reward_clip:g}" if s.reward_clip else ""
         shape("rewards", rewards, says + (", f frozen" if s.freeze_reward else ", f as the update has left it"))
-        shape("advantages", advantages, self.advantage_name())
+        meaning = {"best": "1 on the sample of its group with the highest mean r_t, 0 on the others", "exact":
+                   f"gamma G_(t+1), gamma {s.gamma:g}, less its mean in the group; the loss itself sums r_t over all actions"}
+        others = f"return - {s.baseline} baseline, divided by their root mean square"
+        shape("advantages", self.shown_advantages, meaning.get(s.policy_loss, others))
         say(f"  mean r_t {metrics['mean']:.4f}; mean over rows of the lowest r_t {metrics['lowest']:.4f}")
         if s.granularity != "dense":
-            say(
-                f"  {s.granularity}: f and log pi are a segment's, read on its last token; elsewhere r_t is 0, shown as a dot"
-            )
+            say(f"  {s.granularity}: f and log pi are a segment's, read on its last token; elsewhere r_t is 0, shown as a dot")
         say(f"\n  Row {self.row}; the last line is the end token, which has an f and a reward like any other")
-        whole = {"return", "advantage"}  # these two exist on tokens between the scores, too
-        self.table(batch, self.row, columns, ends, whole)
-        return rewards, states, metrics
+        self.table(batch, self.row, columns, ends)
+        return rewards, hidden, metrics
 
-    def update_policy(self, rollout: Rollout, rewards: torch.Tensor, states: torch.Tensor) -> dict:
+    def update_policy(self, rollout: policy.Rollout, rewards: torch.Tensor, reward_hidden: torch.Tensor) -> dict:
         """Stage 4: the loss, the gradient, and log pi before and after the step."""
         s, batch, row = self.settings, rollout.batch, self.row
-        advantages = self.advantages(batch, rewards, states)
-        before, actions = self.mean_loss(rollout, advantages, states), self.actions(batch, row)
-        metrics = super().update_policy(rollout, rewards, states)
+        first, last = int(batch.prompt_lengths[row]), int(batch.lengths[row])
+        lowest = first + int(rewards[row, first:last].argmin())
+        before, pi = self.mean_loss(rollout, reward_hidden), self.all_logprobs(self.policy_model, lowest, s.temperature)
+        metrics = super().update_policy(rollout, rewards, reward_hidden)
         self.policy_model.eval()
-        after = self.mean_loss(rollout, advantages, states)
-        new = policy.in_chunks(
-            lambda b: policy.token_logprobs(self.policy_model, b, s.temperature), batch, s.micro_batch
-        )
-
+        after = self.mean_loss(rollout, reward_hidden)
+        new = policy.in_chunks(lambda b: policy.token_logprobs(self.policy_model, b, s.temperature), batch, s.micro_batch)
         heading("4. POLICY", f"irl.IRL.update_policy, policy loss '{s.policy_loss}'")
-        rate = rate_of(self.policy_optimizer)
-        say(
-            f"  rate {rate:.1e}, {rate / s.policy_lr:.3f} of its peak: the first of {s.max_steps} steps (policy.set_rate)"
-        )
-        say(f"  loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3f} (clipped to 1)")
-        say(f"  loss of the whole rollout, per token, before and after: {before:.5f} -> {after:.5f}")
+        rate = self.policy_optimizer.param_groups[0]["lr"]
+        say(f"  rate {rate:.1e}, {rate / s.policy_lr:.3f} of its peak: the first of {s.max_steps} steps (policy.set_rate)",
+            f"  loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3f} (clipped to 1)",
+            f"  loss of the whole rollout, per token, before and after: {before:.5f} -> {after:.5f}")  # fmt: skip
         if s.policy_loss == "ppo":
             say("  Before the step PPO's ratio is 1 and its loss -mean A, close to 0. Its gradient is not.")
-        moved = (new - rollout.logprobs)[row].abs()
-        columns = {"log pi": rollout.logprobs, "after": new, "change": new - rollout.logprobs, "r_t": rewards,
-                   "advantage": advantages}  # fmt: skip
+        change = new - rollout.logprobs
+        columns = {"log pi": rollout.logprobs, "after": new, "change": change, "r_t": rewards, "advantage": self.shown_advantages}
         say(f"\n  Row {row}: the tokens whose log pi moved most")
-        most = sorted(moved.topk(min(8, len(moved))).indices.tolist())
-        self.table(batch, row, columns, batch.response_mask, only=most)
-        if actions is not None:
-            self.tell_actions(*actions, self.actions(batch, row)[1])
+        most = sorted((first + change[row, first:last].abs().topk(min(8, last - first)).indices).tolist())
+        self.table(batch, row, columns, batch.response_mask, most)
+        if self.discriminator.reward_model.scores_all_actions:
+            f = self.all_logprobs(self.discriminator.reward_model.model, lowest, 1.0)
+            pi_after = self.all_logprobs(self.policy_model, lowest, s.temperature)
+            say(f"\n  The state before token {lowest}, where r_t is lowest: what policy and reward make of every action",
+                f"      {'action':16s}{'pi':>11s}{'exp f':>11s}{'pi after':>11s}")  # fmt: skip
+            shares = [x[: min(len(pi), len(f))].exp() for x in (pi, f, pi_after)]  # of three: [V]
+            for token in (shares[0] + shares[1]).topk(min(4, len(shares[0]))).indices.tolist():
+                values = "".join(f"{float(x[token]):11.4f}" for x in shares)
+                mark = "  <- sampled" if token == int(batch.tokens[row, lowest]) else ""
+                say(f"      {piece(self.tokenizer, token):16s}{values}{mark}")
         return metrics
 
-    # -------------------------------------------------------------------------------------------------------------
-    # What the stages' own functions say about the rows shown
-    # -------------------------------------------------------------------------------------------------------------
-
-    def view(self, batch: Batch, log_pi: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(f, log pi, logit D, ends), each [B, T], by the functions and in the chunks of training."""
+    def view(self, batch: data.Batch, log_pi: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """({"log pi", "f", its logit, "D"}, where they are read), each [B, T], in the chunks of training."""
         scores = policy.in_chunks(self.discriminator.reward_model.scores, batch, self.settings.micro_batch)
         f, segment_log_pi, ends = self.discriminator.segments(batch, scores, log_pi)
         logits = self.discriminator.logits(batch, scores, log_pi)
-        return f, segment_log_pi, logits, ends
+        return {"log pi": segment_log_pi, "f": f, self.logit: logits, "D": logits.sigmoid()}, ends
 
-    def choose_row(self) -> None:
-        """The row to follow, and its demonstration: that with the lowest logit D, of questions that have one."""
-        by_question, batch, group = {e.question: e for e in self.experts}, self.shown.batch, self.settings.group
-        known = torch.tensor([question in by_question for question in self.questions]).repeat_interleave(group)
-        logits = self.view(batch, self.shown.logprobs)[2].min(1).values.cpu()  # [B]
-        self.row = int(logits.masked_fill(~known, torch.inf).argmin())
-        self.example = by_question[self.questions[self.row // group]]
+    @torch.no_grad()
+    def mean_loss(self, rollout: policy.Rollout, reward_hidden: torch.Tensor) -> float:
+        """`irl.IRL.policy_loss` of all rows, per response token."""
+        size, tensors = self.settings.micro_batch, (rollout.batch, rollout.logprobs, self.shown_advantages, reward_hidden)
+        parts = [[x[start : start + size] for x in tensors] for start in range(0, len(rollout.batch), size)]
+        return sum(float(self.policy_loss(*part)) for part in parts) / float(rollout.batch.response_mask.sum())
 
-    def rows_of_the_question(self) -> range:
-        first = self.row // self.settings.group * self.settings.group
-        return range(first, first + self.settings.group)
+    @torch.no_grad()
+    def all_logprobs(self, model, column: int, temperature: float) -> torch.Tensor:
+        """A model's log-probability of every action at the state before a token of the row: [V]."""
+        one, (weight, softcap) = self.shown[self.row : self.row + 1], logprob.output_layer(model)
+        state = policy.choosing_states(model, one)[column - int(one.prompt_lengths)][None]  # [1, H]
+        return logprob.all_logprobs(state, weight, temperature, softcap)[0]
 
-    def text(self, row: int) -> str:
-        return data.decode(self.tokenizer, self.shown.batch.response(row))
-
-    def measure(self, comparison: reward.Comparison) -> dict:
-        """What `reward.update` says of a comparison, with an optimizer at rate 0: nothing moves."""
-        s, model = self.settings, self.discriminator.reward_model
-        return reward.update(self.discriminator, policy.make_optimizer(model, 0.0), self.policy_model, comparison,
-                             s.discriminator_loss, s.label_smoothing, s.reward_nll, micro_batch=s.micro_batch,
-                             temperature=s.temperature)  # fmt: skip
-
-    def mean_loss(self, rollout: Rollout, advantages: torch.Tensor, states: torch.Tensor) -> float:
-        """`irl.IRL.policy_loss` over all rows, per response token, as `policy.accumulate` adds it up."""
-        s, batch, total = self.settings, rollout.batch, 0.0
-        for start in range(0, len(batch), s.micro_batch):
-            rows = slice(start, start + s.micro_batch)
-            with torch.no_grad():
-                loss = self.policy_loss(batch[rows], rollout.logprobs[rows], advantages[rows], states[rows])
-            total += float(loss.sum())
-        return total / float(batch.response_mask.sum())
-
-    def actions(self, batch: Batch, row: int):
-        """(index of the token with the lowest r_t, pi [V], f [V]) at its state; None for a reward that scores only the
-        token it has read."""
-        if not self.discriminator.reward_model.scores_all_actions:
-            return None
-        one, first = batch[row : row + 1], int(batch.prompt_lengths[row])
-        at = int(self.shown_rewards[row].argmin()) - first
-
-        @torch.no_grad()
-        def all_logprobs(model, temperature: float) -> torch.Tensor:
-            weight, softcap = logprob.output_layer(model)
-            state = policy.choosing_states(model, one)[at : at + 1]  # [1, H]
-            return logprob.all_logprobs(state, weight, temperature, softcap)[0]
-
-        pi = all_logprobs(self.policy_model, self.settings.temperature).exp()
-        return first + at, pi, all_logprobs(self.discriminator.reward_model.model, 1.0)
-
-    def tell_actions(self, column: int, pi: torch.Tensor, scores: torch.Tensor, pi_after: torch.Tensor) -> None:
-        """The likeliest actions at one state, before and after the step."""
-        say(f"\n  The state before token {column}, where r_t is lowest: what policy and reward make of every action")
-        say(f"      {'action':16s}{'pi':>11s}{'exp f':>11s}{'pi after':>11s}")
-        width = min(len(pi), len(scores))
-        likeliest = (pi[:width] + scores[:width].exp()).topk(min(4, width)).indices.tolist()
-        for token in likeliest:
-            mark = "  <- sampled" if token == int(self.shown.batch.tokens[self.row, column]) else ""
-            values = "".join(f"{float(x):11.4f}" for x in (pi[token], scores[token].exp(), pi_after[token]))
-            say(f"      {piece(self.tokenizer, token):16s}{values}{mark}")
-
-    def loss_name(self) -> str:
-        """The discriminator's loss in words."""
-        s = self.settings
-        name = {"bce": f"cross-entropy, labels {1 - s.label_smoothing / 2:g} and {s.label_smoothing / 2:g}",
-                "bt": "Bradley-Terry"}[s.discriminator_loss]  # fmt: skip
-        return name + (f", + {s.reward_nll:g} x -log p of the demonstrations"
-                       if s.reward_nll and self.discriminator.reward_model.scores_all_actions else "")  # fmt: skip
-
-    def advantage_name(self) -> str:
-        """What `irl.IRL.advantages` has done, in words."""
-        s = self.settings
-        if s.policy_loss == "best":
-            return "1 on the sample of its group with the highest mean r_t, 0 on the others"
-        if s.policy_loss == "exact":
-            return f"gamma G_(t+1), gamma {s.gamma:g}, less its mean in the group; the loss itself sums r_t over all actions"
-        return f"return - {s.baseline} baseline, divided by their root mean square"
-
-    def table(self, batch: Batch, row: int, columns: dict[str, torch.Tensor], ends: torch.Tensor,
-              whole: set | frozenset = frozenset(), only: list[int] | None = None) -> None:  # fmt: skip
-        """One line per response token of a row: column t, token, and each column's value, '.' where nothing is read
-        (`ends` 0) unless the column's name is in `whole`. `only`: just these t."""
-        first, last = int(batch.prompt_lengths[row]), int(batch.lengths[row])
-        shown = [t for t in only if first <= t < last] if only else window(first, last)
+    def table(self, batch: data.Batch, row: int, columns: dict[str, torch.Tensor], ends: torch.Tensor, only: list = ()) -> None:
+        """One line per response token of a row, or per t in `only`: t, token, and each column's value, '.' where nothing is
+        read (`ends` 0). Returns and advantages exist on the tokens between, too. A long trace has a gap."""
+        shown = list(only) or list(range(int(batch.prompt_lengths[row]), int(batch.lengths[row])))
+        gap = max(0, len(shown) - MOST_ROWS)
         say(f"  {'t':>4s}  {'token':14s}" + "".join(f"{name:>11s}" for name in columns))
-        previous = first - 1
-        for t in shown:
-            if not only and t > previous + 1:
-                say(f"  {'...':>4s}  {t - previous - 1} more")
-            previous = t
-            cells = (float(v[row, t]) if ends[row, t] or name in whole else None for name, v in columns.items())
-            numbers = "".join(
-                f"{'.' if x is None else format(round(x, 4) + 0.0, '.4f'):>11s}" for x in cells
-            )  # no -0.0
+        for t in shown[: MOST_ROWS // 2] + [None] * bool(gap) + shown[MOST_ROWS // 2 + gap :]:
+            if t is None:
+                say(f"  {'...':>4s}  {gap} more")
+                continue
+            numbers = ""
+            for name, values in columns.items():
+                known = ends[row, t] or name in ("return", "advantage")
+                numbers += f"{round(float(values[row, t]), 4) + 0.0:11.4f}" if known else f"{'.':>11s}"  # + 0.0: no -0.0
             say(f"  {t:4d}  {piece(self.tokenizer, int(batch.tokens[row, t])):14s}{numbers}")
-
-
-def window(first: int, last: int, most: int = MOST_ROWS) -> list[int]:
-    """Which of the columns first .. last - 1 to print: all, or the beginning and the end of a long trace.
-
-    >>> window(5, 9), window(0, 100, 4)
-    ([5, 6, 7, 8], [0, 1, 98, 99])
-    """
-    columns = list(range(first, last))
-    return columns if len(columns) <= most else columns[: most // 2] + columns[-(most - most // 2) :]
 
 
 def piece(tokenizer, token: int, most: int = 13) -> str:
@@ -321,31 +231,18 @@ def piece(tokenizer, token: int, most: int = 13) -> str:
     return text if len(text) <= most else text[: most - 2] + ".."
 
 
-def pieces(tokenizer, tokens: list[int], most: int = 60) -> str:
-    """Token texts with bars between them, cut to `most` characters."""
-    text = "|".join(piece(tokenizer, token) for token in tokens)
-    return text if len(text) <= most else text[:most] + " .."
-
-
-def rate_of(optimizer) -> float:
-    return optimizer.param_groups[0]["lr"]
-
-
 def shape(name: str, tensor: torch.Tensor, note: str) -> None:
     """One line: a tensor's name, its shape, and what there is to say about it."""
     say(f"  {name:15s}{str(list(tensor.shape)):12s}{note}")
 
 
 def heading(title: str, functions: str) -> None:
-    say(f"\n{title:20s}{functions}")
-    say("-" * 100)
+    say(f"\n{title:20s}{functions}", "-" * 100)
 
 
-def say(line: str = "") -> None:
-    """Print one line: a trace's own newlines as bars, folded at WIDTH, in what the terminal's encoding can hold."""
-    if line.startswith("\n"):
-        print()
-    line = line.lstrip("\n").rstrip("\n").replace("\n", " | ")
-    encoding = sys.stdout.encoding or "utf-8"
-    text = line.encode(encoding, "backslashreplace").decode(encoding)
-    print("\n".join(textwrap.wrap(text, WIDTH, subsequent_indent=" " * 13, drop_whitespace=False)))
+def say(*lines: str) -> None:
+    """Print lines, folded at WIDTH: newlines at a line's beginning as they are, those of a trace within it as bars."""
+    for line in lines:
+        print("\n" * line.startswith("\n"), end="")
+        line = line.strip("\n").replace("\n", " | ")
+        print("\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=" " * 13, drop_whitespace=False)))

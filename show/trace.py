@@ -29,11 +29,8 @@ def explain(reward_model, tokenizer, question: str, response: str) -> list[tuple
     """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
     prompt = data.prompt_ids(tokenizer, question)
     ids = token_ids(tokenizer, response)
-    if (
-        tokenizer.unk_token_id is not None
-        and tokenizer.unk_token_id in prompt + ids
-        and tokenizer.unk_token_id != tokenizer.eos_token_id
-    ):
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in prompt + ids and unknown != tokenizer.eos_token_id:
         known = "the words of `python data.py`'s problems, digits, + - * / = and newlines"
         raise UserError(f"the question or trace holds something this model's vocabulary lacks; it knows {known}")
     if not ids:
