@@ -25,7 +25,7 @@ def colour(text: str, value: float, scale: float) -> str:
     return f"\x1b[48;2;{red};{green};{faded}m\x1b[38;2;0;0;0m{visible}\x1b[0m"
 
 
-def explain(reward_model, tokenizer, question: str, response: str) -> list[tuple[str, float]]:
+def token_scores(reward_model, tokenizer, question: str, response: str) -> list[tuple[str, float]]:
     """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
     prompt = data.prompt_ids(tokenizer, question)
     ids = token_ids(tokenizer, response)
@@ -72,7 +72,7 @@ def main() -> None:
     if "<think>" not in trace:
         whole = data.response_text(trace, args.answer or "")
         trace = whole if args.answer else whole[: whole.index("<answer>")]
-    scored = explain(discriminator.reward_model, tokenizer, args.question, trace)
+    scored = token_scores(discriminator.reward_model, tokenizer, args.question, trace)
     print(show(scored, discriminator.reward_model.scores_all_actions))
 
 

@@ -129,6 +129,20 @@ def test_the_printed_numbers_are_those_of_the_models(flags, capsys):
     assert f"0 x {first} (prompt), 1 x {int(mask.sum())} (response), 0 x {padding} (padding)" in printed
 
 
+def test_the_lowest_token_is_one_of_the_response(capsys):
+    """Where every reward is above 0, the lowest of the row would be the 0 of a prompt token."""
+    told, plain = lecture(), explain.Lecture.rewards
+
+    def rewards(rollout):
+        rewards, hidden, metrics = plain(told, rollout)
+        return rewards + 100 * rollout.batch.response_mask, hidden, metrics
+
+    told.rewards = rewards
+    told.give()
+    column = int(re.search(r"The state before token (\d+),", capsys.readouterr().out)[1])
+    assert told.shown.response_mask[told.row, column] == 1
+
+
 def test_the_update_is_seen_to_move_d(capsys):
     """On one fixed comparison the loss falls, and D of experts and negatives part; a rate of 0 moves nothing."""
 

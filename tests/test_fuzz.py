@@ -244,7 +244,7 @@ def test_tokens(survives, shipped):
             if len(ids) < 100:
                 place = survives(data.token_at, tokenizer, ids, len(response) // 2)
                 assert 0 <= place < len(ids)
-        scored = survives(trace.explain, judge, tokenizer, question, response)
+        scored = survives(trace.token_scores, judge, tokenizer, question, response)
         if scored:
             shown = survives(trace.show, scored)
             assert "\x00" not in shown and "\u202e" not in shown

@@ -24,7 +24,7 @@ from engine import loading
 from engine.candidates import Candidates, collect, from_texts, natural_errors, reward_ends, signals
 from engine.errors import UserError
 from show.tables import show_traces
-from show.trace import explain
+from show.trace import token_scores
 from tasks.answers import same_answer
 
 T = torch.tensor
@@ -552,7 +552,7 @@ def test_assess_finds_a_known_reward(shipped):
     assert all("".join(trace["tokens"]).startswith("<think>\n") for trace in traces)
     for trace in traces:  # the first token whose f is below -1, if there is one
         text = "".join(trace["tokens"][:-1])  # without the end token, which is no text
-        f = [f for _, f in explain(discriminator.reward_model, tokenizer, trace["question"], text)]
+        f = [f for _, f in token_scores(discriminator.reward_model, tokenizer, trace["question"], text)]
         assert trace["predicted"] == next((i for i, value in enumerate(f) if value < -1), None)
     assert {trace["predicted"] is None for trace in traces} == {True, False}
 

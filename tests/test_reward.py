@@ -304,13 +304,13 @@ def test_a_known_reward_is_recovered():
 
 def test_explain_names_the_token_and_refuses_unknown_words(shipped):
     model, tokenizer = shipped
-    scored = trace.explain(
+    scored = trace.token_scores(
         reward.LikelihoodReward(model), tokenizer, "Ava has 24 pens. Ava loses 9. How many pens?", "<think>\n24-9=99"
     )
     assert "".join(token for token, _ in scored) == "<think>\n24-9=99"
     assert "suspicious" in trace.show(scored)
     with pytest.raises(UserError, match="vocabulary"):
-        trace.explain(reward.LikelihoodReward(model), tokenizer, "Zeno has 24 pens.", "<think>")
+        trace.token_scores(reward.LikelihoodReward(model), tokenizer, "Zeno has 24 pens.", "<think>")
 
 
 @pytest.mark.parametrize("values, likelihood, said", [
