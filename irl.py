@@ -139,9 +139,8 @@ class IRL:
             comparison = reward.compare(self.tokenizer, examples, negatives or [[]] * len(examples),
                                         s.perturbed * compared, self.rng, self.policy_model.device)  # fmt: skip
             metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
-                                    s.discriminator_loss, s.label_smoothing, s.reward_nll,
-                                    discriminator_coef=s.discriminator_coef, micro_batch=s.micro_batch, temperature=s.temperature,
-                                    micro_tokens=s.micro_tokens)  # fmt: skip
+                                    s.label_smoothing, s.reward_nll, s.micro_batch, s.temperature, s.micro_tokens,
+                                    s.discriminator_coef)  # fmt: skip
         return metrics
 
     def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -157,40 +156,27 @@ class IRL:
 
     def update_policy(self, rollout: Rollout, rewards: torch.Tensor, reward_hidden: torch.Tensor) -> dict:
         """Stage 4. One step of the policy (`epochs` of them on one rollout)."""
-        s, batch, old_logprobs = self.settings, rollout.batch, rollout.logprobs
-        descend = lambda batch, loss: policy.descend(self.policy_model, self.policy_optimizer, batch, loss, s, s.epochs)
+        s, batch = self.settings, rollout.batch
         if s.policy_loss == "exact" and not s.gamma and not s.kl_coef:  # the default: nothing hangs on the sampled tokens
-            return descend(batch, lambda rows: self.exact_loss(batch[rows], reward_hidden[rows]))
+            loss = lambda rows: self.exact_loss(batch[rows], reward_hidden[rows])
+        else:
+            advantages = self.advantages(batch, rewards)  # [B, T]
+            loss = lambda rows: self.policy_loss(
+                batch[rows], rollout.logprobs[rows], advantages[rows], reward_hidden[rows])  # fmt: skip
+        return policy.descend(self.policy_model, self.policy_optimizer, batch, loss, s, s.epochs)
 
-        advantages = self.advantages(batch, rewards, reward_hidden)  # [B, T]
-        if s.policy_loss == "best":  # only the winners of their groups are learnt from
-            winners = advantages.any(1).nonzero().squeeze(-1)
-            batch, old_logprobs, advantages, reward_hidden = (
-                x[winners] for x in (batch, old_logprobs, advantages, reward_hidden))  # fmt: skip
-        return descend(batch, lambda rows: self.policy_loss(
-            batch[rows], old_logprobs[rows], advantages[rows], reward_hidden[rows]))  # fmt: skip
-
-    def advantages(self, batch: data.Batch, rewards: torch.Tensor, reward_hidden: torch.Tensor) -> torch.Tensor:
+    def advantages(self, batch: data.Batch, rewards: torch.Tensor) -> torch.Tensor:
         """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]
 
-        Where the reward of t itself is summed over all actions, only F_t = gamma G_{t+1}, what follows, is sampled. It is
-        0 after an end token, and that counts in the group's mean: ending is compared with going on.
+        Where r_t itself is summed over all actions, only F_t = gamma G_{t+1}, what follows, is sampled. It is 0 after an end
+        token, and that counts in the group's mean: ending is compared with going on.
         """
         s, mask = self.settings, batch.response_mask
-        if s.policy_loss == "best":
-            mean = rewards.sum(1) / self.discriminator.ends(batch).sum(1)  # of what was read
-            return policy.best_of_group(mean, s.group)[:, None] * mask
         returns = policy.returns_to_go(rewards, mask, s.gamma)
-        if "exact" in (s.policy_loss, s.baseline):
-            returns = s.gamma * torch.nn.functional.pad(returns[:, 1:], (0, 1)) * mask  # F_t
-        advantages = returns - policy.group_baseline(returns, mask, s.group)
-        if s.policy_loss == "exact":  # the loss sums r_t over all actions itself
-            return advantages
-        if s.baseline == "exact":
-            expected = policy.in_chunks(lambda b, x: policy.spread(self.expected_reward(b, x), b.response_mask),
-                                        batch, s.micro_batch, reward_hidden, tokens=s.micro_tokens)  # fmt: skip
-            advantages = advantages + (rewards - expected) * mask
-        return policy.normalise(advantages, mask)
+        if s.policy_loss == "exact":
+            following = s.gamma * torch.nn.functional.pad(returns[:, 1:], (0, 1)) * mask  # F_t
+            return following - policy.group_baseline(following, mask, s.group)
+        return policy.normalise(returns - policy.group_baseline(returns, mask, s.group), mask)
 
     def expected_reward(self, batch: data.Batch, reward_hidden, hidden=None, method=logprob.expected_reward):
         """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token, [N], or whatever `method` makes of it: their

@@ -251,19 +251,6 @@ def normalise(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return advantages / max(1e-6, scale) * mask
 
 
-def best_of_group(scores: torch.Tensor, group: int) -> torch.Tensor:
-    """1 for the sample with the highest score among the G of its question, 0 for the others: [B] -> [B].
-
-    As an advantage it makes REINFORCE the likelihood of the winners: reward-ranked fine-tuning (RAFT, Dong et al. 2023,
-    arXiv 2304.06767), here with a reward learnt from demonstrations.
-
-    >>> best_of_group(torch.tensor([0.1, 0.7, 0.5, 0.2]), 2)
-    tensor([0., 1., 1., 0.])
-    """
-    best = scores.view(-1, group).argmax(1)
-    return torch.nn.functional.one_hot(best, group).flatten().to(scores.dtype)
-
-
 def grpo_advantages(outcomes: torch.Tensor, group: int) -> torch.Tensor:
     """A = (R - mean R) / std R over the G samples of a question (Shao et al. 2024, eq. 3): [B] -> [B].
 

@@ -13,7 +13,7 @@ expert's trace with one thing broken, which counts from the first changed token 
     D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits            airl_discriminator_by_hand
     logit = f (GAIL; 2510.01857's released code)        discriminator_logits            the_discriminator_learns
     BCE, smoothed labels (released code)                bce_loss                        bce_by_hand
-    Bradley-Terry (GAD)                                 comparison_loss                 comparison_losses_by_hand
+    half experts, half negatives (released code)        comparison_loss                 comparison_loss_by_hand
     r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards     rewards_are_clipped_and_sharpened
     sparse, interval, dense (2510.01857, v1 and v2)     segment_ends, segment_sums      segment_ends, segment_sums_..
     f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward    a_likelihood_is_.., a_head_reads_..
@@ -30,7 +30,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
@@ -293,21 +293,11 @@ def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[in
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def comparison_loss(logits_e, weights_e, logits_n, weights_n, pair, kind: str, smoothing: float) -> torch.Tensor:
-    """The discriminator's loss on some experts [E, T] and their negatives [M, T].
-
-    The weights are `trace_weights` of the whole comparison, so losses of parts add up to the loss of the whole.
-    pair [M] points into these E rows.
-        bce   sum_t w_t BCE(logit_t), half for experts, half for negatives
-        bt    Bradley-Terry: -log sigmoid(mean logit of the expert - mean logit of the negative), over pairs
-    """
-    if kind == "bce":
-        expert = (weights_e * bce_loss(logits_e, 1.0, smoothing)).sum()
-        return 0.5 * expert + 0.5 * (weights_n * bce_loss(logits_n, 0.0, smoothing)).sum()
-    share = weights_n.sum(1)  # [M], 1 / number of negatives
-    mean_e = (weights_e * logits_e).sum(1) / weights_e.sum(1)  # [E]
-    mean_n = (weights_n * logits_n).sum(1) / share.clamp(min=1e-9)  # [M]
-    return -(share * logsigmoid(mean_e[pair] - mean_n)).sum()
+def comparison_loss(logits_e, weights_e, logits_n, weights_n, smoothing: float) -> torch.Tensor:
+    """The discriminator's loss on some experts [E, T] and their negatives [M, T]: sum_t w_t BCE(logit_t), half for experts,
+    half for negatives. The weights are `trace_weights` of the whole comparison: losses of parts add up to its loss."""
+    expert = (weights_e * bce_loss(logits_e, 1.0, smoothing)).sum()
+    return 0.5 * expert + 0.5 * (weights_n * bce_loss(logits_n, 0.0, smoothing)).sum()
 
 
 def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
@@ -330,7 +320,7 @@ def expert_parts(comparison: Comparison, micro_batch: int, micro_tokens: int) ->
     return memory.micro_batches(family * longest, per_chunk, micro_tokens)
 
 
-def update(discriminator: Discriminator, optimizer, policy_model, comparison: Comparison, loss: str = "bce",
+def update(discriminator: Discriminator, optimizer, policy_model, comparison: Comparison,
            smoothing: float = 0.1, nll_coef: float = 0.0, micro_batch: int = 64, temperature: float = 1.0,
            micro_tokens: int = 0, discriminator_coef: float = 1.0) -> dict:  # fmt: skip
     """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
@@ -343,11 +333,8 @@ def update(discriminator: Discriminator, optimizer, policy_model, comparison: Co
     weights_e, weights_n = comparison_weights(discriminator, comparison)
     experts = parallel.total(len(expert))
     sums = defaultdict(float)
-    place = torch.zeros_like(expert.lengths)  # [E], an expert's row within its micro-batch
     for rows in expert_parts(comparison, micro_batch, micro_tokens):
         count, chosen = len(rows), torch.isin(comparison.pair, rows).nonzero().squeeze(-1)
-        place[rows] = torch.arange(count, device=rows.device)
-        pair = place[comparison.pair[chosen]]
         both = data.cat_batches(expert[rows], negative[chosen])  # experts above, negatives below
         scores = model.scores(both)
         log_pi = torch.zeros_like(scores)
@@ -357,7 +344,7 @@ def update(discriminator: Discriminator, optimizer, policy_model, comparison: Co
         logits = discriminator.logits(both, scores, log_pi)  # [E + M, T]
         logits_e, logits_n = logits[:count], logits[count:]
         w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
-        value = discriminator_coef * comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
+        value = discriminator_coef * comparison_loss(logits_e, w_e, logits_n, w_n, smoothing)
         if nll_coef and model.scores_all_actions:  # a head's f is no likelihood
             likelihood = (trace_weights(both.response_mask[:count]) * scores[:count]).sum()  # mean over these experts
             value = value - nll_coef * likelihood * count / experts

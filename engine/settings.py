@@ -47,7 +47,6 @@ class Settings:
     logit: str = setting("airl", "logit D = f - log pi, or f", ("airl", "gail"))
     granularity: str = setting("dense", "a score per token, per step, or per trace", ("dense", "interval", "sparse"))
     interval: int = setting(0, "tokens per interval; 0 takes the trace's own lines as steps", (0, 10**6))
-    discriminator_loss: str = setting("bce", "cross-entropy, or Bradley-Terry", ("bce", "bt"))
     label_smoothing: float = setting(0.1, "labels 1 and 0 become 1 - x/2 and x/2", SHARE)
     reward_nll: float = setting(1.0, "weight of the demonstrations' likelihood in a likelihood reward's loss")
     discriminator_coef: float = setting(1.0, "weight of the discriminator's own loss; 0 leaves the likelihood alone")
@@ -63,9 +62,8 @@ class Settings:
     freeze_reward: bool = setting(False, "stop training the discriminator after the warm-up")
     reward_clip: float = setting(0.0, "hold rewards within [-x, x]; 0 for none (REINFORCE and PPO)")
     # Policy
-    policy_loss: str = setting(None, "exact sums over the vocabulary, best imitates each group's best sample; if not given, "
-                               "exact where it can, else ppo", ("exact", "reinforce", "ppo", "best"))  # fmt: skip
-    baseline: str = setting("group", "of REINFORCE and PPO: the group's mean, or the exact E[r_t]", ("group", "exact"))
+    policy_loss: str = setting(None, "exact sums over the vocabulary; if not given, exact where it can, else ppo",
+                               ("exact", "reinforce", "ppo"))  # fmt: skip
     entropy_coef: float = setting(None, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
     gamma: float = setting(None, "discount of later rewards; if not given, 0, or 1 with a reward per step or trace", SHARE)
     kl_coef: float = setting(0.0, "weight of the KL to the frozen start")
@@ -203,7 +201,7 @@ def scores_all_actions(s: Settings) -> bool:
 def can_start_at_reward(s: Settings) -> bool:
     """Whether exp(f / alpha) is the best policy: f the expert's log-density, in a network of the policy's own kind, and
     nothing to be had later."""
-    density = scores_all_actions(s) and s.discriminator_loss == "bce" and s.reward_nll > 0
+    density = scores_all_actions(s) and s.reward_nll > 0
     return density and s.reward_model == s.model and s.entropy_coef > 0 and s.gamma == 0
 
 
@@ -228,18 +226,17 @@ def check_values(values: dict, may_be: dict[str, tuple], named: Callable[[str], 
 def check(s: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     check_values(vars(s), MAY_BE)
-    sums = "--policy-loss exact" if s.policy_loss == "exact" else "--baseline exact" if s.baseline == "exact" else ""
     alone = "--method likelihood" if "likelihood" in s.methods else "" if s.discriminator_coef else "--discriminator-coef 0"
     for wrong, why in (
         (not set(s.methods) <= set(METHODS), f"no method '{s.method}': {', '.join(METHODS)}, some with commas between, or all"),
         (s.rollouts_per_expert > s.group, f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group}"),
         (alone and not s.likelihood_alone,
          f"{alone} leaves the likelihood alone, which takes --reward likelihood and a --reward-nll above 0"),
-        (sums and not scores_all_actions(s),
-         f"{sums} sums f over the whole vocabulary, which takes --reward likelihood, --logit airl and --granularity dense: "
-         "with others use --policy-loss ppo and --baseline group"),
+        (s.policy_loss == "exact" and not scores_all_actions(s),
+         "--policy-loss exact sums f over the whole vocabulary, which takes --reward likelihood, --logit airl and "
+         "--granularity dense: with others use --policy-loss ppo"),
         (s.start == "reward" and not can_start_at_reward(s),
-         "--start reward takes --reward likelihood, --logit airl, --granularity dense, --discriminator-loss bce, --gamma 0, "
+         "--start reward takes --reward likelihood, --logit airl, --granularity dense, --gamma 0, "
          "--reward-nll and --entropy-coef above 0, and no other --reward-model"),
         (s.weights == "bf16" and not s.lora_rank,
          "--weights bf16 is for a frozen base, with --lora-rank: weights that train are float32, or small steps would vanish"),

@@ -397,8 +397,8 @@ class RewardTrainer:
             chosen = [[self.rng.choice(written) for written in self.pool[i].values()] for i in rows]
             comparison = reward.compare(self.tokenizer, [self.experts[i] for i in rows], chosen, s.perturbed, self.rng,
                                         self.discriminator.reward_model.model.device)  # fmt: skip
-            metrics = reward.update(self.discriminator, self.optimizer, self.policy_model, comparison, s.discriminator_loss,
-                                    s.label_smoothing, s.reward_nll, s.micro_batch, micro_tokens=s.micro_tokens)  # fmt: skip
+            metrics = reward.update(self.discriminator, self.optimizer, self.policy_model, comparison, s.label_smoothing,
+                                    s.reward_nll, s.micro_batch, micro_tokens=s.micro_tokens)  # fmt: skip
         self.done += 1
         return metrics
 

@@ -19,9 +19,9 @@ VARIANTS = {
     "head": "--reward head --policy-loss ppo --gamma 0.9",
     "interval": "--reward head --policy-loss ppo --granularity interval --gamma 0.9",
     "segments": "--policy-loss ppo --granularity interval --interval 4 --gamma 0.5 --discriminator-updates 2",
-    "gail": "--logit gail --policy-loss best --discriminator-loss bt",
+    "gail": "--logit gail --policy-loss ppo",
     "adapters": "--lora-rank 4 --kl-coef 0.01 --policy-loss ppo",
-    "frozen": "--freeze-reward --kl-coef 0.01 --reward-clip 2 --policy-loss reinforce --baseline exact",
+    "frozen": "--freeze-reward --kl-coef 0.01 --reward-clip 2 --policy-loss reinforce",
 }
 
 

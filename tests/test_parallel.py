@@ -34,8 +34,7 @@ FLAGS = (
 KINDS = {
     "exact": "",
     "ppo": "--policy-loss ppo --micro-tokens 300",
-    "best": "--policy-loss best",
-    "bt": "--policy-loss reinforce --discriminator-loss bt",
+    "reinforce": "--policy-loss reinforce",
     "adamw": "",
 }
 TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 7 --rerank-questions 6 --rerank-n 4 "
@@ -72,8 +71,8 @@ def step(questions: list[int], kind: str) -> dict:
     rollout = rollout_of(tokenizer, questions)
     negatives = [[rollout.batch.response(i * GROUP + g) for g in range(GROUP)] for i in range(len(examples))]
     comparison = reward.compare(tokenizer, examples, negatives, 0, random.Random(0))
-    metrics = {"discriminator": reward.update(discriminator, loop.reward_optimizer, model, comparison, s.discriminator_loss,
-                                              0.1, 0.5, micro_batch=5)}  # fmt: skip
+    metrics = {"discriminator": reward.update(discriminator, loop.reward_optimizer, model, comparison, 0.1, 0.5,
+                                              micro_batch=5)}  # fmt: skip
     rewards = (rollout.batch.tokens * 0.1).sin() * rollout.batch.response_mask
     metrics["policy"] = loop.update_policy(rollout, rewards, loop.rewards(rollout)[1])
     weights = [p.detach().flatten() for m in (model, reward_model) for p in m.parameters()]

@@ -510,7 +510,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
 
 @pytest.mark.parametrize("flags, message", [
     ("--group 4", "--group 4 contradicts runs/demo/settings.json, which says 2"),
-    ("--policy-loss best", "--policy-loss best contradicts runs/demo/settings.json, which says exact"),
+    ("--policy-loss ppo", "--policy-loss ppo contradicts runs/demo/settings.json, which says exact"),
     ("--freeze-reward", "--freeze-reward True contradicts"), ("--gamma 0.5", "--gamma 0.5 contradicts"),
     ("--name elsewhere", "nothing to resume: there is no runs/elsewhere/settings.json"),
     ("--micro-batch 0", "--micro-batch must be from 1 to"), ("--resmue", "did you mean '--resume'?"),

@@ -68,14 +68,14 @@ def test_the_demo_writes_everything(capsys):
 @pytest.mark.parametrize("flags", [
     "--method sft", "--method grpo", "--method irl --start sft --extra-questions 4",
     "--method irl --reward head --logit gail --policy-loss ppo --granularity sparse --gamma 0.9",
-    "--method irl --granularity interval --interval 5 --policy-loss reinforce --discriminator-loss bt --kl-coef 0.01",
+    "--method irl --granularity interval --interval 5 --policy-loss reinforce --kl-coef 0.01",
     "--method irl --freeze-reward", "--method irl --reward random --policy-loss ppo --gamma 0.9",
     "--method sft,grpo --test-split validation --wrong-demonstrations 0.5",
     "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 20",
     "--method irl --start sft --lora-rank 2 --reward head --policy-loss ppo --weights bf16",
     "--method irl --gradient-checkpointing --micro-tokens 500",
     "--method irl --lora-rank 2 --reward random --policy-loss ppo --gamma 0.9", "--method sft_fair,irl --fair-average 0",
-    "--method likelihood --start sft --granularity sparse --policy-loss ppo --discriminator-loss bt",
+    "--method likelihood --start sft --granularity sparse --policy-loss ppo",
     "--method all --reward head --policy-loss ppo --gamma 0.9",  # without the method likelihood
 ])  # fmt: skip
 def test_other_methods_and_variants(flags):
@@ -208,9 +208,8 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--method ppo", "no method 'ppo'"),
     ("--reward head --policy-loss exact", "--policy-loss exact sums"),
     ("--granularity sparse --policy-loss exact", "--policy-loss exact sums"),
-    ("--granularity sparse --baseline exact", "--baseline exact sums"),
     *((f"--start reward {flags}", "--start reward takes --reward likelihood") for flags in (
-        "--gamma 0.5", "--discriminator-loss bt", "--granularity sparse --gamma 0", "--granularity interval --gamma 0",
+        "--gamma 0.5", "--granularity sparse --gamma 0", "--granularity interval --gamma 0",
         "--reward-nll 0", "--entropy-coef 0", "--logit gail", "--reward head")),
     ("--words-largest 3", "from 8 to 1,000,000"),
     ("--max-new-tokens 9999", "fits the model's context"),
@@ -218,7 +217,7 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--name ../elsewhere", "--name"),
     ("--lora-rank -1", "--lora-rank must be from 0 to"),
     ("--micro-tokens -5", "--micro-tokens must be from 0 to"),
-    ("--discriminator-loss wgan", "invalid choice: 'wgan'"),
+    ("--policy-loss wgan", "invalid choice: 'wgan'"),
     ("--weights bf17", "invalid choice: 'bf17'"),
     ("--weights bf16", "--weights bf16 is for a frozen base, with --lora-rank"),
     ("--fair-average 1.5", "--fair-average must be from 0 to 1"),
@@ -319,7 +318,7 @@ def test_grpo_learns_from_unbroken_examples(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("", ("reward", "exact", 0.0)), ("--gamma 0.9", ("base", "exact", 0.9)), ("--discriminator-loss bt", ("base", "exact", 0.0)),
+    ("", ("reward", "exact", 0.0)), ("--gamma 0.9", ("base", "exact", 0.9)),
     ("--reward-nll 0", ("base", "exact", 0.0)), ("--reward head", ("base", "ppo", 0.0)),
     ("--logit gail", ("base", "ppo", 0.0)), ("--granularity sparse", ("base", "ppo", 1.0)),
     ("--granularity interval", ("base", "ppo", 1.0)), ("--granularity sparse --gamma 0.5", ("base", "ppo", 0.5)),
