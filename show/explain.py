@@ -98,8 +98,8 @@ class Lecture(irl.IRL):
         fresh = [[rollout.batch.response(i * group + g) for g in range(s.rollouts_per_expert)] for i in range(len(examples))]
         comparison = reward.compare(self.tokenizer, examples, fresh, s.perturbed, random.Random(0), device)
         still = policy.make_optimizer(self.discriminator.reward_model, 0.0)  # a rate at which an update only measures
-        measure = lambda: reward.update(self.discriminator, still, self.policy_model, comparison, s.discriminator_loss,
-                                        s.label_smoothing, s.reward_nll, s.micro_batch, s.temperature)  # fmt: skip
+        measure = lambda: reward.update(self.discriminator, still, self.policy_model, comparison, s.label_smoothing,
+                                        s.reward_nll, s.micro_batch, s.temperature)  # fmt: skip
         views, before = [self.view(batch, log_pi) for _, batch, log_pi, _ in traces], measure()
         metrics = super().update_discriminator(examples, rollout, group)
         after = measure()
@@ -117,7 +117,7 @@ class Lecture(irl.IRL):
         say(f"\n  updates: {s.discriminator_updates}, rate {self.reward_optimizer.param_groups[0]['lr']:.1e}, gradient norm "
             f"{metrics['grad_norm']:.3f}. The comparison above, before and after:")  # fmt: skip
         low = s.label_smoothing / 2
-        loss = {"bce": f"cross-entropy, labels {1 - low:g} and {low:g}", "bt": "Bradley-Terry"}[s.discriminator_loss]
+        loss = f"cross-entropy, labels {1 - low:g} and {low:g}"
         if s.reward_nll and self.discriminator.reward_model.scores_all_actions:
             loss += f", + {s.reward_nll:g} x -log p of the demonstrations"
         notes = {"loss": loss, "d_expert": "mean D of expert tokens", "d_negative": "mean D of negative tokens",
@@ -129,7 +129,7 @@ class Lecture(irl.IRL):
         """Stage 3: from f to r_t to returns to advantages, token by token."""
         rewards, hidden, metrics = super().rewards(rollout)
         s, batch = self.settings, rollout.batch
-        self.shown_rewards, self.shown_advantages = rewards, self.advantages(batch, rewards, hidden)
+        self.shown_rewards, self.shown_advantages = rewards, self.advantages(batch, rewards)
         columns, ends = self.view(batch, rollout.logprobs)
         columns["r_t"] = rewards
         if s.policy_loss == "exact":
@@ -141,10 +141,9 @@ class Lecture(irl.IRL):
         says = f"r_t = f - {s.entropy_coef:g} log pi" if s.logit == "airl" else "r_t = f"
         says += f", held within +-{s.reward_clip:g}" if s.reward_clip else ""
         shape("rewards", rewards, says + (", f frozen" if s.freeze_reward else ", f as the update has left it"))
-        meaning = {"best": "1 on the sample of its group with the highest mean r_t, 0 on the others", "exact":
-                   f"gamma G_(t+1), gamma {s.gamma:g}, less its mean in the group; the loss itself sums r_t over all actions"}
-        others = f"return - {s.baseline} baseline, divided by their root mean square"
-        shape("advantages", self.shown_advantages, meaning.get(s.policy_loss, others))
+        exact = f"gamma G_(t+1), gamma {s.gamma:g}, less its mean in the group; the loss itself sums r_t over all actions"
+        sampled = "return - group baseline, divided by their root mean square"
+        shape("advantages", self.shown_advantages, exact if s.policy_loss == "exact" else sampled)
         say(f"  mean r_t {metrics['mean']:.4f}; mean over rows of the lowest r_t {metrics['lowest']:.4f}")
         if s.granularity != "dense":
             say(f"  {s.granularity}: f and log pi are a segment's, read on its last token; elsewhere r_t is 0, shown as a dot")
