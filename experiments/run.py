@@ -46,6 +46,17 @@ PPO = "--policy-loss ppo --gamma 0.9"
 LIKELIHOOD = ("--method irl --reward likelihood --logit airl --granularity dense --discriminator-coef 0 --start reward "
               "--policy-loss exact --gamma 0 --kl-coef 0 --reward-average 0.5 --warm-up-lr 3e-4 --policy-lr 3e-5 "
               "--max-steps 100")  # fmt: skip
+# IRL on countdown with as many steps as GRPO has there, one thing changed; the best at temperature 1 is what `main` runs too
+LONG = "--max-steps 800 --policy-lr 4e-4"
+LONG_CHOICES = {
+    "KL 0.05": "",
+    "KL 0.05, frozen after the warm-up": "--freeze-reward",
+    "KL 0.05, rewards within 1": "--reward-clip 1",
+    "KL 0.05, rewards within 1, frozen after the warm-up": "--reward-clip 1 --freeze-reward",
+    "no KL": "--kl-coef 0",
+    "no KL, frozen after the warm-up": "--kl-coef 0 --freeze-reward",
+}
+TUNED = f"{LONG} --kl-coef 0"
 BASE = "--start base --policy-lr 4e-4 --max-steps 200"  # a policy that has all the way to go needs more steps
 # what a linear head needs: found on validation questions of seed 100
 SLOW_HEAD = "--reward head --warm-up 300 --entropy-coef 0 --policy-lr 1e-4"
@@ -175,7 +186,17 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
             trials.append(Trial(f"{data}-fair-greedy-{size}-{seed}", f"{flags} {greedy}"))
             if data == "countdown":
                 trials.append(Trial(f"{data}-likelihood-{size}-{seed}", f"{flags} {LIKELIHOOD}"))
+                tuned = f"--method irl --rerank-questions 250 --rerank-n 16 {TUNED}"
+                trials.append(Trial(f"{data}-tuned-{size}-{seed}", f"{flags} {tuned}"))
     return trials
+
+
+def choose_trials(data: str) -> list[Trial]:
+    """IRL's steps and KL on countdown, on validation questions of seed 100, as choose.py has it for the others."""
+    flags = f"--data countdown --demonstrations 64 --seed {choose.SEED} --test-split validation --eval-questions 500"
+    flags += f" --eval-samples 2 --method irl --rerank-questions 60 {LONG}"
+    changes = LONG_CHOICES if data == "countdown" else {}
+    return [Trial(f"chosen-{plain(label)}-{choose.SEED}", f"{flags} {change}".strip()) for label, change in changes.items()]
 
 
 def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
@@ -200,7 +221,8 @@ def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial
 
 def all_trials(parts: list[str], data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
     """In the order in which they are worth having."""
-    trials = main_trials(data, model, sizes, seeds) if "main" in parts else []
+    trials = choose_trials(data) if "choose" in parts else []
+    trials += main_trials(data, model, sizes, seeds) if "main" in parts else []
     trials += grpo_trials(data, model, seeds) if "grpo" in parts else []
     if "variants" in parts:
         trials += changed_trials("variants", VARIANTS, seeds)
