@@ -133,8 +133,10 @@ def percent(value) -> str:
 
 
 def strip(value, colour: str) -> str:
-    """A small drawing of an interval on the line from 0 to 1."""
-    mean, low, high = (100 * min(max(share, 0.0), 1.0) for share in interval(value) or [0, 0, 0])
+    """A small drawing of an interval on the line from 0 to 1; nothing, not a zero, of what is not known."""
+    if not interval(value):
+        return ""
+    mean, low, high = (100 * min(max(share, 0.0), 1.0) for share in interval(value))
     return (f'<span class="strip" style="color:var(--{colour})">'
             f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{mean:.1f}%"></b></span>')  # fmt: skip
 

@@ -199,6 +199,11 @@ def test_what_is_read():
     assert report.series([*logged, {"method": "grpo", "step": 9}], "irl", "reward/mean") == [(1.0, 0.5), (2.0, 0.3)]
 
 
+def test_an_unknown_share_is_not_drawn_as_zero(tmp_path):
+    page = page_of(tmp_path, {"results.json": {"methods": {"sft": {"t1": 0.0}, "irl": {"t1": None}}}})
+    assert page.count('<span class="strip"') == 1 and "–</span>" in page
+
+
 def test_what_would_stay_empty_is_taken_out():
     assert report.pruned("<p>$a</p>\n<p>$b $a</p>\n<q>$a</q>", "p", {"a": "", "b": "1"}) == "<p>$b $a</p>\n<q>$a</q>"
 
