@@ -38,9 +38,7 @@ import policy
 from data import Batch
 from engine import loading, logprob, memory, parallel, sampler
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Equations
-# ---------------------------------------------------------------------------------------------------------------
+# 1. Equations --------------------------------------------------------------------------------------------------------
 
 
 def discriminator_logits(scores: torch.Tensor, policy_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
@@ -107,9 +105,7 @@ def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -
     return (total - before) * ends
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Two reward models
-# ---------------------------------------------------------------------------------------------------------------
+# 2. Two reward models ------------------------------------------------------------------------------------------------
 
 
 class LikelihoodReward(torch.nn.Module):
@@ -162,7 +158,7 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
     checkpoint (the base has none) starts at zero, a random one anywhere."""
     where = loading.resolve_model(path)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    with loading.loading(path):
+    with loading.in_one_line(path):
         loading.check_weights(where)
         if kind == "likelihood":
             model = AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
@@ -229,9 +225,7 @@ def step_end_tokens(tokenizer, size: int) -> torch.Tensor:
     return ends
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Negatives
-# ---------------------------------------------------------------------------------------------------------------
+# 3. Negatives --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -288,9 +282,7 @@ def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[in
     return Comparison(expert, negative, *(torch.tensor(x, dtype=torch.long, device=device) for x in (pair, start)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. The discriminator's update
-# ---------------------------------------------------------------------------------------------------------------
+# 4. The discriminator's update ---------------------------------------------------------------------------------------
 
 
 def comparison_loss(logits_e, weights_e, logits_n, weights_n, smoothing: float) -> torch.Tensor:

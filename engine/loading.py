@@ -38,10 +38,8 @@ def resolve_model(name: str) -> str:
         return SHORT_NAMES[name]
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    raise UserError(
-        f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, or one of "
-        + ", ".join(SHORT_NAMES)
-    )
+    raise UserError(f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, or one of "
+                    + ", ".join(SHORT_NAMES))  # fmt: skip
 
 
 def load_policy(name: str, device="cpu", dtype=torch.float32):
@@ -51,7 +49,7 @@ def load_policy(name: str, device="cpu", dtype=torch.float32):
     Qwen2 model the pre-tokenizer of Qwen2, ours included.
     """
     path, tokenizer = resolve_model(name), load_tokenizer(name)
-    with loading(name):
+    with in_one_line(name):
         check_weights(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     check_tokenizer(tokenizer, model, name)
@@ -73,21 +71,19 @@ def check_weights(folder: str) -> None:
                             "can run code. Save them anew with transformers: save_pretrained")  # fmt: skip
         return
     files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    odd = next(
-        (file for file in files if not str(file).endswith(".safetensors") or os.path.basename(file) != file), None
-    )
-    if odd is not None:
-        raise UserError(f"{index} names {odd!r}: weights must be .safetensors files beside it")
+    for file in files:
+        if not str(file).endswith(".safetensors") or os.path.basename(file) != file:
+            raise UserError(f"{index} names {file!r}: weights must be .safetensors files beside it")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a model, by the same names."""
-    with loading(name):
+    with in_one_line(name):
         return PreTrainedTokenizerFast.from_pretrained(resolve_model(name))
 
 
 @contextmanager
-def loading(name: str):
+def in_one_line(name: str):
     """Whatever goes wrong while loading `name` becomes one line that says how to mend it."""
     try:
         yield
@@ -103,22 +99,17 @@ def check_same_tokenizer(tokenizer, other: str) -> None:
     """The reward scores the very token ids that the policy sampled: text that is tokenised anew shifts by a token."""
     vocabulary = load_tokenizer(other).get_vocab()
     if vocabulary != tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
-            f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family. What another model wrote can be "
-            "judged as text: rerank.py --candidates FILE"
-        )
+        raise UserError(f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
+                        f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family. What another model "
+                        "wrote can be judged as text: rerank.py --candidates FILE")  # fmt: skip
 
 
 def check_tokenizer(tokenizer, model, name: str) -> None:
     """Refuse what would go wrong silently later: no end token, or tokens that the model has no embedding for."""
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only "
-            f"{model.get_input_embeddings().num_embeddings} embeddings"
-        )
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows} embeddings")
 
 
 @torch.no_grad()
@@ -147,9 +138,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device '{name}' cannot be used here ({str(error).splitlines()[0]}): --device auto takes what there is"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise UserError(f"device '{name}' cannot be used here ({why}): --device auto takes what there is") from None
     return torch.device(name)
 
 

@@ -26,11 +26,6 @@ from transformers import AutoModelForTokenClassification
 
 from engine.errors import UserError
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. One matrix
-# ---------------------------------------------------------------------------------------------------------------
-
-
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A x: [.., in] -> [.., out] (equation 3 of the paper).
 
@@ -54,11 +49,6 @@ class LoRALinear(nn.Module):
         """The base's layer itself, its weight now W + (alpha / r) B A: not for a layer that is shared."""
         self.base.weight += (self.scale * self.B @ self.A).to(self.base.weight)
         return self.base
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 2. A model around a shared base
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def adapt(base: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> nn.Module:
@@ -132,11 +122,6 @@ def average(model: nn.Module, start: list[torch.Tensor], share: float) -> None:
         parameter.lerp_(before, share)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. The paper's head on a shared base
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def with_head(base: nn.Module, random: bool = False) -> nn.Module:
     """What reward.load_reward("head", ...) would load, around the decoder of `base`: one score per token, at first 0; with
     `random`, what "random" would load, a head that starts anywhere."""
@@ -151,11 +136,6 @@ def with_head(base: nn.Module, random: bool = False) -> nn.Module:
     return model.eval()  # no dropout
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. An ordinary model again
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def merged(model: nn.Module) -> nn.Module:
     """A float32 copy of `model` on the CPU, its adapters added into its weights. Rounded to bf16 the sum would lose
     most of what was learnt: an adapter's share of a weight is far below bf16's 1/256."""
@@ -168,11 +148,7 @@ def merged(model: nn.Module) -> nn.Module:
     return plain
 
 
-def adapted(model: nn.Module) -> bool:
-    """Has it adapters?"""
-    return any(isinstance(module, LoRALinear) for module in model.modules())
-
-
 def save(model: nn.Module, folder) -> None:
     """save_pretrained; of a model with adapters, the merged weights. Either way plain from_pretrained loads it."""
-    (merged(model) if adapted(model) else model).save_pretrained(folder)
+    adapted = any(isinstance(module, LoRALinear) for module in model.modules())
+    (merged(model) if adapted else model).save_pretrained(folder)
