@@ -26,6 +26,7 @@ from transformers import AutoModelForTokenClassification
 
 from engine.errors import UserError
 
+
 class LoRALinear(nn.Module):
     """y = W x + b + (alpha / r) B A x: [.., in] -> [.., out] (equation 3 of the paper).
 
