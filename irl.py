@@ -186,8 +186,7 @@ class IRL:
         hidden = policy.choosing_states(self.policy_model, batch) if hidden is None else hidden
         (weight, softcap), (reward_weight, _) = map(logprob.output_layer, (self.policy_model, reward_model))
         reward_hidden = reward_hidden[:, : batch.tokens.shape[1]][batch.response_mask.bool()]  # [N, H]
-        with logprob.half_precision(hidden.device):
-            return method(hidden, weight, reward_hidden, reward_weight, s.entropy_coef, s.temperature, softcap)
+        return method(hidden, weight, reward_hidden, reward_weight, s.entropy_coef, s.temperature, softcap)
 
     def exact_loss(self, batch: data.Batch, reward_hidden, hidden=None) -> torch.Tensor:
         """-sum_t E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] over the response tokens of some rows: a number."""

@@ -151,24 +151,19 @@ def token_logprobs(model, batch: Batch, temperature: float = 1.0) -> torch.Tenso
 def logprobs_of(model, states: torch.Tensor, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """log pi(a_t | s_t) from `choosing_states`: [N, H] -> [N]."""
     weight, softcap = logprob.output_layer(model)
-    with logprob.half_precision(states.device):
-        return logprob.logprobs(states, weight, response_tokens(batch), temperature, softcap, entropy=False)[0]
+    return logprob.logprobs(states, weight, response_tokens(batch), temperature, softcap)
 
 
 def loss_of_logprobs(model, states, batch: Batch, loss: Callable, temperature: float = 1.0) -> torch.Tensor:
     """sum_n loss(log pi(a_n|s_n), n), n all response tokens: a number, with its gradients. What training takes: told the
     loss, logprob.py need not multiply a large vocabulary's logits twice. loss([R], slice n of 0..N) -> [R], by token."""
     weight, softcap = logprob.output_layer(model)
-    by_token = lambda logprobs, entropy, n: loss(logprobs, n)
-    with logprob.half_precision(states.device):
-        return logprob.loss_sum(states, weight, response_tokens(batch), by_token, temperature, softcap)
+    return logprob.loss_sum(states, weight, response_tokens(batch), loss, temperature, softcap)
 
 
 def token_entropies(model, batch: Batch) -> torch.Tensor:
     """-sum_a pi(a|s_t) log pi(a|s_t) at each response token: [B, T]."""
-    states, (weight, softcap) = choosing_states(model, batch), logprob.output_layer(model)
-    with logprob.half_precision(states.device):
-        return spread(logprob.logprobs(states, weight, response_tokens(batch), 1.0, softcap)[1], batch.response_mask)
+    return spread(logprob.entropies(choosing_states(model, batch), *logprob.output_layer(model)), batch.response_mask)
 
 
 @torch.no_grad()

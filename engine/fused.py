@@ -1,8 +1,8 @@
-"""log pi and entropy as fused CUDA kernels (Triton): a tile of logits lives in a multiprocessor and never reaches memory.
+"""log pi as fused CUDA kernels (Triton): a tile of logits lives in a multiprocessor and never reaches memory.
 
-Off (engine/logprob.py TRITON) until `python -m experiments.bench` has shown on a GPU that it pays. The kernels are tested in
-Triton's interpreter, which has no bf16 products, and compile for NVIDIA's 9.0 without spilling registers; they have neither
-run nor been timed on a GPU.
+Off (`ON`) until `python -m experiments.bench` has shown on a GPU that it pays: the kernels are tested in Triton's interpreter,
+which has no bf16 products, and compile for NVIDIA's 9.0 without spilling registers; they have neither run nor been timed on
+a GPU. What they do is engine/logprob.py's `logprobs`: log pi(a) = x_a - lse(x), and d log pi(a) / dx_v = 1[v = a] - p_v.
 """
 
 import torch
@@ -13,6 +13,13 @@ try:  # no Triton on Windows, macOS and most CPU installations
     import triton.language as tl
 except ImportError:
     triton = None
+
+ON = False
+
+
+def wanted(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernels are to be used, and can be."""
+    return ON and triton is not None and hidden.is_cuda and {hidden.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
 
 
 if triton is not None:
@@ -35,37 +42,33 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        hidden, weight, tokens, lse, mean, chosen, N, V, softcap, temperature, per_split,
+        hidden, weight, tokens, lse, chosen, N, V, softcap, temperature, per_split,
         H: tl.constexpr, CAPPED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
-        """Program (i, s): rows i*BN.., column blocks s*per_split... One pass, the softmax online as in part 2; writes
-        log-sum-exp, E[x] and x of the token, [S, N], of its own columns."""
+        """Program (i, s): rows i*BN.., column blocks s*per_split... One pass: sums are relative to the largest x so far, and
+        shrink when a larger one turns up (Milakov & Gimelshein 2018). Writes log-sum-exp and x of the token, [S, N], of its
+        own columns."""
         rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
         token = tl.load(tokens + rows, rows < N, -1)
-        top, total = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
-        weighted, found = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+        top, total, found = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
         block = tl.program_id(1) * per_split
         stop = tl.minimum(block + per_split, tl.cdiv(V, BV))
         while block < stop:
             columns = block.to(tl.int64) * BV + tl.arange(0, BV)
             x = _tile(hidden, weight, rows, columns, N, V, softcap, temperature, H, CAPPED, BH)
-            inside = columns[None, :] < V
-            new_top = tl.maximum(top, tl.max(tl.where(inside, x, float("-inf")), 1))
-            e = tl.where(inside, tl.exp(x - new_top[:, None]), 0.0)
-            shrink = tl.exp(top - new_top)
-            total = total * shrink + tl.sum(e, 1)
-            weighted = weighted * shrink + tl.sum(e * x, 1)
+            x = tl.where(columns[None, :] < V, x, float("-inf"))
+            new_top = tl.maximum(top, tl.max(x, 1))
+            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top[:, None]), 1)
             found += tl.sum(tl.where(columns[None, :] == token[:, None], x, 0.0), 1)
             top = new_top
             block += 1
         at = tl.program_id(1) * N + rows
         tl.store(lse + at, top + tl.log(total), rows < N)
-        tl.store(mean + at, weighted / total, rows < N)
         tl.store(chosen + at, found, rows < N)
 
     @triton.jit
     def _backward_kernel(
-        hidden, weight, tokens, lse, entropy, grad_logprob, grad_entropy, grad, N, V, softcap, temperature, per_split,
+        hidden, weight, tokens, lse, grad_logprob, grad, N, V, softcap, temperature, per_split,
         H: tl.constexpr, OWN_ROWS: tl.constexpr, CAPPED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
     ):  # fmt: skip
         """Program (i, s) owns block i of the rows (of grad hidden) or of the columns (of grad weight), goes through its
@@ -79,10 +82,8 @@ if triton is not None:
             x = _tile(hidden, weight, rows, columns, N, V, softcap, temperature, H, CAPPED, BH)
             token = tl.load(tokens + rows, rows < N, -1)[:, None]
             g_logprob = tl.load(grad_logprob + rows, rows < N, 0.0)[:, None]  # 0 beyond N: such rows add nothing
-            g_entropy = tl.load(grad_entropy + rows, rows < N, 0.0)[:, None]
-            logp = x - tl.load(lse + rows, rows < N, 0.0)[:, None]
-            factor = g_logprob + g_entropy * (logp + tl.load(entropy + rows, rows < N, 0.0)[:, None])
-            g = tl.where(columns[None, :] == token, g_logprob, 0.0) - tl.exp(logp) * factor  # dL/dx
+            p = tl.exp(x - tl.load(lse + rows, rows < N, 0.0)[:, None])
+            g = g_logprob * (tl.where(columns[None, :] == token, 1.0, 0.0) - p)  # dL/dx
             g = tl.where(columns[None, :] < V, g, 0.0) / temperature
             if CAPPED:
                 tanh = x * temperature / softcap
@@ -104,9 +105,9 @@ if triton is not None:
             block += 1
 
 
-class _TritonLogprobs(torch.autograd.Function):
+class _Logprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, softcap, entropy, programs):
+    def forward(ctx, hidden, weight, tokens, temperature, softcap, programs):
         N, V, H = len(hidden), len(weight), hidden.shape[1]
         BV, BH = (128, 64) if hidden.element_size() == 2 else (64, 32)  # more of float32 would not fit the registers
         ctx.blocks = dict(H=H, BN=64, BV=BV, BH=BH, CAPPED=softcap > 0, num_warps=8)
@@ -115,24 +116,18 @@ class _TritonLogprobs(torch.autograd.Function):
         # A GPU wants hundreds of programs; where the rows alone are too few, several share a row's columns.
         ctx.per_split = triton.cdiv(column_blocks, max(1, min(programs // max(1, row_blocks), column_blocks)))
         ctx.splits = triton.cdiv(column_blocks, ctx.per_split)
-        lse, mean, chosen = torch.empty(3, ctx.splits, N, device=hidden.device)
-        _forward_kernel[(row_blocks, ctx.splits)](
-            hidden, weight, tokens, lse, mean, chosen, *ctx.numbers, ctx.per_split, **ctx.blocks
-        )
-        share, lse = lse, lse.logsumexp(0)
-        mean = ((share - lse).exp() * mean).sum(0)
-        entropy = lse - mean if entropy else None
-        ctx.save_for_backward(hidden, weight, tokens, lse, entropy)
-        ctx.set_materialize_grads(False)  # an output that the loss did not use then costs nothing in backward
-        return chosen.sum(0) - lse, entropy
+        lse, chosen = torch.empty(2, ctx.splits, N, device=hidden.device)
+        grid = row_blocks, ctx.splits
+        _forward_kernel[grid](hidden, weight, tokens, lse, chosen, *ctx.numbers, ctx.per_split, **ctx.blocks)
+        lse = lse.logsumexp(0)
+        ctx.save_for_backward(hidden, weight, tokens, lse)
+        return chosen.sum(0) - lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprob, grad_entropy):
-        hidden, weight, tokens, lse, entropy = ctx.saved_tensors
-        none = torch.zeros_like(lse)
-        rest = [none if t is None else t.contiguous() for t in (entropy, grad_logprob, grad_entropy)]
-        inputs, (row_blocks, column_blocks) = (hidden, weight, tokens, lse, *rest), ctx.grid
+    def backward(ctx, grad_logprob):
+        hidden, weight, tokens, lse = ctx.saved_tensors
+        inputs, (row_blocks, column_blocks) = (hidden, weight, tokens, lse, grad_logprob.contiguous()), ctx.grid
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad = hidden.new_zeros(ctx.splits, *hidden.shape, dtype=torch.float32)
@@ -143,12 +138,12 @@ class _TritonLogprobs(torch.autograd.Function):
             grad = torch.zeros_like(weight, dtype=torch.float32)
             _backward_kernel[column_blocks, 1](*inputs, grad, *ctx.numbers, row_blocks, OWN_ROWS=False, **ctx.blocks)
             grad_weight = grad.to(weight.dtype)
-        return grad_hidden, grad_weight, *[None] * 5
+        return grad_hidden, grad_weight, *[None] * 4
 
 
-def logprobs_triton(hidden, weight, tokens, temperature=1.0, softcap=0.0, entropy=True, programs=256):
-    """`logprobs_plain` on CUDA, float32 or bf16. `programs`: how many blocks of work to aim for."""
-    kind = torch.promote_types(hidden.dtype, weight.dtype)
-    hidden, weight = hidden.to(kind).contiguous(), weight.to(kind).contiguous()
+def logprobs(hidden, weight, tokens, temperature=1.0, softcap=0.0, kind=torch.bfloat16, programs=256):
+    """log pi(tokens) on CUDA, [N] float32, from hidden states and matrix rounded to `kind`: tensor cores want bf16. `programs`:
+    how many blocks of work to aim for."""
     with torch.cuda.device_of(hidden):
-        return _TritonLogprobs.apply(hidden, weight, tokens.contiguous(), temperature, softcap, entropy, programs)
+        return _Logprobs.apply(hidden.to(kind).contiguous(), weight.to(kind).contiguous(), tokens.contiguous(), temperature,
+                               softcap, programs)  # fmt: skip

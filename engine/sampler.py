@@ -58,10 +58,8 @@ def sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [P, L]
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, L]
     positions = _positions(mask)
-    # Logits in float32 from the hidden states, as in training: bf16 ones are off by 0.05, and so would be PPO's ratio.
-    # What autocast rounds is rounded here too, the output matrix once.
     decoder, (weight, softcap) = model.get_decoder(), output_layer(model)
-    weight = logprob.as_autocast(weight)[0].to(logprob.sum_type(weight))
+    weight = weight.to(logprob.sum_type(weight))  # once, not at every token
     output = decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True)
     cache = output.past_key_values
     cache.batch_repeat_interleave(group)
@@ -78,7 +76,7 @@ def sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     look_every = LOOK_EVERY.get(device.type, 8)
     for t in range(max_new_tokens):
-        logp = logprob.all_logprobs(*logprob.as_autocast(states), weight, temperature or 1.0, softcap)  # [B', V]
+        logp = logprob.all_logprobs(states, weight, temperature or 1.0, softcap)  # [B', V]
         token = choose(logp, temperature, top_p, generator)  # [B']
         responses[rows, t] = token
         logprobs[rows, t] = logp.gather(-1, token[:, None]).squeeze(-1)

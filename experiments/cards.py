@@ -85,17 +85,13 @@ def kept_bytes(config, layers: int, rank: int, recomputed: bool, tokens: int) ->
 
 
 def output_bytes(config, rank: int, tokens: int) -> int:
-    """What logprob.expected_reward_sum and its backward take for `tokens` response tokens, under CUDA's autocast: in bf16
-    they go tile by tile, not by rows, and [N, V] is never held. What counts is the output matrix [V, H] itself. Of
-    float32 matrices, the policy's and the reward's, there are bf16 copies (2 bytes each) until the policy's has its
-    gradient (bf16). When these and the tiles are gone, the gradient becomes float32 to be added. A frozen matrix has none.
-    """
-    matrix = config.vocab_size * config.hidden_size
-    rows, columns = logprob.tile_size(None, torch.device("cuda"))
-    tiles = 6 * 4 * min(rows, tokens) * columns  # x, the reward's, exp, their products: float32
-    copies, gradient = (0, 0) if rank else (2 * 2, 2)
-    most = max((copies + gradient) * matrix + tiles, 3 * gradient * matrix)
-    return most + 16 * tokens * config.hidden_size  # hidden states and their gradients
+    """What logprob.expected_reward_sum and its backward take for `tokens` response tokens: two blocks of logits, the policy's
+    and the reward's, what autograd keeps of a strip of them, and the output matrix's gradient, if it trains. All float32."""
+    block = 2 * min(logprob.ROWS, tokens) + 8 * min(logprob.STRIP, tokens)  # rows of [N, V]
+    piece = 0 if not rank else logprob.COLUMNS * config.hidden_size  # of a bf16 matrix, made float32
+    gradient = 0 if rank else config.vocab_size * config.hidden_size
+    hidden = 3 * tokens * config.hidden_size  # the policy's with their gradient, the reward's
+    return 4 * (block * config.vocab_size + piece + gradient + hidden)
 
 
 def cache_bytes(config, rank: int, tokens: int) -> int:
@@ -109,8 +105,9 @@ def cache_bytes(config, rank: int, tokens: int) -> int:
 
 def sampling_bytes(config, rank: int, rows: int, tokens: int) -> int:
     """policy.sample of `rows` rows of at most `tokens` tokens at once: the cache, and logits, log-probabilities,
-    probabilities and their running sum, [rows, V] each, in float32."""
-    return cache_bytes(config, rank, rows * tokens) + 4 * 4 * rows * config.vocab_size
+    probabilities and their running sum, [rows, V] each, in float32; of a bf16 output matrix, a float32 copy."""
+    copy_of_matrix = 4 * config.vocab_size * config.hidden_size if rank else 0
+    return cache_bytes(config, rank, rows * tokens) + 4 * 4 * rows * config.vocab_size + copy_of_matrix
 
 
 def main() -> None:

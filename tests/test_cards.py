@@ -69,10 +69,9 @@ def peak_bytes(function) -> int:
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_output_matrix_takes_what_is_said(rank, monkeypatch):
+def test_the_output_matrix_takes_what_is_said(rank):
     """The exact policy loss and its backward, with a vocabulary so large that [N, V] alone would be several times more."""
     V, H, N = 40_000, 128, 2000
-    monkeypatch.setattr(logprob, "tile_size", lambda *_: (512, 1024))
     dtype = cards.type_of_base(rank)
     matrices = [torch.nn.Parameter(torch.randn(V, H).to(dtype), requires_grad=not rank) for _ in range(2)]
     if not rank:

@@ -196,14 +196,11 @@ def test_the_loss_by_rows_has_the_same_gradient(shipped, settings, method, monke
     plain = loss()
     monkeypatch.setattr(logprob, "SMALL", 0)
     monkeypatch.setattr(logprob, "ROWS", 5)  # and not all rows at once
-    blocks, add = [], logprob.OnlineSoftmax.add
-    monkeypatch.setattr(logprob.OnlineSoftmax, "add", lambda self, x, *v: blocks.append(len(x)) or add(self, x, *v))
-    with monkeypatch.context() as context:
-        if not loop.settings.kl_coef:  # the reference needs no gradient and no sum
-            context.delattr(logprob, "logprobs_chunked")
-        context.delattr(logprob, "expected_reward_chunked")
-        rows = loss()
-    assert blocks and (max(blocks) <= 5 or loop.settings.kl_coef)
+    wanted, by_rows = [], logprob.by_rows
+    monkeypatch.setattr(logprob, "by_rows", lambda f, w, *inputs: wanted.append(w) or by_rows(f, w, *inputs))
+    rows = loss()
+    sums = 2 if "exact" in method else 1  # gradients are computed with them: backward multiplies no logits again
+    assert wanted.count((True, True)) == sums and wanted.count((False, False)) == bool(loop.settings.kl_coef)  # pi_ref's
     assert_close(rows, plain, atol=1e-4, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(rows, parameters), torch.autograd.grad(plain, parameters), strict=True):
         assert b.any() and (a - b).norm() <= 1e-4 * b.norm()
