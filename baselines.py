@@ -94,9 +94,9 @@ class GRPO:
         """PPO's clipped loss with the group's advantage on every token of a trace, summed over them: a number."""
         s, chosen = self.settings, batch.response_mask.bool()
         old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
-        states = policy.choosing_states(self.policy_model, batch)  # [N, H]
+        hidden = policy.hidden_states(self.policy_model, batch)  # [N, H]
         loss = lambda logprobs, n: policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
-        return policy.loss_of_logprobs(self.policy_model, states, batch, loss, s.temperature)
+        return policy.loss_of_logprobs(self.policy_model, hidden, batch, loss, s.temperature)
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ class IRL:
         """Stage 3. r_t for every response token, [B, T], and the reward model's hidden states, [B, T, H], from which
         stage 4 reads f of all other actions too. The same token ids that were sampled are scored."""
         s, batch, reward_model = self.settings, rollout.batch, self.discriminator.reward_model
-        hidden = policy.in_chunks(reward_model.states, batch, s.micro_batch, tokens=s.micro_tokens)
+        hidden = policy.in_chunks(reward_model.hidden, batch, s.micro_batch, tokens=s.micro_tokens)
         scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, hidden, tokens=s.micro_tokens)  # f, [B, T]
         rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
         read = self.discriminator.ends(batch).bool()  # elsewhere r_t is 0, which is no opinion
@@ -183,7 +183,7 @@ class IRL:
         sum. The gradient, if any, is through pi. reward_hidden [B, T, H] are those of stage 3; the policy's own, hidden
         [N, H], are computed if they are not at hand."""
         s, reward_model = self.settings, self.discriminator.reward_model.model
-        hidden = policy.choosing_states(self.policy_model, batch) if hidden is None else hidden
+        hidden = policy.hidden_states(self.policy_model, batch) if hidden is None else hidden
         (weight, softcap), (reward_weight, _) = map(logprob.output_layer, (self.policy_model, reward_model))
         reward_hidden = reward_hidden[:, : batch.tokens.shape[1]][batch.response_mask.bool()]  # [N, H]
         return method(hidden, weight, reward_hidden, reward_weight, s.entropy_coef, s.temperature, softcap)
@@ -196,7 +196,7 @@ class IRL:
         """The loss of some rows, summed over their response tokens: a number. policy.py has the equations."""
         s, chosen = self.settings, batch.response_mask.bool()
         old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
-        hidden = policy.choosing_states(self.policy_model, batch)  # [N, H]
+        hidden = policy.hidden_states(self.policy_model, batch)  # [N, H]
         # r_t over all actions, if it can be; what follows, and other rewards, from the sampled one
         loss = self.exact_loss(batch, reward_hidden, hidden) if s.policy_loss == "exact" else 0.0
         if s.kl_coef:

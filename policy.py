@@ -120,10 +120,10 @@ def token_logprobs_plain(model, batch: Batch, temperature: float = 1.0) -> torch
     return torch.nn.functional.pad(chosen, (1, 0)) * batch.response_mask
 
 
-def choosing_states(model, batch: Batch) -> torch.Tensor:
+def hidden_states(model, batch: Batch) -> torch.Tensor:
     """The hidden state that chose each response token: [N, H], N = number of response tokens, in row order. Prompt and
     padding positions never meet the output matrix, which is where the memory goes when V is 151,936."""
-    return sampler.response_states(model, batch)[:, :-1][response_part(batch)]
+    return sampler.response_hidden(model, batch)[:, :-1][response_part(batch)]
 
 
 def response_part(batch: Batch) -> torch.Tensor:
@@ -139,31 +139,31 @@ def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def response_tokens(batch: Batch) -> torch.Tensor:
-    """The response tokens of all rows, one after another: [N], in the order of `choosing_states`."""
+    """The response tokens of all rows, one after another: [N], in the order of `hidden_states`."""
     return batch.tokens[batch.response_mask.bool()]
 
 
 def token_logprobs(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """log pi(a_t | s_t) for each response token: [B, T], 0 elsewhere."""
-    return spread(logprobs_of(model, choosing_states(model, batch), batch, temperature), batch.response_mask)
+    return spread(logprobs_of(model, hidden_states(model, batch), batch, temperature), batch.response_mask)
 
 
-def logprobs_of(model, states: torch.Tensor, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """log pi(a_t | s_t) from `choosing_states`: [N, H] -> [N]."""
+def logprobs_of(model, hidden: torch.Tensor, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """log pi(a_t | s_t) from `hidden_states`: [N, H] -> [N]."""
     weight, softcap = logprob.output_layer(model)
-    return logprob.logprobs(states, weight, response_tokens(batch), temperature, softcap)
+    return logprob.logprobs(hidden, weight, response_tokens(batch), temperature, softcap)
 
 
-def loss_of_logprobs(model, states, batch: Batch, loss: Callable, temperature: float = 1.0) -> torch.Tensor:
+def loss_of_logprobs(model, hidden, batch: Batch, loss: Callable, temperature: float = 1.0) -> torch.Tensor:
     """sum_n loss(log pi(a_n|s_n), n), n all response tokens: a number, with its gradients. What training takes: told the
     loss, logprob.py need not multiply a large vocabulary's logits twice. loss([R], slice n of 0..N) -> [R], by token."""
     weight, softcap = logprob.output_layer(model)
-    return logprob.loss_sum(states, weight, response_tokens(batch), loss, temperature, softcap)
+    return logprob.loss_sum(hidden, weight, response_tokens(batch), loss, temperature, softcap)
 
 
 def token_entropies(model, batch: Batch) -> torch.Tensor:
     """-sum_a pi(a|s_t) log pi(a|s_t) at each response token: [B, T]."""
-    return spread(logprob.entropies(choosing_states(model, batch), *logprob.output_layer(model)), batch.response_mask)
+    return spread(logprob.entropies(hidden_states(model, batch), *logprob.output_layer(model)), batch.response_mask)
 
 
 @torch.no_grad()
@@ -299,7 +299,7 @@ def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Ten
 
 def sft_loss(model, batch: Batch) -> torch.Tensor:
     """-log pi(expert's token | expert's prefix), summed over the response tokens: a number. The end token is one."""
-    return loss_of_logprobs(model, choosing_states(model, batch), batch, lambda logprobs, n: -logprobs)
+    return loss_of_logprobs(model, hidden_states(model, batch), batch, lambda logprobs, n: -logprobs)
 
 
 # 5. Updates ----------------------------------------------------------------------------------------------------------

@@ -121,14 +121,14 @@ class LikelihoodReward(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def states(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch) -> torch.Tensor:
         """What f(s_t, .) is read off: [B, T, H], the hidden state that has read the tokens before t."""
-        return policy.spread(policy.choosing_states(self.model, batch), batch.response_mask)
+        return policy.spread(policy.hidden_states(self.model, batch), batch.response_mask)
 
-    def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+    def scores(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
-        states, mask = self.states(batch) if states is None else states, batch.response_mask
-        return policy.spread(policy.logprobs_of(self.model, states[mask.bool()], batch), mask)
+        hidden, mask = self.hidden(batch) if hidden is None else hidden, batch.response_mask
+        return policy.spread(policy.logprobs_of(self.model, hidden[mask.bool()], batch), mask)
 
 
 class HeadReward(torch.nn.Module):
@@ -141,16 +141,16 @@ class HeadReward(torch.nn.Module):
         super().__init__()
         self.model = model  # ForTokenClassification with one label: transformers' name for just this head
 
-    def states(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch) -> torch.Tensor:
         """What f(s_t, a_t) is read off: [B, T, H], the hidden state that has read token t itself."""
-        states = sampler.response_states(self.model, batch)[:, 1:]
-        return policy.spread(states[policy.response_part(batch)], batch.response_mask)
+        hidden = sampler.response_hidden(self.model, batch)[:, 1:]
+        return policy.spread(hidden[policy.response_part(batch)], batch.response_mask)
 
-    def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+    def scores(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
-        states = self.states(batch) if states is None else states
-        with logprob.half_precision(states.device):
-            return self.model.score(states).squeeze(-1).float() * batch.response_mask
+        hidden = self.hidden(batch) if hidden is None else hidden
+        with logprob.half_precision(hidden.device):
+            return self.model.score(hidden).squeeze(-1).float() * batch.response_mask
 
 
 def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:

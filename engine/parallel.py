@@ -11,7 +11,7 @@ their replay, and samples with its own random numbers. The ranks meet in four pl
 
 Neither DistributedDataParallel nor FSDP2 would do: they hang communication on a module's forward and backward, of which all
 ranks must then make the same number. Here a rank samples until its own longest response has ended, and losses go around the
-model's forward (policy.choosing_states); one sum per optimizer step moves as many bytes. Weights are not sharded, and nothing
+model's forward (policy.hidden_states); one sum per optimizer step moves as many bytes. Weights are not sharded, and nothing
 is saved before the end (engine/keeper.py). Without torchrun every function here returns what it was given.
 """
 

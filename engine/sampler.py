@@ -67,7 +67,7 @@ def sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p
     sees_all = make_roomy(cache) and model.config._attn_implementation == "sdpa"
     mask = mask.bool().repeat_interleave(group, 0)  # [B, L], B = P * G
     position = positions[:, -1].repeat_interleave(group)  # [B]
-    states = output.last_hidden_state[:, -1].repeat_interleave(group, 0)  # [B, H]
+    hidden = output.last_hidden_state[:, -1].repeat_interleave(group, 0)  # [B, H]
 
     responses = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(count, max_new_tokens, device=device)
@@ -76,7 +76,7 @@ def sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     look_every = LOOK_EVERY.get(device.type, 8)
     for t in range(max_new_tokens):
-        logp = logprob.all_logprobs(states, weight, temperature or 1.0, softcap)  # [B', V]
+        logp = logprob.all_logprobs(hidden, weight, temperature or 1.0, softcap)  # [B', V]
         token = choose(logp, temperature, top_p, generator)  # [B']
         responses[rows, t] = token
         logprobs[rows, t] = logp.gather(-1, token[:, None]).squeeze(-1)
@@ -93,7 +93,7 @@ def sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p
             cache.batch_select_indices(going)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         position = position + 1
-        states = decoder(
+        hidden = decoder(
             input_ids=token[:, None],
             attention_mask=mask[:, None, None] if sees_all else mask,
             position_ids=position[:, None],
@@ -105,7 +105,7 @@ def sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p
     return [r[:n] for r, n in zip(responses, lengths)], [logprobs[i, :n] for i, n in enumerate(lengths)]
 
 
-def response_states(model, batch: Batch) -> torch.Tensor:
+def response_hidden(model, batch: Batch) -> torch.Tensor:
     """The hidden states after the prompt and after each response token: [B, 1 + R, H], R the longest response.
 
     State t chose response token t; state t + 1 has read it. Rows that share a prompt (a question's G samples, its

@@ -203,7 +203,7 @@ class Lecture(irl.IRL):
     def all_logprobs(self, model, column: int, temperature: float) -> torch.Tensor:
         """A model's log-probability of every action at the state before a token of the row: [V]."""
         one, (weight, softcap) = self.shown[self.row : self.row + 1], logprob.output_layer(model)
-        state = policy.choosing_states(model, one)[column - int(one.prompt_lengths)][None]  # [1, H]
+        state = policy.hidden_states(model, one)[column - int(one.prompt_lengths)][None]  # [1, H]
         return logprob.all_logprobs(state, weight, temperature, softcap)[0]
 
     def table(self, batch: data.Batch, row: int, columns: dict[str, torch.Tensor], ends: torch.Tensor, only: list = ()) -> None:

@@ -140,7 +140,7 @@ def test_micro_batch_size_changes_no_policy_gradient(shipped, settings, loss, ga
             torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(1))
             * rollout.batch.response_mask
         )
-        loop.update_policy(rollout, rewards, loop.discriminator.reward_model.states(rollout.batch).detach())
+        loop.update_policy(rollout, rewards, loop.discriminator.reward_model.hidden(rollout.batch).detach())
         results.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
     assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
     assert_close(results[2], results[0], atol=1e-5, rtol=1e-4)
@@ -153,7 +153,7 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma):
     loop = make_loop(shipped, settings, policy_loss="exact", gamma=gamma)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
     advantages = torch.randn(batch.tokens.shape) * batch.response_mask
-    states = loop.discriminator.reward_model.states(batch).detach()
+    states = loop.discriminator.reward_model.hidden(batch).detach()
     old = torch.zeros(batch.tokens.shape)
     fast = loop.policy_loss(batch, old, advantages, states) if gamma else loop.exact_loss(batch, states)
     parameters, slow = list(loop.policy_model.parameters()), 0.0
@@ -181,7 +181,7 @@ def test_the_loss_by_rows_has_the_same_gradient(shipped, settings, method, monke
         parameter.data += 0.02 * torch.randn_like(parameter)  # policy, reward and reference differ
     parameters = list(loop.policy_model.parameters())
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:4])
-    states = loop.discriminator.reward_model.states(batch).detach()
+    states = loop.discriminator.reward_model.hidden(batch).detach()
     old, advantages = (x * batch.response_mask for x in torch.randn(2, *batch.tokens.shape))
     old = policy.token_logprobs(loop.policy_model, batch).detach() + 0.3 * old  # some ratios are clipped
 
@@ -212,7 +212,7 @@ def test_the_expected_reward_is_the_mean_over_actions(shipped, settings):
     for parameter in loop.discriminator.reward_model.parameters():  # some reward that is not the policy's own
         parameter.data += 0.02 * torch.randn_like(parameter)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
-    states = loop.discriminator.reward_model.states(batch).detach()  # [B, T, H]
+    states = loop.discriminator.reward_model.hidden(batch).detach()  # [B, T, H]
     log_pi = all_logprobs(loop.policy_model, batch)  # [N, V]
     rewards = all_logprobs(loop.discriminator.reward_model.model, batch) - loop.settings.entropy_coef * log_pi
     expected = loop.expected_reward(batch, states)
@@ -247,7 +247,7 @@ def test_the_end_token_is_paid(shipped, settings):
         rollout, _ = loop.rollout([loop.experts[0].question], 4)
         rewards = 0.1 * rollout.logprobs.clone()
         rewards[0, rollout.batch.lengths[0] - 1] += bonus
-        loop.update_policy(rollout, rewards, loop.discriminator.reward_model.states(rollout.batch).detach())
+        loop.update_policy(rollout, rewards, loop.discriminator.reward_model.hidden(rollout.batch).detach())
         updates.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
     assert not torch.equal(updates[0], updates[1])
 
@@ -258,7 +258,7 @@ def test_the_lowest_reward_is_one_that_was_read(shipped, settings, granularity, 
     loop = make_loop(shipped, settings, granularity=granularity, policy_loss="ppo")
     rollout, _ = loop.rollout([e.question for e in loop.experts[:2]], 4)
     mask = rollout.batch.response_mask
-    monkeypatch.setattr(loop.discriminator.reward_model, "scores", lambda batch, states: (
+    monkeypatch.setattr(loop.discriminator.reward_model, "scores", lambda batch, hidden: (
         2 + torch.arange(batch.tokens.shape[1])) * batch.response_mask)  # fmt: skip
     rollout.logprobs.zero_()
     _, _, metrics = loop.rewards(rollout)

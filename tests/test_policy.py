@@ -216,7 +216,7 @@ def test_shared_prompts_change_no_state_and_no_gradient(shipped):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.zero_grad()
-        states = sampler.response_states(model.train(), batch)
+        states = sampler.response_hidden(model.train(), batch)
         for row, s in enumerate(alone):
             assert_close(states[row, : len(s)], s, atol=1e-4, rtol=1e-4)
         sum((w * states[row, : len(w)]).sum() for row, w in enumerate(weights)).backward()
@@ -228,7 +228,7 @@ def test_a_prompt_is_read_once(shipped, monkeypatch):
     model, batch, read = shipped[0], mixed_batch(shipped[1]), []
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda **kw: read.append(kw["input_ids"].shape) or forward(**kw))
-    sampler.response_states(model, batch)
+    sampler.response_hidden(model, batch)
     longest = (batch.lengths - batch.prompt_lengths).max()
     assert read == [(4, batch.prompt_lengths.max()), (6, longest)]  # 4 questions, 6 rows
 
