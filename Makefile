@@ -1,19 +1,20 @@
 # `make demo` and `make test` set everything up in .venv and run. The same as plain lines is in README.md.
+# A second `make demo` goes on where the first was stopped; when both runs are finished it says where their reports are.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test base clean
 
 demo: .venv/ready
-	$(BIN)/python train.py
-	$(BIN)/python train.py --data countdown --name countdown
+	$(BIN)/python train.py $(if $(wildcard runs/demo/settings.json),--resume)
+	$(BIN)/python train.py --data countdown --name countdown $(if $(wildcard runs/countdown/settings.json),--resume)
 
 test: .venv/ready
 	$(BIN)/python -m pytest
 
 base: .venv/ready  ## make the shipped bases again (about 10 minutes each)
-	$(BIN)/python pretrain.py --out base
-	$(BIN)/python pretrain.py --task countdown --steps 3500 --out tasks/countdown-base
+	$(BIN)/python -m tasks.pretrain --out tasks/words-base
+	$(BIN)/python -m tasks.pretrain --task countdown --steps 3500 --out tasks/countdown-base
 
 clean:
 	rm -rf .venv runs

@@ -2,7 +2,11 @@
 
 SFT imitates the demonstrations: it sees what IRL sees and never samples. GRPO (Shao et al. 2024, arXiv 2402.03300)
 samples and asks a verifier about each answer: it sees what IRL may not see, and shows what a verifier buys. It is the
-only place where the answer check enters training, and the reason why these two live outside irl.py.
+only place where the answer check enters training, and the reason why these two live outside irl.py. (No part of Algorithm 1.)
+
+    equation                                         where            test, in tests/test_irl.py
+    -log pi of the demonstrations' tokens            SFT.step         sft_fits_its_demonstrations
+    A = (R - mean R) / std R, R = 1 if right         GRPO.step        grpo_leaves_out_only_what_teaches_nothing
 
 Run `python baselines.py` for a few updates of each on the shipped base.
 """
@@ -13,9 +17,10 @@ from dataclasses import dataclass
 import torch
 
 import data
-import memory
 import policy
-from irl import draw
+from engine import loading
+from engine.settings import parse_settings
+from irl import IRL
 
 
 @dataclass
@@ -39,13 +44,10 @@ class SFT:
         s = self.settings
         policy.set_rate(self.optimizer, s.sft_lr, self.done, s.sft_steps)
         batch = data.demonstration_batch(
-            self.tokenizer, draw(self.experts, s.sft_batch, self.rng), self.policy_model.device
+            self.tokenizer, data.draw(self.experts, s.sft_batch, self.rng), self.policy_model.device
         )
-        parts = memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens)
-        self.policy_model.train()
-        loss = policy.accumulate(lambda rows: policy.sft_loss(self.policy_model, batch[rows]), parts,
-                                 float(batch.response_mask.sum()))  # fmt: skip
-        metrics = policy.optimizer_step(self.optimizer, loss)
+        loss = lambda rows: policy.sft_loss(self.policy_model, batch[rows])
+        metrics = policy.descend(self.policy_model, self.optimizer, batch, loss, s)
         self.done += 1
         return {"policy": metrics}
 
@@ -71,10 +73,9 @@ class GRPO:
     def step(self) -> dict:
         """Rollout, verify, normalise within the group, policy gradient."""
         s = self.settings
-        examples = draw(self.examples, s.questions, self.rng)
-        prompts = [data.prompt_ids(self.tokenizer, e.question) for e in examples]
-        rollout = policy.sample(self.policy_model, prompts, self.ends, s.max_new_tokens, s.group,
-                                s.temperature, s.top_p, self.generator, s.sample_rows)  # fmt: skip
+        policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
+        examples = data.draw(self.examples, s.questions, self.rng)
+        rollout, sampled = self.rollout([e.question for e in examples], s.group)
         batch, mask = rollout.batch, rollout.batch.response_mask
         texts = [data.decode(self.tokenizer, batch.response(row)) for row in range(len(batch))]
         outcomes = torch.tensor([float(data.is_correct(examples[i // s.group], text)) for i, text in enumerate(texts)])
@@ -82,48 +83,35 @@ class GRPO:
         # A group that was all right, or all wrong, has no advantage and no gradient: its rows are left out. Late in
         # training that is most of them.
         taught = advantages.any(1).nonzero().squeeze(-1)
-        parts = [taught[p] for p in memory.micro_batches(batch.lengths[taught], s.micro_batch, s.micro_tokens)]
-        self.policy_model.train()
-        policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
-        for _ in range(s.epochs):
-            loss = policy.accumulate(lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows]),
-                                     parts, float(mask.sum()))  # fmt: skip
-            metrics = policy.optimizer_step(self.optimizer, loss)
+        loss = lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows])
+        metrics = policy.descend(self.policy_model, self.optimizer, batch, loss, s, s.epochs, taught)
         self.done += 1
-        return {
-            "rollout": {
-                "length": float(mask.sum(1).mean()),
-                "finished": float(rollout.finished.float().mean()),
-                "entropy": float(-rollout.logprobs.sum() / mask.sum()),
-            },
-            "reward": {"mean": float(outcomes.mean())},
-            "policy": metrics,
-        }
+        return {"rollout": sampled, "reward": {"mean": float(outcomes.mean())}, "policy": metrics}
+
+    rollout = IRL.rollout  # the same stage 1
 
     def loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         """PPO's clipped loss with the group's advantage on every token of a trace, summed over them: a number."""
         s, chosen = self.settings, batch.response_mask.bool()
         old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
-        states = policy.choosing_states(self.policy_model, batch)  # [N, H]
+        hidden = policy.hidden_states(self.policy_model, batch)  # [N, H]
         loss = lambda logprobs, n: policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
-        return policy.loss_of_logprobs(self.policy_model, states, batch, loss, s.temperature)
+        return policy.loss_of_logprobs(self.policy_model, hidden, batch, loss, s.temperature)
 
 
 def main() -> None:
-    import train
-
-    policy.quiet()
+    loading.quiet()
     flags = "--demonstrations 64 --questions 16 --group 4 --max-steps 3 --sft-steps 15 --device cpu"
-    settings = train.parse_settings(flags.split())
+    settings = parse_settings(flags.split())
     examples = data.load_examples("words", "train", 64)
     print("SFT: -log pi of the demonstrations' tokens")
-    trainer = SFT(settings, *reversed(policy.load_policy("base")), examples)
+    trainer = SFT(settings, *reversed(loading.load_policy("base")), examples)
     for update in range(1, settings.sft_steps + 1):
         metrics = trainer.step()
         if update % 5 == 0:
             print(f"  update {update:2d}  loss {metrics['policy']['loss']:.3f}")
     print("GRPO: the mean reward is the share of samples that the answer check accepts")
-    trainer = GRPO(settings, *reversed(policy.load_policy("base")), examples)
+    trainer = GRPO(settings, *reversed(loading.load_policy("base")), examples)
     for step in range(1, settings.max_steps + 1):
         metrics = trainer.step()
         print(

@@ -1,13 +1,23 @@
 """Inverse reinforcement learning for reasoning: the loop (arXiv 2510.01857, Algorithm 1).
 
-    repeat
-        1. rollout         the policy answers some questions, G times each
+    0. warm-up         ours, not the paper's: the discriminator learns alone, then `end_warm_up` averages the reward's weights
+                       with their start and, where f is a likelihood, has the policy start at the best policy for this f
+    repeat             (the paper's Algorithm 1)
+        1. rollout         the policy answers some questions, `group` times each
         2. discriminator   learns to tell the experts' traces from these (and older, and broken) ones
         3. reward          its score of every token, r_t = f - alpha log pi
-        4. policy          a policy-gradient step on that reward
+        4. policy          one step. By default on E_{a~pi}[r_t], summed over all actions a: then r_t of the sampled tokens is
+                           logged and not used. Else a policy gradient on r_t and what follows
 
-Nobody checks an answer here. The loop runs inside `data.no_verifier()`, where the answer check raises; what the policy
-learns, it learns from the demonstrations. (The two baselines, SFT and GRPO, are in baselines.py. GRPO may look.)
+Nobody checks an answer here: every step runs inside `data.no_verifier()`, where the answer check raises. (The baselines, SFT
+and GRPO, are in baselines.py. GRPO may look.)
+
+    equation                                               where                          test, in tests/test_irl.py
+    Algorithm 1                                            IRL.step                       a_policy_improves_from_demonstrations_..
+    pi ~ exp(f / alpha) is best for r at gamma = 0         IRL.end_warm_up                the_policy_starts_at_the_averaged_reward
+    max E_{a~pi}[f - alpha log pi], gamma = 0 (ours)       IRL.update_policy              exact_loss_equals_the_plain_loop
+    A_t = G_t - b_t, or F_t - its mean (method of v1, v2)  IRL.advantages                 sums_over_actions_and_..
+    no verifier in training                                data.no_verifier               training_raises_if_..
 
 Run `python irl.py` for three iterations on the shipped base, stage by stage.
 """
@@ -18,18 +28,17 @@ from dataclasses import dataclass, field
 import torch
 
 import data
-import logprob
-import lora
-import memory
 import policy
 import reward
 from data import Example
+from engine import loading, logprob, lora
+from engine.settings import parse_settings
 from policy import Rollout
 
 
 @dataclass
 class IRL:
-    """All that changes during training, and what it needs. `settings` is train.Settings, read only."""
+    """All that changes during training, and what it needs. `settings` is Settings, read only."""
 
     settings: object
     tokenizer: object
@@ -61,37 +70,34 @@ class IRL:
         policy.set_rate(self.policy_optimizer, s.policy_lr, self.done, s.max_steps)
         policy.set_constant_rate(self.reward_optimizer, s.reward_lr)
         with data.no_verifier():
-            examples = draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
-            questions = [e.question for e in examples] + draw(self.extra, s.questions // 2, self.rng)
+            examples = data.draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
+            questions = [e.question for e in examples] + data.draw(self.extra, s.questions // 2, self.rng)
             rollout, metrics["rollout"] = self.rollout(questions, s.group)  # G traces per question
             if not s.freeze_reward:
                 metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)  # D: expert or policy?
-            rewards, states, metrics["reward"] = self.rewards(rollout)  # [B, T], [B, T, H]
-            metrics["policy"] = self.update_policy(rollout, rewards, states)
+            rewards, reward_hidden, metrics["reward"] = self.rewards(rollout)  # [B, T], [B, T, H]
+            metrics["policy"] = self.update_policy(rollout, rewards, reward_hidden)
         self.done += 1
         return metrics
 
     def warm_up(self) -> dict:
-        """One update of the discriminator alone, on fresh samples of a policy that stands still: a policy that starts on
-        a reward at chance learns noise."""
+        """Step 0, one of many: an update of the discriminator alone, on fresh samples of a policy that stands still. A policy
+        that starts on a reward at chance learns noise."""
         s, rollout = self.settings, None
         with data.no_verifier():
             policy.set_constant_rate(self.reward_optimizer, s.warm_up_lr)
-            examples = draw(self.experts, s.questions, self.rng)
+            examples = data.draw(self.experts, s.questions, self.rng)
             if s.discriminator_coef:
                 rollout, _ = self.rollout([e.question for e in examples], s.rollouts_per_expert)
             return self.update_discriminator(examples, rollout, s.rollouts_per_expert)
 
     @torch.no_grad()
     def end_warm_up(self) -> None:
-        """Once, between the warm-up and the first step.
+        """Step 0, its end. On words this alone makes nearly all of the result; the paper has no such step.
 
-        The reward is averaged with its start (lora.average says why).
-
-        With start = reward the policy begins at the optimum for this f. E[f - alpha log pi] is greatest at
-        pi ~ exp(f / alpha), and that is the reward's own network with its logits divided by alpha: what the policy
-        would have to learn by sampling is there, as long as gamma = 0 and f is a likelihood. What follows moves both.
-        With adapters, these alone are copied: the base is the same.
+        The reward's weights are averaged with their start (lora.average says why). With start = reward the policy then begins
+        at the optimum for this f: E[f - alpha log pi] is greatest at pi ~ exp(f / alpha), which is the reward's own network
+        with its logits divided by alpha, as long as gamma = 0 and f is a likelihood. With adapters, these alone are copied.
         """
         s, reward_model = self.settings, self.discriminator.reward_model
         lora.average(reward_model, self.reward_start, s.reward_average)
@@ -102,8 +108,6 @@ class IRL:
             policy.divide_logits(self.policy_model, s.entropy_coef)
             if s.kl_coef:
                 self.keep_reference()
-        for optimizer in (self.policy_optimizer, self.reward_optimizer):
-            memory.read_again(optimizer)
 
     def keep_reference(self) -> None:
         """pi_ref is the policy as it is now. No optimizer has its parameters; what is frozen in the policy is shared."""
@@ -116,11 +120,9 @@ class IRL:
         rollout = policy.sample(self.policy_model, prompts, self.ends, s.max_new_tokens, group,
                                 s.temperature, s.top_p, self.generator, s.sample_rows)  # fmt: skip
         mask = rollout.batch.response_mask
-        return rollout, {
-            "length": float(mask.sum(1).mean()),
-            "finished": float(rollout.finished.float().mean()),
-            "entropy": float(-rollout.logprobs.sum() / mask.sum()),  # of the sampled tokens: -E log pi
-        }
+        entropy = -rollout.logprobs.sum() / mask.sum()  # of the sampled tokens: -E log pi
+        found = {"length": mask.sum(1).mean(), "finished": rollout.finished.float().mean(), "entropy": entropy}
+        return rollout, {name: float(value) for name, value in found.items()}
 
     def update_discriminator(self, examples: list[Example], rollout: Rollout | None, group: int) -> dict:
         """Stage 2. Rows i*group .. of the rollout answer examples[i]. A few of them, some that the policy wrote before
@@ -137,95 +139,79 @@ class IRL:
             comparison = reward.compare(self.tokenizer, examples, negatives or [[]] * len(examples),
                                         s.perturbed * compared, self.rng, self.policy_model.device)  # fmt: skip
             metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
-                                    s.discriminator_loss, s.label_smoothing, s.reward_nll,
-                                    discriminator_coef=s.discriminator_coef, micro_batch=s.micro_batch, temperature=s.temperature,
-                                    micro_tokens=s.micro_tokens)  # fmt: skip
+                                    s.label_smoothing, s.reward_nll, s.micro_batch, s.temperature, s.micro_tokens,
+                                    s.discriminator_coef)  # fmt: skip
         return metrics
 
     def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Stage 3. r_t for every response token, [B, T], and the reward model's hidden states, [B, T, H], from which
         stage 4 reads f of all other actions too. The same token ids that were sampled are scored."""
         s, batch, reward_model = self.settings, rollout.batch, self.discriminator.reward_model
-        states = policy.in_chunks(reward_model.states, batch, s.micro_batch, tokens=s.micro_tokens)
-        scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, states, tokens=s.micro_tokens)  # f, [B, T]
+        hidden = policy.in_chunks(reward_model.hidden, batch, s.micro_batch, tokens=s.micro_tokens)
+        scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, hidden, tokens=s.micro_tokens)  # f, [B, T]
         rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
         read = self.discriminator.ends(batch).bool()  # elsewhere r_t is 0, which is no opinion
         lowest = rewards.masked_fill(~read, torch.inf).amin(1).mean()
-        return rewards, states, {"mean": float(rewards.sum() / read.sum()), "lowest": float(lowest)}
+        return rewards, hidden, {"mean": float(rewards.sum() / read.sum()), "lowest": float(lowest)}
 
-    def update_policy(self, rollout: Rollout, rewards: torch.Tensor, states: torch.Tensor) -> dict:
-        """Stage 4. Policy gradient on r_t: `epochs` passes over the rollout, one optimizer step each."""
-        s, batch, old_logprobs = self.settings, rollout.batch, rollout.logprobs
-        advantages = self.advantages(batch, rewards, states)  # [B, T]
-        if s.policy_loss == "best":  # only the winners of their groups are learnt from
-            winners = advantages.any(1).nonzero().squeeze(-1)
-            batch, old_logprobs, advantages, states = (x[winners] for x in (batch, old_logprobs, advantages, states))
-        parts = memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens)
-        self.policy_model.train()
-        for _ in range(s.epochs):
-            loss = policy.accumulate(
-                lambda rows: self.policy_loss(batch[rows], old_logprobs[rows], advantages[rows], states[rows]),
-                parts, float(batch.response_mask.sum()),
-            )  # fmt: skip
-            metrics = policy.optimizer_step(self.policy_optimizer, loss)
-        return metrics
+    def update_policy(self, rollout: Rollout, rewards: torch.Tensor, reward_hidden: torch.Tensor) -> dict:
+        """Stage 4. One step of the policy (`epochs` of them on one rollout)."""
+        s, batch = self.settings, rollout.batch
+        if s.policy_loss == "exact" and not s.gamma and not s.kl_coef:  # the default: nothing hangs on the sampled tokens
+            loss = lambda rows: self.exact_loss(batch[rows], reward_hidden[rows])
+        else:
+            advantages = self.advantages(batch, rewards)  # [B, T]
+            loss = lambda rows: self.policy_loss(
+                batch[rows], rollout.logprobs[rows], advantages[rows], reward_hidden[rows])  # fmt: skip
+        return policy.descend(self.policy_model, self.policy_optimizer, batch, loss, s, s.epochs)
 
-    def advantages(self, batch: data.Batch, rewards: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def advantages(self, batch: data.Batch, rewards: torch.Tensor) -> torch.Tensor:
         """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]
 
-        Where the reward of t itself is summed over all actions, only F_t = gamma G_{t+1}, what follows, is sampled. It is
-        0 after an end token, and that counts in the group's mean: ending is compared with going on.
+        Where r_t itself is summed over all actions, only F_t = gamma G_{t+1}, what follows, is sampled. It is 0 after an end
+        token, and that counts in the group's mean: ending is compared with going on.
         """
         s, mask = self.settings, batch.response_mask
-        if s.policy_loss == "best":
-            mean = rewards.sum(1) / self.discriminator.ends(batch).sum(1)  # of what was read
-            return policy.best_of_group(mean, s.group)[:, None] * mask
         returns = policy.returns_to_go(rewards, mask, s.gamma)
-        if "exact" in (s.policy_loss, s.baseline):
-            returns = s.gamma * torch.nn.functional.pad(returns[:, 1:], (0, 1)) * mask  # F_t
-        advantages = returns - policy.group_baseline(returns, mask, s.group)
-        if s.policy_loss == "exact":  # the loss sums r_t over all actions itself
-            return advantages
-        if s.baseline == "exact":
-            expected = policy.in_chunks(lambda b, x: policy.spread(self.expected_reward(b, x), b.response_mask),
-                                        batch, s.micro_batch, states, tokens=s.micro_tokens)  # fmt: skip
-            advantages = advantages + (rewards - expected) * mask
-        return policy.normalise(advantages, mask)
-
-    def expected_reward(self, batch: data.Batch, reward_states, policy_states=None, method=logprob.expected_reward):
-        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token, [N], or whatever `method` makes of it: their
-        sum. The gradient, if any, is through pi. reward_states [B, T, H] are those of stage 3; policy_states [N, H] are
-        computed if they are not at hand."""
-        s, f = self.settings, self.discriminator.reward_model.model
-        if policy_states is None:
-            policy_states = policy.choosing_states(self.policy_model, batch)
-        (weight, softcap), (reward_weight, _) = policy.output_layer(self.policy_model), policy.output_layer(f)
-        reward_states = reward_states[:, : batch.tokens.shape[1]][batch.response_mask.bool()]  # [N, H]
-        with policy.half_precision(policy_states.device):
-            return method(policy_states, weight, reward_states, reward_weight, s.entropy_coef, s.temperature, softcap)
-
-    def policy_loss(self, batch: data.Batch, old_logprobs, advantages, reward_states) -> torch.Tensor:
-        """The loss of some rows, summed over their response tokens: a number. See policy.py for the equations."""
-        s, chosen, loss = self.settings, batch.response_mask.bool(), 0.0
-        old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
-        states = policy.choosing_states(self.policy_model, batch)  # [N, H]
         if s.policy_loss == "exact":
-            loss = loss - self.expected_reward(batch, reward_states, states, logprob.expected_reward_sum)
-        if s.policy_loss == "exact" and not s.gamma and not s.kl_coef:
-            return loss  # nothing hangs on the sampled tokens
+            following = s.gamma * torch.nn.functional.pad(returns[:, 1:], (0, 1)) * mask  # F_t
+            return following - policy.group_baseline(following, mask, s.group)
+        return policy.normalise(returns - policy.group_baseline(returns, mask, s.group), mask)
+
+    def expected_reward(self, batch: data.Batch, reward_hidden, hidden=None, method=logprob.expected_reward):
+        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token, [N], or whatever `method` makes of it: their
+        sum. The gradient, if any, is through pi. reward_hidden [B, T, H] are those of stage 3; the policy's own, hidden
+        [N, H], are computed if they are not at hand."""
+        s, reward_model = self.settings, self.discriminator.reward_model.model
+        hidden = policy.hidden_states(self.policy_model, batch) if hidden is None else hidden
+        (weight, softcap), (reward_weight, _) = map(logprob.output_layer, (self.policy_model, reward_model))
+        reward_hidden = reward_hidden[:, : batch.tokens.shape[1]][batch.response_mask.bool()]  # [N, H]
+        return method(hidden, weight, reward_hidden, reward_weight, s.entropy_coef, s.temperature, softcap)
+
+    def exact_loss(self, batch: data.Batch, reward_hidden, hidden=None) -> torch.Tensor:
+        """-sum_t E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] over the response tokens of some rows: a number."""
+        return -self.expected_reward(batch, reward_hidden, hidden, logprob.expected_reward_sum)
+
+    def policy_loss(self, batch: data.Batch, old_logprobs, advantages, reward_hidden) -> torch.Tensor:
+        """The loss of some rows, summed over their response tokens: a number. policy.py has the equations."""
+        s, chosen = self.settings, batch.response_mask.bool()
+        old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
+        hidden = policy.hidden_states(self.policy_model, batch)  # [N, H]
+        # r_t over all actions, if it can be; what follows, and other rewards, from the sampled one
+        loss = self.exact_loss(batch, reward_hidden, hidden) if s.policy_loss == "exact" else 0.0
         if s.kl_coef:
             with torch.no_grad():
                 reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]  # [N]
 
         def sampled(logprobs, n):
-            """Of some tokens, a slice n of 0..N: [R]"""
+            """Of some tokens, a slice n of 0..N: a loss for each."""
             if s.policy_loss == "ppo":
                 loss = policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
             else:
                 loss = policy.reinforce_loss(logprobs, advantages[n])
             return loss + s.kl_coef * policy.kl_k3(logprobs, reference[n]) if s.kl_coef else loss
 
-        return loss + policy.loss_of_logprobs(self.policy_model, states, batch, sampled, s.temperature)
+        return loss + policy.loss_of_logprobs(self.policy_model, hidden, batch, sampled, s.temperature)
 
 
 def first_logprob(model, tokenizer, experts: list[Example]) -> float:
@@ -237,17 +223,10 @@ def first_logprob(model, tokenizer, experts: list[Example]) -> float:
     return float(policy.in_chunks(lambda b: policy.token_logprobs(model, b), batch, 4).sum()) / len(experts)
 
 
-def draw(items: list, count: int, rng: random.Random) -> list:
-    """`count` items, without repeats where there are enough."""
-    return rng.sample(items, count) if len(items) >= count else rng.choices(items, k=count) if items else []
-
-
 def main() -> None:
-    import train
-
-    policy.quiet()
-    settings = train.parse_settings("--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu".split())
-    model, tokenizer = policy.load_policy("base")
+    loading.quiet()
+    settings = parse_settings("--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu".split())
+    model, tokenizer = loading.load_policy("base")
     ends_step = reward.step_end_tokens(tokenizer, len(tokenizer))
     discriminator = reward.Discriminator(reward.load_reward("likelihood", "base"), "airl", "dense", 0, ends_step)
     loop = IRL(settings, tokenizer, model, discriminator, data.load_examples("words", "train", 64))

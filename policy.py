@@ -1,188 +1,37 @@
-"""The policy: a causal language model that we load, sample from, score with, and improve.
+"""The policy: a causal language model that we sample from, score with, and improve. (engine/loading.py loads it.)
 
-    1. load_policy                      a hub name, a short name (Qwen2.5-0.5B) or a folder -> model, tokenizer
-    2. sample                           batched sampling with a key/value cache, written out
-    3. choosing_states, token_logprobs  hidden states, and log pi(a_t | s_t) of given tokens (logprob.py does the sums)
-    4. returns, baselines, advantages   pure functions of rewards [B, T]
-    5. losses                           SFT, REINFORCE, PPO; KL to a reference
-    6. update                           one optimizer step in micro-batches, whose size changes no gradient
+In Algorithm 1 this is the rollout (stage 1) and the policy's step (stage 4). Index t is the same everywhere: column t speaks
+of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
 
-Index t is the same everywhere: column t speaks of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
+    1. sampling                     `sample_plain` shows what `sample` does faster (engine/sampler.py)
+    2. log-probabilities            `token_logprobs_plain` shows what `token_logprobs` does with less (engine/logprob.py)
+    3. returns, advantages          pure functions of rewards [B, T]
+    4. losses                       SFT, REINFORCE, PPO; KL to a reference
+    5. updates                      one optimizer step in micro-batches, whose size changes no gradient
+
+    equation                                                 where               test, in tests/test_policy.py
+    G_t = r_t + gamma G_{t+1} (2510.01857)                   returns_to_go       returns_to_go_by_hand
+    b_t, the mean of the others (Kool et al. 2019)           group_baseline      the_group_baseline_is_unbiased
+    A = (R - mean R) / std R (2402.03300, eq. 3)             grpo_advantages     grpo_advantages_by_hand
+    -A log pi (Williams 1992)                                reinforce_loss      reinforce_gradient_is_minus_the_advantage
+    -min(ratio A, clip(ratio) A) (1707.06347, eq. 7)         ppo_loss            ppo_clips_where_the_ratio_has_gone_far_..
+    KL ~ e^d - d - 1, d = log pi_ref - log pi (k3)           kl_k3               k3_by_hand_and_unbiased
+    -log pi of the expert's tokens                           sft_loss            the_end_token_is_trained_and_the_prompt_..
 
 Run `python policy.py` to sample the shipped base and see that its log-probabilities are those of a fresh forward pass.
 """
 
-import json
 import math
-import os.path
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicLayer
 
-import logprob
-import memory
-import parallel
-from data import Batch, UserError, make_batch, nearest
+from data import Batch, make_batch
+from engine import loading, logprob, memory, parallel, sampler
+from engine.errors import UserError
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Loading
-# ---------------------------------------------------------------------------------------------------------------
-
-BASE = str(Path(__file__).parent / "base")  # the small base that ships with this repository (pretrain.py made it)
-SHIPPED = {"base": BASE, "countdown-base": str(Path(__file__).parent / "tasks" / "countdown-base")}  # for words, countdown
-
-_QWEN25 = [f"Qwen2.5-{size}{kind}" for size in ("0.5B", "1.5B", "3B", "7B", "14B") for kind in ("", "-Instruct")]
-_QWEN3 = [f"Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")]
-_LLAMA = [f"Llama-{size}{kind}" for size in ("3.2-1B", "3.2-3B", "3.1-8B") for kind in ("", "-Instruct")]
-SHORT_NAMES = {name: f"Qwen/{name}" for name in _QWEN25 + _QWEN3} | {name: f"meta-llama/{name}" for name in _LLAMA}
-
-
-def resolve_model(name: str) -> str:
-    """'base' and 'countdown-base' ship here, a folder stays, a short name gets its owner, an owner/name goes to the hub as it is.
-
-    >>> resolve_model("Qwen2.5-0.5B")
-    'Qwen/Qwen2.5-0.5B'
-    """
-    if name in SHIPPED:
-        return SHIPPED[name]
-    if os.path.isdir(name):  # unlike Path.is_dir, False for a name that no folder can have
-        if not (Path(name) / "config.json").exists():
-            raise UserError(f"folder {name} holds no model: config.json is missing")
-        return name
-    if name in SHORT_NAMES:
-        return SHORT_NAMES[name]
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    raise UserError(
-        f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, or one of "
-        + ", ".join(SHORT_NAMES)
-    )
-
-
-def load_policy(name: str, device="cpu", dtype=torch.float32):
-    """(model, tokenizer). Weights come from safetensors files only, and no code of the model's author is run.
-
-    The tokenizer is what tokenizer.json says. AutoTokenizer would rebuild it by the model's architecture, and give any
-    Qwen2 model the pre-tokenizer of Qwen2, ours included.
-    """
-    path, tokenizer = resolve_model(name), load_tokenizer(name)
-    with loading(name):
-        check_weights(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    check_tokenizer(tokenizer, model, name)
-    check_output_layer(model.to(device), name)
-    return model, tokenizer
-
-
-def check_weights(folder: str) -> None:
-    """Refuse a model folder whose weights are not safetensors: a pickle (.bin, .pt) can run code when it is opened.
-
-    An index is read too, since transformers opens whatever file it names. A hub name is not looked at here.
-    """
-    if not os.path.isdir(folder):
-        return
-    index = Path(folder, "model.safetensors.index.json")
-    if not index.is_file():
-        if not Path(folder, "model.safetensors").is_file():
-            raise UserError(f"folder {folder} holds no model.safetensors: other weights (.bin, .pt) are not opened, they "
-                            "can run code. Save them anew with transformers: save_pretrained")  # fmt: skip
-        return
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    odd = next(
-        (file for file in files if not str(file).endswith(".safetensors") or os.path.basename(file) != file), None
-    )
-    if odd is not None:
-        raise UserError(f"{index} names {odd!r}: weights must be .safetensors files beside it")
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, by the same names."""
-    with loading(name):
-        return PreTrainedTokenizerFast.from_pretrained(resolve_model(name))
-
-
-@contextmanager
-def loading(name: str):
-    """Whatever goes wrong while loading `name` becomes one line that says how to mend it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # OSError, ValueError, SafetensorError; tokenizers raises bare ones
-        first_line = str(error).strip().split("\n")[0]
-        hint = "" if os.path.isdir(resolve_model(name)) else ". Without a network, give a folder: --model DIR"
-        raise UserError(f"cannot load model '{name}': {first_line}{hint}") from None
-
-
-def check_same_tokenizer(tokenizer, other: str) -> None:
-    """The reward scores the very token ids that the policy sampled: text that is tokenised anew shifts by a token."""
-    vocabulary = load_tokenizer(other).get_vocab()
-    if vocabulary != tokenizer.get_vocab():
-        raise UserError(
-            f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
-            f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family. What another model wrote can be "
-            "judged as text: rerank.py --candidates FILE"
-        )
-
-
-def check_tokenizer(tokenizer, model, name: str) -> None:
-    """Refuse what would go wrong silently later: no end token, or tokens that the model has no embedding for."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only "
-            f"{model.get_input_embeddings().num_embeddings} embeddings"
-        )
-
-
-@torch.no_grad()
-def check_output_layer(model, name: str) -> None:
-    """Refuse a model whose logits are not softcap(W h), which is all that logprob.py knows: a bias or a scale after W
-    would make every log-probability wrong, silently."""
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    weight, softcap = output_layer(model)
-    logits = model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-    expected = model(tokens).logits.float()
-    if logits.shape != expected.shape or (logits - expected).norm() > 0.05 * expected.norm():
-        raise UserError(f"the output layer of '{name}' is not of the kind known here, a matrix without bias or scale")
-
-
-def context_length(model) -> int:
-    """The longest sequence the model was made for."""
-    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """'auto' is CUDA where there is one, else Apple's MPS, else the CPU."""
-    if name == "auto":
-        mps = getattr(torch.backends, "mps", None)
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device '{name}' cannot be used here ({str(error).splitlines()[0]}): --device auto takes what there is"
-        ) from None
-    return torch.device(name)
-
-
-def half_precision(device: torch.device):
-    """bf16 matrix products on CUDA, float32 elsewhere. The weights and what the optimizer adds up stay float32: steps
-    of 1e-6 vanish in bf16. Entered anew for each forward pass, because it caches the weights it has cast."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Sampling
-# ---------------------------------------------------------------------------------------------------------------
+# 1. Sampling ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -217,6 +66,19 @@ def choose(logprobs: torch.Tensor, temperature: float, top_p: float, generator=N
 
 
 @torch.no_grad()
+def sample_plain(model, prompt: list[int], ends: tuple[int, ...], max_new_tokens: int, temperature: float = 1.0,
+                 top_p: float = 1.0, generator=None) -> tuple[list[int], list[float]]:  # fmt: skip
+    """One response and log pi of its tokens, with a whole forward pass for each: what `sample` does, to be read."""
+    response, logprobs = [], []
+    while len(response) < max_new_tokens and not (response and response[-1] in ends):
+        logits = model(torch.tensor([prompt + response], device=model.device)).logits[:, -1].float()  # [1, V]
+        logp = (logits / (temperature or 1.0)).log_softmax(-1)
+        response.append(int(choose(logp, temperature, top_p, generator)))
+        logprobs.append(float(logp[0, response[-1]]))
+    return response, logprobs
+
+
+@torch.no_grad()
 def sample(
     model, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, group: int = 1, temperature: float = 1.0,
     top_p: float = 1.0, generator: torch.Generator | None = None, rows: int = 512,
@@ -232,9 +94,9 @@ def sample(
     responses, logprobs = [], []
     for start in range(0, len(prompts), per_chunk):
         chunk = prompts[start : start + per_chunk]
-        with half_precision(model.device):
-            chunk_responses, chunk_logprobs = _sample_chunk(
-                model, chunk, ends, max_new_tokens, group, temperature, top_p, generator
+        with logprob.half_precision(model.device):
+            chunk_responses, chunk_logprobs = sampler.sample_chunk(
+                model, chunk, ends, max_new_tokens, group, temperature, top_p, generator, choose
             )
         responses += chunk_responses
         logprobs += chunk_logprobs
@@ -247,171 +109,27 @@ def sample(
     return Rollout(batch, values.to(model.device), finished.to(model.device))
 
 
-LOOK_EVERY = {"cpu": 1}  # tokens; to ask a GPU how many rows have ended makes the CPU wait: there, every eighth
+# 2. Log-probabilities of given tokens --------------------------------------------------------------------------------
 
 
-class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, [B, heads, L, D], with room for the tokens to come.
-
-    transformers' own layer copies everything it holds to add a column. This one writes the column into free room and
-    hands out a view; it copies only when the room is used up, every ROOM columns.
-    """
-
-    ROOM = 32
-
-    def update(self, keys, values, *args, **kwargs):
-        """Add the columns of keys and values; returns all of them, old and new."""
-        start, new = self.keys.shape[-2], keys.shape[-2]
-        if start + new > self.store[0].shape[-2]:
-            self.store = [
-                torch.cat([x, x.new_empty(*x.shape[:2], new + self.ROOM, x.shape[-1])], -2)
-                for x in (self.keys, self.values)
-            ]
-        for store, x in zip(self.store, (keys, values)):
-            store[:, :, start : start + new] = x
-        self.keys, self.values = (store[:, :, : start + new] for store in self.store)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these rows, room included."""
-        used = self.keys.shape[-2]
-        self.store = [store[indices] for store in self.store]
-        self.keys, self.values = (store[:, :, :used] for store in self.store)
+def token_logprobs_plain(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """log pi(a_t | s_t) by one ordinary forward pass: what `token_logprobs` does, to be read. [B, T], 0 elsewhere."""
+    logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits.float()  # [B, T, V]
+    logp = (logits / temperature).log_softmax(-1)[:, :-1]  # what was known before token t is in column t - 1
+    chosen = logp.gather(-1, batch.tokens[:, 1:, None]).squeeze(-1)  # [B, T-1]
+    return torch.nn.functional.pad(chosen, (1, 0)) * batch.response_mask
 
 
-def make_roomy(cache) -> bool:
-    """Give every growing layer of a filled cache room. Returns whether all of them grow: a sliding window does not, it
-    keeps the layer that it has."""
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer:
-            layer.__class__, layer.store = RoomyLayer, [layer.keys, layer.values]
-    return all(type(layer) is RoomyLayer for layer in cache.layers)
-
-
-@torch.inference_mode()
-def _sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p, generator):
-    device, count = model.device, len(prompts) * group
-    ends = torch.tensor(ends, device=device)
-    # Prompts are padded on the left, so that all rows write their next token in the same column. Each prompt is read
-    # once; its keys and values are then repeated for the G samples of its group.
-    longest = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [P, L]
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, L]
-    positions = _positions(mask)
-    # Logits in float32 from the hidden states, as in training: bf16 ones are off by 0.05, and so would be PPO's ratio.
-    # What autocast rounds is rounded here too, the output matrix once.
-    decoder, (weight, softcap) = model.get_decoder(), output_layer(model)
-    weight = logprob.as_autocast(weight)[0].to(logprob.sum_type(weight))
-    output = decoder(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True)
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(group)
-    # Where every layer sees all columns, their mask is ours, and we need not have transformers derive it at each token.
-    sees_all = make_roomy(cache) and model.config._attn_implementation == "sdpa"
-    mask = mask.bool().repeat_interleave(group, 0)  # [B, L], B = P * G
-    position = positions[:, -1].repeat_interleave(group)  # [B]
-    states = output.last_hidden_state[:, -1].repeat_interleave(group, 0)  # [B, H]
-
-    responses = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(count, max_new_tokens, device=device)
-    lengths = torch.zeros(count, dtype=torch.long, device=device)
-    rows = torch.arange(count, device=device)  # the rows at work; all tensors below hold just these, [B'] of them
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
-    look_every = LOOK_EVERY.get(device.type, 8)
-    for t in range(max_new_tokens):
-        logp = logprob.all_logprobs(*logprob.as_autocast(states), weight, temperature or 1.0, softcap)  # [B', V]
-        token = choose(logp, temperature, top_p, generator)  # [B']
-        responses[rows, t] = token
-        logprobs[rows, t] = logp.gather(-1, token[:, None]).squeeze(-1)
-        lengths[rows] += ~ended
-        ended = ended | torch.isin(token, ends)
-        if t + 1 == max_new_tokens:
-            break
-        left = len(ended) - (int(ended.sum()) if (t + 1) % look_every == 0 else 0)  # as far as we know
-        if left == 0:
-            break
-        if left <= 0.9 * len(ended):  # those that have ended leave, some at a time: it copies the cache
-            going = (~ended).nonzero().squeeze(-1)
-            rows, token, mask, position, ended = (x[going] for x in (rows, token, mask, position, ended))
-            cache.batch_select_indices(going)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        position = position + 1
-        states = decoder(
-            input_ids=token[:, None],
-            attention_mask=mask[:, None, None] if sees_all else mask,
-            position_ids=position[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-    lengths = lengths.tolist()
-    responses, logprobs = responses.tolist(), logprobs.cpu()
-    return [r[:n] for r, n in zip(responses, lengths)], [logprobs[i, :n] for i, n in enumerate(lengths)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Log-probabilities of given tokens
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def response_states(model, batch: Batch) -> torch.Tensor:
-    """The hidden states after the prompt and after each response token: [B, 1 + R, H], R the longest response.
-
-    State t chose response token t; state t + 1 has read it. Rows that share a prompt (a question's G samples, its
-    expert, its broken copies) have it read once: with G = 8, half of the tokens of a short problem.
-    """
-    responses, columns = _response_columns(batch)  # [B, R]
-    decoder = model.get_decoder()
-    with half_precision(batch.tokens.device):
-        prompts, mask, which = _distinct_prompts(batch)  # [P, L], [P, L], [B]
-        if len(prompts) == len(batch) or memory.recomputes(decoder):  # nothing to share, or no cache to share it in
-            # Padding is on the right, where no token looks: causal attention needs no other mask.
-            hidden = decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state  # [B, T, H]
-            columns = torch.cat([batch.prompt_lengths[:, None] - 1, columns], 1).clamp(max=hidden.shape[1] - 1)
-            return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
-        prompt = decoder(input_ids=prompts, attention_mask=mask, position_ids=_positions(mask), use_cache=True)
-        cache = prompt.past_key_values
-        cache.batch_select_indices(which)  # the prompt's keys and values, once per row; gradients add up
-        mask = torch.cat([mask[which], (columns < batch.lengths[:, None]).long()], 1)  # [B, L + R]
-        rest = decoder(input_ids=responses, attention_mask=mask, position_ids=columns, past_key_values=cache,
-                       use_cache=True).last_hidden_state  # fmt: skip
-        return torch.cat([prompt.last_hidden_state[which, -1:], rest], 1)
-
-
-def _response_columns(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Responses moved to the left edge, [B, R], and the columns of batch.tokens they come from."""
-    longest = int((batch.lengths - batch.prompt_lengths).max())
-    columns = batch.prompt_lengths[:, None] + torch.arange(longest, device=batch.tokens.device)
-    return batch.tokens.gather(1, columns.clamp(max=batch.tokens.shape[1] - 1)), columns
-
-
-def _distinct_prompts(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The prompts without repeats, padded on the left, their mask, and which of them each row has."""
-    longest = int(batch.prompt_lengths.max())
-    columns = torch.arange(longest, device=batch.tokens.device) - (longest - batch.prompt_lengths[:, None])
-    prompts = batch.tokens.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)  # -1 is no token
-    prompts, which = torch.unique(prompts, dim=0, return_inverse=True)
-    return prompts.clamp(min=0), (prompts >= 0).long(), which
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions 0, 1, .. of the real tokens of rows padded on the left: [B, L]."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def choosing_states(model, batch: Batch) -> torch.Tensor:
+def hidden_states(model, batch: Batch) -> torch.Tensor:
     """The hidden state that chose each response token: [N, H], N = number of response tokens, in row order. Prompt and
     padding positions never meet the output matrix, which is where the memory goes when V is 151,936."""
-    return response_states(model, batch)[:, :-1][response_part(batch)]
+    return sampler.response_hidden(model, batch)[:, :-1][response_part(batch)]
 
 
 def response_part(batch: Batch) -> torch.Tensor:
     """[B, R] bool: which columns of the responses, moved to the left edge, are tokens."""
     lengths = batch.lengths - batch.prompt_lengths
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-
-
-def output_layer(model) -> tuple[torch.Tensor, float]:
-    """(output matrix [V, H], softcap): logits are softcap * tanh(W h / softcap), or W h where softcap is 0."""
-    return model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None) or 0.0
 
 
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -421,42 +139,35 @@ def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def response_tokens(batch: Batch) -> torch.Tensor:
-    """The response tokens of all rows, one after another: [N], in the order of `choosing_states`."""
+    """The response tokens of all rows, one after another: [N], in the order of `hidden_states`."""
     return batch.tokens[batch.response_mask.bool()]
 
 
 def token_logprobs(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """log pi(a_t | s_t) for each response token: [B, T], 0 elsewhere."""
-    return spread(logprobs_of(model, choosing_states(model, batch), batch, temperature), batch.response_mask)
+    return spread(logprobs_of(model, hidden_states(model, batch), batch, temperature), batch.response_mask)
 
 
-def logprobs_of(model, states: torch.Tensor, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """log pi(a_t | s_t) from `choosing_states`: [N, H] -> [N]."""
-    weight, softcap = output_layer(model)
-    with half_precision(states.device):
-        return logprob.logprobs(states, weight, response_tokens(batch), temperature, softcap, entropy=False)[0]
+def logprobs_of(model, hidden: torch.Tensor, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    """log pi(a_t | s_t) from `hidden_states`: [N, H] -> [N]."""
+    weight, softcap = logprob.output_layer(model)
+    return logprob.logprobs(hidden, weight, response_tokens(batch), temperature, softcap)
 
 
-def loss_of_logprobs(model, states, batch: Batch, loss: Callable, temperature: float = 1.0) -> torch.Tensor:
+def loss_of_logprobs(model, hidden, batch: Batch, loss: Callable, temperature: float = 1.0) -> torch.Tensor:
     """sum_n loss(log pi(a_n|s_n), n), n all response tokens: a number, with its gradients. What training takes: told the
     loss, logprob.py need not multiply a large vocabulary's logits twice. loss([R], slice n of 0..N) -> [R], by token."""
-    weight, softcap = output_layer(model)
-    by_token = lambda logprobs, entropy, n: loss(logprobs, n)
-    with half_precision(states.device):
-        return logprob.loss_sum(states, weight, response_tokens(batch), by_token, temperature, softcap)
+    weight, softcap = logprob.output_layer(model)
+    return logprob.loss_sum(hidden, weight, response_tokens(batch), loss, temperature, softcap)
 
 
 def token_entropies(model, batch: Batch) -> torch.Tensor:
     """-sum_a pi(a|s_t) log pi(a|s_t) at each response token: [B, T]."""
-    states, (weight, softcap) = choosing_states(model, batch), output_layer(model)
-    with half_precision(states.device):
-        return spread(logprob.logprobs(states, weight, response_tokens(batch), 1.0, softcap)[1], batch.response_mask)
+    return spread(logprob.entropies(hidden_states(model, batch), *logprob.output_layer(model)), batch.response_mask)
 
 
 @torch.no_grad()
-def in_chunks(
-    function: Callable, batch: Batch, rows: int = 64, *aligned: torch.Tensor, tokens: int = 0
-) -> torch.Tensor:
+def in_chunks(function: Callable, batch: Batch, rows: int = 64, *aligned: torch.Tensor, tokens: int = 0) -> torch.Tensor:
     """function(batch, *aligned) -> [B, T] or [B, T, H] without a gradient, a few rows at a time, so that memory does not
     grow with B. `aligned` are [B, T, ..] tensors that belong to the batch; each call gets its rows of them. `rows` and
     `tokens` are those of memory.micro_batches."""
@@ -485,9 +196,7 @@ def divide_logits(model, by: float) -> None:
         raise UserError("this model's logits cannot be divided by scaling its last norm: use --start base")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Returns, baselines, advantages
-# ---------------------------------------------------------------------------------------------------------------
+# 3. Returns, baselines, advantages -----------------------------------------------------------------------------------
 
 
 def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -537,19 +246,6 @@ def normalise(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return advantages / max(1e-6, scale) * mask
 
 
-def best_of_group(scores: torch.Tensor, group: int) -> torch.Tensor:
-    """1 for the sample with the highest score among the G of its question, 0 for the others: [B] -> [B].
-
-    As an advantage it makes REINFORCE the likelihood of the winners: reward-ranked fine-tuning (RAFT, Dong et al. 2023,
-    arXiv 2304.06767), here with a reward learnt from demonstrations.
-
-    >>> best_of_group(torch.tensor([0.1, 0.7, 0.5, 0.2]), 2)
-    tensor([0., 1., 1., 0.])
-    """
-    best = scores.view(-1, group).argmax(1)
-    return torch.nn.functional.one_hot(best, group).flatten().to(scores.dtype)
-
-
 def grpo_advantages(outcomes: torch.Tensor, group: int) -> torch.Tensor:
     """A = (R - mean R) / std R over the G samples of a question (Shao et al. 2024, eq. 3): [B] -> [B].
 
@@ -563,9 +259,7 @@ def grpo_advantages(outcomes: torch.Tensor, group: int) -> torch.Tensor:
     return (centred / grouped.std(1, unbiased=False, keepdim=True).clamp(min=1e-6)).flatten()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Losses, one value per token [B, T] or [N]. `accumulate` divides their sum by the tokens of the whole batch.
-# ---------------------------------------------------------------------------------------------------------------
+# 4. Losses, one value per token [B, T] or [N]. `accumulate` divides their sum by the tokens of the whole batch. ------
 
 
 def reinforce_loss(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -605,23 +299,16 @@ def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Ten
 
 def sft_loss(model, batch: Batch) -> torch.Tensor:
     """-log pi(expert's token | expert's prefix), summed over the response tokens: a number. The end token is one."""
-    return loss_of_logprobs(model, choosing_states(model, batch), batch, lambda logprobs, n: -logprobs)
+    return loss_of_logprobs(model, hidden_states(model, batch), batch, lambda logprobs, n: -logprobs)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6. Updates
-# ---------------------------------------------------------------------------------------------------------------
+# 5. Updates ----------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model, lr: float) -> torch.optim.Optimizer:
-    """AdamW without weight decay: a policy that starts from a pretrained model should stay near it. Weights in bf16 get
-    float32 masters."""
+    """AdamW without weight decay: a policy that starts from a pretrained model should stay near it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if not any(p.dtype == torch.bfloat16 for p in parameters):
-        return parallel.make_optimizer(torch.optim.AdamW, parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    for parameter in parameters:
-        parameter.grad_dtype = torch.float32  # micro-batches add up in it: in bf16, 1 + 0.003 is 1
-    return parallel.make_optimizer(memory.MasterAdamW, parameters, lr=lr, betas=(0.9, 0.99))
+    return parallel.make_optimizer(torch.optim.AdamW, parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def set_rate(optimizer, peak: float, done: int, steps: int, warm_up: float = 0.1) -> None:
@@ -676,18 +363,25 @@ def accumulate(loss_of_rows: Callable[[torch.Tensor], torch.Tensor], parts: list
     return parallel.total(loss)
 
 
-def quiet() -> None:
-    """Silence the libraries' progress bars and advice, which would bury our own lines."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+def descend(model, optimizer, batch: Batch, loss: Callable[[torch.Tensor], torch.Tensor], settings, epochs: int = 1,
+            rows: torch.Tensor | None = None) -> dict:  # fmt: skip
+    """`epochs` optimizer steps on the mean of loss(row numbers), a sum over response tokens. Returns the last one's metrics.
+    rows: those that have a gradient, if not all; the mean is over the tokens of all of them."""
+    lengths = batch.lengths if rows is None else batch.lengths[rows]
+    parts = memory.micro_batches(lengths, settings.micro_batch, settings.micro_tokens)
+    parts = parts if rows is None else [rows[part] for part in parts]
+    model.train()
+    for _ in range(epochs):
+        value = accumulate(loss, parts, float(batch.response_mask.sum()))
+        metrics = optimizer_step(optimizer, value)
+    return metrics
 
 
 def main() -> None:
     import data
 
-    quiet()
-
-    model, tokenizer = load_policy(BASE)
+    loading.quiet()
+    model, tokenizer = loading.load_policy(loading.BASE)
     example = data.load_examples("words", "test", 1)[0]
     generator = torch.Generator().manual_seed(0)
     prompt = data.prompt_ids(tokenizer, example.question)

@@ -1,46 +1,44 @@
 """The reward: a discriminator that tells expert traces from the policy's own, read as a reward per token.
 
-    1. equations             discriminator logit, its losses, granularity, trace weights: pure functions
-    2. two reward models     likelihood (f = log p_phi(a|s), a language model) and head (the paper's linear head);
-                             Discriminator: D, and `token_rewards`, what the policy is trained on
-    3. negatives             the policy's rollouts, old rollouts (replay), perturbed expert traces
-    4. update                one discriminator step, experts and negatives weighing the same in total
-    5. show                  a trace in the terminal, coloured token by token
+In Algorithm 1 this is the discriminator's update (stage 2) and the reward (stage 3). f is `scores`, the reward model's own
+opinion of each token. D = sigmoid(logit) is the probability that a token is the expert's. One update descends on
 
-The names: f is `scores`, the reward model's own opinion of each token. The discriminator says with probability
-D = sigmoid(logit) that a token is the expert's. For AIRL (Fu, Luo, Levine 2018, arXiv 1710.11248, section 4)
+    L = c_D [ 1/2 mean_expert BCE(logit, 1) + 1/2 mean_negative BCE(logit, 0) ]  -  c_L mean_expert log p_phi(a|s)
 
-    D(s,a) = exp f(s,a) / (exp f(s,a) + pi(a|s))     so     logit = f - log pi
+each mean over a trace's counted tokens, then over the traces; c_D is --discriminator-coef. The last term, the likelihood of
+the demonstrations, is ours and for a likelihood alone (c_L, --reward-nll). A negative is a sample, an older sample, or an
+expert's trace with one thing broken, which counts from the first changed token on (`compare`).
 
-which is what subtracting log pi buys: at the optimum f is the expert's log-density, whatever the policy was, and the
-reward log D - log(1-D) is the logit itself. The released code of arXiv 2510.01857 trains logit = f (GAIL's
-discriminator); then f is the log-ratio expert/policy and is worth nothing once the policy has moved on.
+    equation                                            where                           test, in tests/test_reward.py
+    D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits            airl_discriminator_by_hand
+    logit = f (GAIL; 2510.01857's released code)        discriminator_logits            the_discriminator_learns
+    BCE, smoothed labels (released code)                bce_loss                        bce_by_hand
+    half experts, half negatives (released code)        comparison_loss                 comparison_loss_by_hand
+    r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards     rewards_are_clipped_and_sharpened
+    sparse, interval, dense (2510.01857, v1 and v2)     segment_ends, segment_sums      segment_ends, segment_sums_..
+    f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward    a_likelihood_is_.., a_head_reads_..
+    perturbed negatives (2510.01857)                    data.perturbed_negatives, compare  perturbed_negatives_count_from_..
 
-Run `python reward.py` for a small demonstration, or
-    python reward.py --run runs/demo --question "..." --trace "..."
+Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy was. With logit = f it is the
+log-ratio expert / policy, and is worth nothing once the policy has moved on.
+
+Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every token of two traces.
 """
 
-import json
-import os.path
 import random
-import sys
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, pad
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
-import memory
-import parallel
 import policy
-from data import Batch, UserError
+from data import Batch
+from engine import loading, logprob, memory, parallel, sampler
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Equations
-# ---------------------------------------------------------------------------------------------------------------
+# 1. Equations --------------------------------------------------------------------------------------------------------
 
 
 def discriminator_logits(scores: torch.Tensor, policy_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
@@ -56,8 +54,7 @@ def discriminator_logits(scores: torch.Tensor, policy_logprobs: torch.Tensor, ki
 def bce_loss(logits: torch.Tensor, is_expert: float, smoothing: float) -> torch.Tensor:
     """Binary cross-entropy per token, expert 1, policy 0, both moved towards 1/2 by label smoothing.
 
-    Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where the classes do not
-    overlap.
+    Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where nothing overlaps.
 
     >>> bce_loss(torch.tensor([0.0]), 1.0, 0.1)  # log 2, whatever the label
     tensor([0.6931])
@@ -79,8 +76,8 @@ def trace_weights(mask: torch.Tensor) -> torch.Tensor:
 def segment_ends(batch: Batch, granularity: str, interval: int, ends_step: torch.Tensor) -> torch.Tensor:
     """[B, T], 1 on the tokens where a score is read.
 
-    dense: every response token. sparse: the last one only. interval: the last token of each step (a token that holds a
-    newline: ends_step [V] says which do), or every `interval` tokens if interval > 0; the last token always.
+    dense: every response token. sparse: the last one. interval: the last token of each step (ends_step [V]: it holds a
+    newline), or every `interval` tokens if interval > 0; the last token always.
     """
     mask = batch.response_mask
     if granularity == "dense":
@@ -108,16 +105,14 @@ def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -
     return (total - before) * ends
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Two reward models
-# ---------------------------------------------------------------------------------------------------------------
+# 2. Two reward models ------------------------------------------------------------------------------------------------
 
 
 class LikelihoodReward(torch.nn.Module):
     """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart.
 
-    It starts as a copy of the policy's starting point, so at first f - log pi = 0 and D = 1/2 everywhere, with all
-    that the base knows already in f. It scores every token of the vocabulary at once.
+    It starts as a copy of the policy's start: f - log pi = 0 and D = 1/2 everywhere, with all that the base knows already
+    in f. It scores every token of the vocabulary at once.
     """
 
     scores_all_actions = True
@@ -126,22 +121,19 @@ class LikelihoodReward(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def states(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch) -> torch.Tensor:
         """What f(s_t, .) is read off: [B, T, H], the hidden state that has read the tokens before t."""
-        return policy.spread(policy.choosing_states(self.model, batch), batch.response_mask)
+        return policy.spread(policy.hidden_states(self.model, batch), batch.response_mask)
 
-    def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+    def scores(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
-        states, mask = self.states(batch) if states is None else states, batch.response_mask
-        return policy.spread(policy.logprobs_of(self.model, states[mask.bool()], batch), mask)
+        hidden, mask = self.hidden(batch) if hidden is None else hidden, batch.response_mask
+        return policy.spread(policy.logprobs_of(self.model, hidden[mask.bool()], batch), mask)
 
 
 class HeadReward(torch.nn.Module):
-    """f(s,a) = w . h + b, with h the hidden state that has read a: the paper's linear head on a language model.
-
-    With few demonstrations it tends to learn which prompts go with which traces rather than which steps are right. It
-    starts at f = 0.
-    """
+    """f(s,a) = w . h + b, with h the hidden state that has read a: the paper's linear head on a language model. It starts at
+    f = 0, and easily learns which prompts go with which traces, rather than which steps are right."""
 
     scores_all_actions = False
 
@@ -149,32 +141,31 @@ class HeadReward(torch.nn.Module):
         super().__init__()
         self.model = model  # ForTokenClassification with one label: transformers' name for just this head
 
-    def states(self, batch: Batch) -> torch.Tensor:
+    def hidden(self, batch: Batch) -> torch.Tensor:
         """What f(s_t, a_t) is read off: [B, T, H], the hidden state that has read token t itself."""
-        states = policy.response_states(self.model, batch)[:, 1:]
-        return policy.spread(states[policy.response_part(batch)], batch.response_mask)
+        hidden = sampler.response_hidden(self.model, batch)[:, 1:]
+        return policy.spread(hidden[policy.response_part(batch)], batch.response_mask)
 
-    def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
+    def scores(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
-        states = self.states(batch) if states is None else states
-        with policy.half_precision(states.device):
-            return self.model.score(states).squeeze(-1).float() * batch.response_mask
+        hidden = self.hidden(batch) if hidden is None else hidden
+        with logprob.half_precision(hidden.device):
+            return self.model.score(hidden).squeeze(-1).float() * batch.response_mask
 
 
 def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:
     """A reward model from a folder or hub name: `kind` 'likelihood', 'head' or 'random'. A head that is not in the
     checkpoint (the base has none) starts at zero, a random one anywhere."""
-    where = policy.resolve_model(path)
+    where = loading.resolve_model(path)
     options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    with policy.loading(path):
-        policy.check_weights(where)
+    with loading.in_one_line(path):
+        loading.check_weights(where)
         if kind == "likelihood":
             model = AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
-            policy.check_output_layer(model, path)
+            loading.check_output_layer(model, path)
             return LikelihoodReward(model)
-        model, info = AutoModelForTokenClassification.from_pretrained(
-            where, num_labels=1, output_loading_info=True, **options
-        )
+        options |= dict(num_labels=1, output_loading_info=True)
+        model, info = AutoModelForTokenClassification.from_pretrained(where, **options)
     if any("score" in key for key in info["missing_keys"]):
         (torch.nn.init.normal_ if kind == "random" else torch.nn.init.zeros_)(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
@@ -183,18 +174,14 @@ def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> Like
 
 @dataclass
 class Discriminator:
-    """A reward model with what turns its scores into D, and D into rewards.
-
-    logit: 'airl' or 'gail'. granularity: 'dense', 'interval', 'sparse'. interval: tokens per segment, 0 = per step.
-    ends_step [V] bool: the tokens that end a step. clip: rewards are held within [-clip, clip], 0 = no clip.
-    """
+    """A reward model with what turns its scores into D, and D into rewards."""
 
     reward_model: LikelihoodReward | HeadReward
-    logit: str
-    granularity: str
-    interval: int
-    ends_step: torch.Tensor
-    clip: float = 0.0
+    logit: str  # airl or gail
+    granularity: str  # dense, interval or sparse
+    interval: int  # tokens per segment; 0: the trace's own steps
+    ends_step: torch.Tensor  # [V] bool, the tokens that end a step
+    clip: float = 0.0  # rewards are held within [-clip, clip]; 0: they are not
 
     def ends(self, batch: Batch) -> torch.Tensor:
         """[B, T], 1 where a score is read."""
@@ -203,8 +190,7 @@ class Discriminator:
     def segments(self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor):
         """(f, log pi, ends) per segment, each [B, T], on the segment's last token.
 
-        A segment's log pi is the sum over its tokens, and so is a likelihood's f: both are log-probabilities of the
-        segment. A head reads its f at the segment's end.
+        A segment's log pi is the sum over its tokens, and so is a likelihood's f. A head's is read at the segment's end.
         """
         ends = self.ends(batch)
         if self.granularity == "dense":
@@ -239,28 +225,22 @@ def step_end_tokens(tokenizer, size: int) -> torch.Tensor:
     return ends
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Negatives
-# ---------------------------------------------------------------------------------------------------------------
+# 3. Negatives --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Comparison:
-    """What one discriminator update sees: experts, and negatives for the same questions.
-
-    pair [M]: the expert row that answers the same question as each negative. negative_from [M]: the first column that
-    counts as a negative; all of a rollout, but of a perturbed trace only what follows the change.
-    """
+    """What one discriminator update sees: experts, and negatives for the same questions."""
 
     expert: Batch
     negative: Batch
-    pair: torch.Tensor
-    negative_from: torch.Tensor
+    pair: torch.Tensor  # [M], the expert row that answers the same question as each negative
+    negative_from: torch.Tensor  # [M], the first column that counts: of a perturbed trace, that of the change
 
 
 class Replay:
-    """Old rollouts, a few per question: the discriminator keeps seeing errors that the policy has given up, so that the
-    policy has no reason to come back to them. (AIRL, section 5, mixes in the last 20 iterations.)"""
+    """Old rollouts, a few per question: the policy shall not come back to errors that it has given up. (AIRL, section 5,
+    mixes in the last 20 iterations.)"""
 
     def __init__(self, per_question: int):
         self.past: dict[str, deque] = defaultdict(lambda: deque(maxlen=per_question))
@@ -284,25 +264,6 @@ class Replay:
             self.add(question, past)
 
 
-def perturbed_negatives(
-    tokenizer, example: data.Example, count: int, rng: random.Random
-) -> list[tuple[list[int], int]]:
-    """`count` broken copies of an expert's trace: (response tokens, index of the first changed token).
-
-    The index comes from comparing token ids, so it is right for any tokenizer. A copy that equals the expert's is
-    dropped: a no-op is no negative.
-    """
-    expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
-    negatives = []
-    for _ in range(count):
-        found = data.perturb(example, rng)
-        if found is not None:
-            broken = data.response_ids(tokenizer, data.response_text(found[0].trace, found[0].answer))
-            if broken != expert:
-                negatives.append((broken, data.first_difference(broken, expert)))
-    return negatives
-
-
 def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[int]]], perturbed: int,
             rng: random.Random, device="cpu") -> Comparison:  # fmt: skip
     """Experts beside negatives: rollouts[i] holds sampled responses (token lists) to examples[i].question."""
@@ -310,7 +271,7 @@ def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[in
     for i, example in enumerate(examples):
         prompt = data.prompt_ids(tokenizer, example.question)
         negatives = [(response, 0) for response in rollouts[i]]
-        negatives += perturbed_negatives(tokenizer, example, perturbed, rng)
+        negatives += data.perturbed_negatives(tokenizer, example, perturbed, rng)
         for response, first_changed in negatives:
             prompts.append(prompt)
             responses.append(response)
@@ -321,26 +282,14 @@ def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[in
     return Comparison(expert, negative, *(torch.tensor(x, dtype=torch.long, device=device) for x in (pair, start)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. The discriminator's update
-# ---------------------------------------------------------------------------------------------------------------
+# 4. The discriminator's update ---------------------------------------------------------------------------------------
 
 
-def comparison_loss(logits_e, weights_e, logits_n, weights_n, pair, kind: str, smoothing: float) -> torch.Tensor:
-    """The discriminator's loss on some experts [E, T] and their negatives [M, T].
-
-    The weights are `trace_weights` of the whole comparison, so losses of parts add up to the loss of the whole.
-    pair [M] points into these E rows.
-        bce   sum_t w_t BCE(logit_t), half for experts, half for negatives
-        bt    Bradley-Terry: -log sigmoid(mean logit of the expert - mean logit of the negative), over pairs
-    """
-    if kind == "bce":
-        expert = (weights_e * bce_loss(logits_e, 1.0, smoothing)).sum()
-        return 0.5 * expert + 0.5 * (weights_n * bce_loss(logits_n, 0.0, smoothing)).sum()
-    share = weights_n.sum(1)  # [M], 1 / number of negatives
-    mean_e = (weights_e * logits_e).sum(1) / weights_e.sum(1)  # [E]
-    mean_n = (weights_n * logits_n).sum(1) / share.clamp(min=1e-9)  # [M]
-    return -(share * logsigmoid(mean_e[pair] - mean_n)).sum()
+def comparison_loss(logits_e, weights_e, logits_n, weights_n, smoothing: float) -> torch.Tensor:
+    """The discriminator's loss on some experts [E, T] and their negatives [M, T]: sum_t w_t BCE(logit_t), half for experts,
+    half for negatives. The weights are `trace_weights` of the whole comparison: losses of parts add up to its loss."""
+    expert = (weights_e * bce_loss(logits_e, 1.0, smoothing)).sum()
+    return 0.5 * expert + 0.5 * (weights_n * bce_loss(logits_n, 0.0, smoothing)).sum()
 
 
 def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
@@ -363,35 +312,21 @@ def expert_parts(comparison: Comparison, micro_batch: int, micro_tokens: int) ->
     return memory.micro_batches(family * longest, per_chunk, micro_tokens)
 
 
-def update(
-    discriminator: Discriminator,
-    optimizer,
-    policy_model,
-    comparison: Comparison,
-    loss: str = "bce",
-    smoothing: float = 0.1,
-    nll_coef: float = 0.0,
-    micro_batch: int = 64,
-    temperature: float = 1.0,
-    micro_tokens: int = 0,
-    discriminator_coef: float = 1.0,
-) -> dict:
+def update(discriminator: Discriminator, optimizer, policy_model, comparison: Comparison,
+           smoothing: float = 0.1, nll_coef: float = 0.0, micro_batch: int = 64, temperature: float = 1.0,
+           micro_tokens: int = 0, discriminator_coef: float = 1.0) -> dict:  # fmt: skip
     """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
 
     policy_model: the current pi, at the temperature it samples with, whose log-probability AIRL's logit subtracts (of
-    experts and negatives alike; without a gradient). nll_coef adds the likelihood of the demonstrations to the loss of a
-    likelihood reward, discriminator_coef weighs all the rest of it.
+    experts and negatives alike; without a gradient). nll_coef is c_L, discriminator_coef c_D.
     """
     expert, negative = comparison.expert, comparison.negative
     model = discriminator.reward_model
     weights_e, weights_n = comparison_weights(discriminator, comparison)
     experts = parallel.total(len(expert))
     sums = defaultdict(float)
-    place = torch.zeros_like(expert.lengths)  # [E], an expert's row within its micro-batch
     for rows in expert_parts(comparison, micro_batch, micro_tokens):
         count, chosen = len(rows), torch.isin(comparison.pair, rows).nonzero().squeeze(-1)
-        place[rows] = torch.arange(count, device=rows.device)
-        pair = place[comparison.pair[chosen]]
         both = data.cat_batches(expert[rows], negative[chosen])  # experts above, negatives below
         scores = model.scores(both)
         log_pi = torch.zeros_like(scores)
@@ -401,7 +336,7 @@ def update(
         logits = discriminator.logits(both, scores, log_pi)  # [E + M, T]
         logits_e, logits_n = logits[:count], logits[count:]
         w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
-        value = discriminator_coef * comparison_loss(logits_e, w_e, logits_n, w_n, pair, loss, smoothing)
+        value = discriminator_coef * comparison_loss(logits_e, w_e, logits_n, w_n, smoothing)
         if nll_coef and model.scores_all_actions:  # a head's f is no likelihood
             likelihood = (trace_weights(both.response_mask[:count]) * scores[:count]).sum()  # mean over these experts
             value = value - nll_coef * likelihood * count / experts
@@ -415,165 +350,35 @@ def update(
     return sums | policy.optimizer_step(optimizer, sums["loss"])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Seeing it
-# ---------------------------------------------------------------------------------------------------------------
-
 SUSPICIOUS = -1.0  # log-probability below which a token is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation
 
 
-def colour(text: str, value: float, scale: float) -> str:
-    """`text` on an ANSI background from red (value = -scale) over none (0) to green (+scale)."""
-    strength = max(-1.0, min(1.0, value / scale)) if scale > 0 else 0.0
-    faded = int(255 * (1 - abs(strength)))
-    red, green = (255, faded) if strength < 0 else (faded, 255)
-    visible = data.printable(text).replace("\n", "⏎\n")
-    return f"\x1b[48;2;{red};{green};{faded}m\x1b[38;2;0;0;0m{visible}\x1b[0m"
-
-
-def explain(reward_model, tokenizer, question: str, response: str) -> list[tuple[str, float]]:
-    """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
-    prompt = data.prompt_ids(tokenizer, question)
-    ids = data.token_ids(tokenizer, response)
-    if (
-        tokenizer.unk_token_id is not None
-        and tokenizer.unk_token_id in prompt + ids
-        and tokenizer.unk_token_id != tokenizer.eos_token_id
-    ):
-        known = "the words of `python data.py`'s problems, digits, + - * / = and newlines"
-        raise UserError(f"the question or trace holds something this model's vocabulary lacks; it knows {known}")
-    if not ids:
-        raise UserError("the trace is empty")
-    context = policy.context_length(reward_model.model)
-    if len(prompt) + len(ids) > context:
-        raise UserError(f"question and trace are {len(prompt) + len(ids)} tokens, the model's context is {context}")
-    batch = data.make_batch([prompt], [ids], reward_model.model.device)
-    with torch.no_grad():
-        scores = reward_model.scores(batch)[0, len(prompt) :].tolist()
-    return [(tokenizer.decode([token]), score) for token, score in zip(ids, scores)]
-
-
-def show(scored: list[tuple[str, float]], likelihood: bool = True) -> str:
-    """The trace in colours, and where it goes wrong by this reward: at the first token whose likelihood is suspicious. The
-    lowest may be a later one, which does not fit the error. A head knows no such bound: there it is the lowest."""
-    scale, values = max(1.0, max(abs(score) for _, score in scored)), [score for _, score in scored]
-    painted = "".join(colour(token, score, scale) for token, score in scored)
-    first = next((i for i, f in enumerate(values) if likelihood and f < SUSPICIOUS), None)
-    found = "nothing suspicious; lowest" if likelihood and first is None else "most suspicious"
-    place = values.index(min(values)) if first is None else first
-    before = "".join(token for token, _ in scored[:place])[-30:]
-    return (
-        f"{painted}\n\n{found}: token {place + 1} of {len(scored)}, {scored[place][0]!r} after {before!r}, "
-        f"f = {values[place]:.2f} (mean of the trace {sum(values) / len(values):.2f})"
-    )
-
-
-# What is read back from <run>/settings.json: a type, or the values that are understood.
-SETTINGS = {
-    "model": str, "data": str, "reward": ("likelihood", "head", "random"), "logit": ("airl", "gail"),
-    "granularity": ("dense", "interval", "sparse"), "interval": int, "words_steps": int, "words_largest": int,
-    "max_new_tokens": int, "fair_temperature": float,
-}  # fmt: skip
-LIMITS = {"interval": (0, 10**6), "words_steps": (1, 100), "words_largest": (8, 10**6), "max_new_tokens": (1, 10**6),
-          "fair_temperature": (0.01, 1000)}  # fmt: skip
-
-
-def read_settings(run: Path) -> dict:
-    """The settings that train.py left in the run's folder, checked."""
-    if not os.path.isdir(run):
-        raise UserError(f"no run folder {run}: make one with train.py")
-    path = run / "settings.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings: a JSON object was expected")
-    for key, kind in SETTINGS.items():
-        value = settings.get(key)
-        if value not in kind if isinstance(kind, tuple) else type(value) is not kind:  # True is no integer
-            names = {str: "a string", int: "an integer", float: "a decimal number"}
-            expected = names.get(kind) or "one of " + ", ".join(kind)
-            found = "missing" if value is None else repr(value)
-            raise UserError(f"{path}: '{key}' is {found}, expected {expected}")
-    for key, (low, high) in LIMITS.items():
-        if not low <= settings[key] <= high:
-            raise UserError(f"{path}: '{key}' is {settings[key]}, expected {low} to {high}")
-    return settings
-
-
-def load_run(run: Path, device="cpu") -> tuple[Discriminator, object, dict]:
-    """(discriminator, tokenizer, settings) of a finished run of train.py."""
-    settings = read_settings(run)
-    if not (run / "reward").is_dir():
-        raise UserError(f"run folder {run} holds no reward/: was it trained to its end, with --method irl or all?")
-    tokenizer = policy.load_tokenizer(str(run / "reward"))
-    data.set_date(tokenizer, settings.get("date"))
-    model = load_reward(settings["reward"], str(run / "reward"), device)
-    vocabulary = model.model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
-    ends_step = step_end_tokens(tokenizer, vocabulary).to(device)
-    return (
-        Discriminator(model, settings["logit"], settings["granularity"], settings["interval"], ends_step),
-        tokenizer,
-        settings,
-    )
-
-
-def demonstrate() -> None:
-    """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's mistake."""
-    import irl
-    import train
-
-    settings = train.parse_settings("--demonstrations 64 --questions 16 --device cpu".split())
-    base, tokenizer = policy.load_policy("base")
-    discriminator = Discriminator(
-        load_reward("likelihood", "base"), "airl", "dense", 0, step_end_tokens(tokenizer, len(tokenizer))
-    )
-    loop = irl.IRL(settings, tokenizer, base, discriminator, data.load_examples("words", "train", 64))
-    for update_number in range(1, 21):
-        metrics = loop.warm_up()
-        if update_number % 10 == 0:
-            print(f"discriminator update {update_number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-    problem = data.Problem("Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", 24, (
-        data.Event("packs", "", 3, 12), data.Event("loss", "", 9)))  # fmt: skip
-    right, wrong = data.solve(problem), data.solve(problem, data.Pupil(1.0, 1.0, 0.0), random.Random(0))
-    for name, example in (("expert", right), ("pupil", wrong)):
-        print(f"\n{name}: {example.question}")
-        print(
-            show(
-                explain(
-                    discriminator.reward_model,
-                    tokenizer,
-                    example.question,
-                    data.response_text(example.trace, example.answer),
-                )
-            )
-        )
-
-
 def main() -> None:
-    parser = data.Parser("Colour a trace by its token rewards.")
-    parser.add_argument("--run", help="a folder written by train.py; without it, a small demonstration")
-    parser.add_argument("--question")
-    parser.add_argument("--trace", help="the reasoning (\\n for a new line), or a whole response with its <think> tags")
-    parser.add_argument("--answer", help="the final answer, scored too if given")
-    args = parser.parse()
-    policy.quiet()
-    if args.run is None:
-        demonstrate()
-        return
-    if not args.question or not args.trace:
-        raise UserError("--run needs --question and --trace")
-    discriminator, tokenizer, _ = load_run(Path(args.run))
-    trace = args.trace.replace("\\n", "\n")
-    if "<think>" not in trace:
-        whole = data.response_text(trace, args.answer or "")
-        trace = whole if args.answer else whole[: whole.index("<answer>")]
-    scored = explain(discriminator.reward_model, tokenizer, args.question, trace)
-    print(show(scored, discriminator.reward_model.scores_all_actions))
+    """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's mistake."""
+    loading.quiet()
+    base, tokenizer = loading.load_policy("base")
+    ends_step, ends = step_end_tokens(tokenizer, len(tokenizer)), data.end_tokens(tokenizer, base)
+    discriminator = Discriminator(load_reward("likelihood", "base"), "airl", "dense", 0, ends_step)
+    optimizer, rng = policy.make_optimizer(discriminator.reward_model, 3e-4), random.Random(0)
+    experts = data.load_examples("words", "train", 64)
+    for number in range(1, 21):
+        examples = rng.sample(experts, 16)
+        prompts = [data.prompt_ids(tokenizer, example.question) for example in examples]
+        batch = policy.sample(base, prompts, ends, 64, group=2).batch
+        rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(16)]
+        metrics = update(discriminator, optimizer, base, compare(tokenizer, examples, rollouts, 2, rng), nll_coef=1.0)
+        if number % 10 == 0:
+            print(f"discriminator update {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+    question = "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"
+    for trace, answer in (("3*12=36\n24+36=60\n60-9=51", "51"), ("3+12=15\n24+15=39\n39-9=30", "30")):
+        batch = data.demonstration_batch(tokenizer, [data.Example(question, trace, answer)])
+        with torch.no_grad():
+            scores, log_pi = discriminator.reward_model.scores(batch), policy.token_logprobs(base, batch)
+        chance = discriminator.logits(batch, scores, log_pi).sigmoid()
+        print(f"\n{question}\n{'token':>10s}{'log pi':>10s}{'f':>10s}{'D':>10s}")
+        for t, token in enumerate(batch.response(0), int(batch.prompt_lengths[0])):
+            print(f"{tokenizer.decode([token])!r:>10s}{log_pi[0, t]:10.3f}{scores[0, t]:10.3f}{chance[0, t]:10.3f}")
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    main()

@@ -1,8 +1,8 @@
 """What this code costs beside its neighbours: ratios measured in one run, in turn, with their spread.
 
-    1. log-probabilities   chunked, loss_by_rows (whose "forward" computes the gradients, too) and the fused kernels on
-                           CUDA, against plain PyTorch, torch.compile and Liger: time, memory. The ratios are those of
-                           what training takes: loss_by_rows in float32, as here; on CUDA, in bf16, chunked
+    1. log-probabilities   loss_sum (whose "forward" computes the gradients, too), logprobs, and the fused kernels on CUDA,
+                           against plain PyTorch, torch.compile and Liger: time, memory. The ratios are those of loss_sum,
+                           which the policy's training takes; the reward's takes logprobs
     2. sampling            policy.sample against transformers' generate: tokens per second
     3. a policy step       baselines.GRPO.step against TRL's GRPOTrainer, and irl.IRL.step beside them
     4. growth              with rows, length and vocabulary
@@ -44,7 +44,9 @@ from pathlib import Path
 import torch
 
 import data
-import logprob
+from engine import fused, loading, logprob
+from engine.errors import Parser, UserError, exit_status
+from engine.settings import parse_settings
 
 # policy, irl, baselines and train bring transformers, seconds of import: the functions that need them import them, so
 # that the processes which measure memory start quickly and small.
@@ -115,32 +117,34 @@ def copy_rate(device="cpu", megabytes: int = 64) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def logprob_ways(device="cpu", entropy: bool = False, compiled: bool = False) -> tuple[dict[str, Callable], list[str]]:
-    """(name -> function(hidden, weight, tokens) -> tuple of outputs, a line for each competitor that is not here)."""
-    ways, absent = {"plain": logprob.logprobs_plain, "chunked": logprob.logprobs_chunked}, []
+def plain(hidden, weight, tokens) -> torch.Tensor:
+    """log pi(tokens) with all logits in memory: [N]."""
+    return logprob.of_tokens(logprob.product(hidden, weight), tokens, 1.0, 0.0)
+
+
+def logprob_ways(device="cpu", compiled: bool = False) -> tuple[dict[str, Callable], list[str]]:
+    """(name -> function(hidden, weight, tokens) -> the mean of log pi or of its opposite, a line for each competitor that is
+    not here)."""
+    ways, absent = {"plain": plain, "logprobs": logprob.logprobs}, []
     if compiled and torch.device(device).type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
         absent.append("torch.compile: no C++ compiler here, left out")
     elif compiled:
-        ways["compiled"] = torch.compile(logprob.logprobs_plain)
-    ways = {name: lambda *inputs, f=f: f(*inputs, entropy=entropy) for name, f in ways.items()}
-    mean = lambda logp, ent, rows: logp if ent is None else logp + ent  # told beforehand: the same loss by rows
-    ways["loss_by_rows"] = lambda hidden, weight, tokens: (
-        logprob.loss_by_rows(hidden, weight, tokens, mean, entropy=entropy) / len(hidden),
-    )
+        ways["compiled"] = torch.compile(plain)
     if torch.device(device).type != "cuda":
         absent.append("Triton kernels, Liger: no CUDA here, left out")
-        return ways, absent
-    if logprob.triton is None:
+    elif fused.triton is None:
         absent.append("Triton kernels: triton is not installed, left out")
     else:
-        ways["triton"] = lambda *inputs: logprob.logprobs_triton(*inputs, entropy=entropy)
-    if find_spec("liger_kernel") is None:
+        ways["triton"] = lambda *inputs: fused.logprobs(*inputs, kind=torch.float32)
+    ways = {name: lambda *inputs, way=way: way(*inputs).mean() for name, way in ways.items()}
+    ways["loss_sum"] = lambda *inputs: logprob.loss_sum(*inputs, lambda logp, rows: logp) / len(inputs[0])
+    if torch.device(device).type == "cuda" and find_spec("liger_kernel") is None:
         absent.append("Liger: liger-kernel is not installed, left out")
-    elif not entropy:  # it has none
+    elif torch.device(device).type == "cuda":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()  # the mean of -log pi, its gradients computed during forward
-        ways["liger"] = lambda hidden, weight, tokens: (liger(weight, hidden, tokens),)
+        ways["liger"] = lambda hidden, weight, tokens: liger(weight, hidden, tokens)
     return ways, absent
 
 
@@ -157,7 +161,7 @@ def forward_backward(way: Callable, hidden, weight, tokens) -> tuple[float, floa
     hidden.grad = weight.grad = None
     synchronize(hidden.device)
     start = time.perf_counter()
-    loss = sum(output.mean() for output in way(hidden, weight, tokens) if output is not None)
+    loss = way(hidden, weight, tokens)
     synchronize(hidden.device)
     middle = time.perf_counter()
     loss.backward()
@@ -165,11 +169,11 @@ def forward_backward(way: Callable, hidden, weight, tokens) -> tuple[float, floa
     return middle - start, time.perf_counter() - start
 
 
-def logprob_times(N: int, V: int, H: int, entropy: bool, rounds: int, seconds: float, device="cpu", compiled=False):
+def logprob_times(N: int, V: int, H: int, rounds: int, seconds: float, device="cpu", compiled=False):
     """(forward's seconds, forward and backward's seconds, lines for what is not here), each name -> one per round.
     `product` in the second is one product hidden weight^T, which the machine cannot do without."""
     inputs = logprob_inputs(N, V, H, device)
-    ways, absent = logprob_ways(device, entropy, compiled)
+    ways, absent = logprob_ways(device, compiled)
     out = torch.empty(N, V, device=device)
     runs = {name: lambda way=way: forward_backward(way, *inputs) for name, way in ways.items()}
     runs["product"] = lambda: (torch.mm(inputs[0].detach(), inputs[1].detach().T, out=out), None)[1]
@@ -191,10 +195,10 @@ def resident_peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def logprob_peak(name: str, N: int, V: int, H: int, entropy: bool, device="cpu") -> int | None:
+def logprob_peak(name: str, N: int, V: int, H: int, device="cpu") -> int | None:
     """Peak bytes beyond the inputs of one forward and backward, the two gradients included. For a fresh process."""
     inputs = logprob_inputs(N, V, H, device)
-    way = logprob_ways(device, entropy, name == "compiled")[0][name]
+    way = logprob_ways(device, name == "compiled")[0][name]
     forward_backward(way, *logprob_inputs(8, 64, 16, device))  # loads the libraries
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -224,31 +228,26 @@ def available_bytes(device="cpu") -> int:
     return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) * 1024 if meminfo.exists() else 0
 
 
-def in_training(device) -> str:
-    """The way that training takes. (On CUDA, too, this bench multiplies in float32; training does it in bf16.)"""
-    return "chunked" if torch.device(device).type == "cuda" else "loss_by_rows"
-
-
-def logprob_memory(names: list[str], N: int, V: int, H: int, entropy: bool, device="cpu") -> dict:
-    """Peak bytes of each way at [N, V], and those of training's way / plain beyond the gradients.
+def logprob_memory(names: list[str], N: int, V: int, H: int, device="cpu") -> dict:
+    """Peak bytes of each way at [N, V], and those of loss_sum / plain beyond the gradients.
 
     Where [N, V] several times over does not fit, plain's peak is extrapolated in a line from N/8 and N/4 rows and
     flagged. (From fewer, the line would be too flat: there the peak is the gradient of the matrix and one [N, V], later
     it is three of those.)
     """
     gradients, extrapolated = 4 * (N + V) * H, False
-    peaks = {name: in_a_child("logprob_peak", name, N, V, H, entropy, device) for name in names if name != "plain"}
+    peaks = {name: in_a_child("logprob_peak", name, N, V, H, device) for name in names if name != "plain"}
     plain = None
     if 6 * 4 * N * V < 0.7 * available_bytes(device):  # plain holds at most five, and somebody else may want some
-        plain = in_a_child("logprob_peak", "plain", N, V, H, entropy, device)
+        plain = in_a_child("logprob_peak", "plain", N, V, H, device)
     if plain is None:
         small, large = N // 8, N // 4
-        low, high = (in_a_child("logprob_peak", "plain", rows, V, H, entropy, device) for rows in (small, large))
+        low, high = (in_a_child("logprob_peak", "plain", rows, V, H, device) for rows in (small, large))
         if low and high:
             plain, extrapolated = high + (high - low) / (large - small) * (N - large), True
-    result = {"N": N, "V": V, "H": H, "entropy": entropy, "extrapolated": extrapolated, "gradients_bytes": gradients}
+    result = {"N": N, "V": V, "H": H, "extrapolated": extrapolated, "gradients_bytes": gradients}
     result["bytes"] = {"plain": plain} | peaks
-    ours = peaks.get(in_training(device))
+    ours = peaks.get("loss_sum")
     if plain and ours is not None:
         # Plain's own peak may come before its gradients exist: taking them off is to our disadvantage.
         result["memory_ratio"] = max(0, ours - gradients) / (plain - gradients)
@@ -257,36 +256,30 @@ def logprob_memory(names: list[str], N: int, V: int, H: int, entropy: bool, devi
 
 
 def bench_logprob(quick: bool, rounds: int, device="cpu") -> dict:
-    """time_ratio and memory_ratio of training's way to plain, of log-probabilities alone; `with_entropy` has both."""
+    """time_ratio and memory_ratio of loss_sum, which training takes, to plain. (On CUDA, too, all multiply in float32.)"""
     on_gpu = torch.device(device).type == "cuda"
     sizes = dict(N=512, V=32768, H=256) if quick else CLAIM | dict(N=8192 if on_gpu else 512)
-    memory_sizes = sizes | dict(N=4096) if quick else CLAIM
-    result = sizes | {"dtype": "float32", "in_training": in_training(device)}
-    for entropy in (False, True):
-        forward, times, absent = logprob_times(**sizes, entropy=entropy, rounds=rounds, seconds=4 if quick else 240,
-                                               device=device, compiled=not quick)  # fmt: skip
-        # Plain and loss_by_rows have three products; chunked multiplies a tile again instead of keeping it: four.
-        part = {
-            "time_ratio": ratio(times[in_training(device)], times["plain"])["ratio"],
-            "flop_per_product": 2 * sizes["N"] * sizes["V"] * sizes["H"],
-            "ways": {
-                name: {
-                    "seconds": statistics.median(times[name]),
-                    "forward_seconds": statistics.median(forward[name]),
-                    "to_plain": ratio(times[name], times["plain"]),
-                    "forward_to_plain": ratio(forward[name], forward["plain"]),
-                    "products_to_floor": ratio(times[name], [3 * t for t in times["product"]]),
-                }
-                for name in forward
-            },
-        }
-        if not (quick and entropy):
-            names = ["plain", "chunked", "loss_by_rows"] if quick else [name for name in forward if name != "compiled"]
-            memory = logprob_memory(names, **memory_sizes, entropy=entropy, device=device)
-            part |= {"memory": memory} | ({"memory_ratio": memory["memory_ratio"]} if "memory_ratio" in memory else {})
-        result |= {"with_entropy": part} if entropy else part
-    result["left_out"] = absent + (["torch.compile: not in --quick"] if quick else [])
-    return result
+    forward, times, absent = logprob_times(**sizes, rounds=rounds, seconds=4 if quick else 240, device=device, compiled=not quick)
+    # plain and loss_sum have three products; logprobs multiplies again instead of keeping the logits: four
+    result = sizes | {
+        "dtype": "float32",
+        "time_ratio": ratio(times["loss_sum"], times["plain"])["ratio"],
+        "flop_per_product": 2 * sizes["N"] * sizes["V"] * sizes["H"],
+        "ways": {
+            name: {
+                "seconds": statistics.median(times[name]),
+                "forward_seconds": statistics.median(forward[name]),
+                "to_plain": ratio(times[name], times["plain"]),
+                "forward_to_plain": ratio(forward[name], forward["plain"]),
+                "products_to_floor": ratio(times[name], [3 * t for t in times["product"]]),
+            }
+            for name in forward
+        },
+    }
+    memory = logprob_memory([name for name in forward if name != "compiled"],
+                            **(sizes | dict(N=4096) if quick else CLAIM), device=device)  # fmt: skip
+    result |= {"memory": memory} | ({"memory_ratio": memory["memory_ratio"]} if "memory_ratio" in memory else {})
+    return result | {"left_out": absent + (["torch.compile: not in --quick"] if quick else [])}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -296,10 +289,9 @@ def bench_logprob(quick: bool, rounds: int, device="cpu") -> dict:
 
 def load(device="cpu"):
     """(base, tokenizer, prompts' examples): the model and the problems that ship here."""
-    import policy
 
-    policy.quiet()
-    model, tokenizer = policy.load_policy("base", device)
+    loading.quiet()
+    model, tokenizer = loading.load_policy("base", device)
     return model, tokenizer, data.load_examples("words", "train", 256)
 
 
@@ -372,18 +364,16 @@ def our_steps(questions: int, group: int, new_tokens: int, device="cpu") -> dict
     """One optimizer step of GRPO, and an iteration of IRL (rollout, discriminator, rewards, policy), on the base."""
     import baselines
     import irl
-    import policy
     import reward
-    import train
 
     flags = f"--questions {questions} --group {group} --max-new-tokens {new_tokens} --device {device} "
     flags += "--grpo-lr 1e-6 --policy-lr 1e-6 --reward-lr 1e-6"  # so small that all keep writing traces of one length
-    settings = train.parse_settings(flags.split())
+    settings = parse_settings(flags.split())
     model, tokenizer, examples = load(device)
     extra = [e.question for e in examples[128:]]
     ends_step = reward.step_end_tokens(tokenizer, len(tokenizer))
     discriminator = reward.Discriminator(
-        reward.load_reward("likelihood", policy.BASE, device), "airl", "dense", 0, ends_step.to(device)
+        reward.load_reward("likelihood", loading.BASE, device), "airl", "dense", 0, ends_step.to(device)
     )
     grpo = baselines.GRPO(settings, tokenizer, model, examples)
     loop = irl.IRL(settings, tokenizer, copy.deepcopy(model), discriminator, examples[:128], extra)
@@ -475,9 +465,9 @@ def bench_growth(rounds: int, device="cpu") -> dict:
     rows = []
     for N, V in ((256, 32768), (512, 32768), (1024, 32768), (512, 16384), (512, 65536)):
         sizes = dict(N=N, V=V, H=256)
-        _, times, _ = logprob_times(**sizes, entropy=False, rounds=rounds, seconds=20, device=device)
-        for name in ("plain", "chunked"):
-            peak = in_a_child("logprob_peak", name, N, V, 256, False, device)
+        _, times, _ = logprob_times(**sizes, rounds=rounds, seconds=20, device=device)
+        for name in ("plain", "logprobs", "loss_sum"):
+            peak = in_a_child("logprob_peak", name, N, V, 256, device)
             beyond = None if peak is None else max(0, peak - 4 * (N + V) * 256)
             rows.append(sizes | {"way": name, "seconds": statistics.median(times[name]), "bytes": beyond})
     model, tokenizer, examples = load(device)
@@ -521,22 +511,18 @@ def table(results: dict) -> str:
     if part:
         lines += ["", f"log-probabilities, N = {part['N']}, V = {part['V']:,}, H = {part['H']}, {part['dtype']}: forward "
                   "and backward", "                       seconds   x plain               x three products"]  # fmt: skip
-        for title, p in (("", part), (" + entropy", part["with_entropy"])):
-            for name, way in p["ways"].items():
-                lines.append(f"  {name + title:20s} {way['seconds']:7.2f}   {spread(way['to_plain']):20s}"
-                             f"  {spread(way['products_to_floor'])}")  # fmt: skip
-        for title, p in (("", part), (" + entropy", part["with_entropy"])):
-            if "memory" in p:
-                m = p["memory"]
-                flag = " (extrapolated from fewer rows)" if m["extrapolated"] else ""
-                lines.append(f"  memory{title} at N = {m['N']}, beyond inputs and their gradients, in MB:")
-                for name, peak in m["bytes"].items():
-                    beyond = None if peak is None else max(0, peak - m["gradients_bytes"])
-                    lines.append(f"  {name:20s} {megabytes(beyond)}" + flag * (name == "plain"))
-                if "memory_ratio" in m:
-                    lines.append(f"  {part['in_training'] + ' / plain':20s} {100 * m['memory_ratio']:7.2f} %, with the "
-                                 f"gradients {100 * m['memory_ratio_with_gradients']:.2f} %")  # fmt: skip
-        lines.append(f"  training takes {part['in_training']}")
+        for name, way in part["ways"].items():
+            lines.append(f"  {name:20s} {way['seconds']:7.2f}   {spread(way['to_plain']):20s}"
+                         f"  {spread(way['products_to_floor'])}")  # fmt: skip
+        m = part["memory"]
+        flag = " (extrapolated from fewer rows)" if m["extrapolated"] else ""
+        lines.append(f"  memory at N = {m['N']}, beyond inputs and their gradients, in MB:")
+        for name, peak in m["bytes"].items():
+            beyond = None if peak is None else max(0, peak - m["gradients_bytes"])
+            lines.append(f"  {name:20s} {megabytes(beyond)}" + flag * (name == "plain"))
+        if "memory_ratio" in m:
+            lines.append(f"  {'loss_sum / plain':20s} {100 * m['memory_ratio']:7.2f} %, with the "
+                         f"gradients {100 * m['memory_ratio_with_gradients']:.2f} %")  # fmt: skip
         lines += [f"  {line}" for line in part["left_out"]]
     part = results.get("sample")
     if part:
@@ -576,7 +562,7 @@ PARTS = ("logprob", "sample", "step", "growth")
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's flags, checked."""
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute, no growth")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--only", choices=PARTS, help="one part")
@@ -585,17 +571,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse(arguments)
     args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 7
     if args.rounds < 2:
-        raise data.UserError(f"--rounds {args.rounds}: a spread needs at least 2")
+        raise UserError(f"--rounds {args.rounds}: a spread needs at least 2")
     if args.quick and args.only == "growth":
-        raise data.UserError("--only growth is not part of --quick: leave --quick out")
+        raise UserError("--only growth is not part of --quick: leave --quick out")
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise data.UserError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
+        raise UserError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
     if args.json and Path(args.json).is_dir():
-        raise data.UserError(f"--json {args.json} is a folder: give a file")
+        raise UserError(f"--json {args.json} is a folder: give a file")
     if args.device not in ("auto", "cpu", "cuda"):
-        raise data.UserError(f"--device {args.device}: choose auto, cpu or cuda")
+        raise UserError(f"--device {args.device}: choose auto, cpu or cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise data.UserError("--device cuda: torch sees no CUDA device here; --device auto takes what there is")
+        raise UserError("--device cuda: torch sees no CUDA device here; --device auto takes what there is")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
@@ -632,4 +618,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    sys.exit(exit_status(main))

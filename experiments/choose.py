@@ -18,12 +18,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 import baselines
-import checkpoint
-import lora
-import policy
-import rerank
 import train
-from data import UserError
+from engine import loading, lora
+from engine.candidates import collect
+from engine.errors import UserError
+from engine.settings import parse_settings
 from experiments import run as runs
 
 SHARES, TEMPERATURES = (0.0, 0.25, 0.5, 0.75), (1.0, 0.2)  # of the base in the weights; what divides the logits, as IRL's alpha
@@ -58,12 +57,12 @@ def cells(data: str, model: str, sizes: tuple, quick: bool) -> list[Cell]:
 def measure(cell: Cell, quick: bool) -> dict:
     """Train, then look: {.., "t1": {share: {temperature: accuracy}}, "greedy": {share: accuracy}}."""
     torch.set_num_threads(1)
-    policy.quiet()
+    loading.quiet()
     flags = f"--data {cell.data} --model {cell.model} --demonstrations {cell.size} --seed {SEED} --device cpu"
     flags += f" --{cell.method}-steps {cell.steps} --{cell.method}-lr {cell.lr} --test-split validation"
     flags += f" --eval-questions {20 if quick else QUESTIONS}{' --extra-questions 20' * quick}"
     # --explain: a run that loads everything and writes nothing
-    run, begin = train.Run(train.parse_settings([*flags.split(), "--explain"]), checkpoint.Signals()), time.perf_counter()
+    run, begin = train.Run(parse_settings([*flags.split(), "--explain"])), time.perf_counter()
     model, sft = run.to_train(), cell.method == "sft"
     start = lora.start_of(model)
     trainer = baselines.SFT if sft else baselines.GRPO
@@ -74,8 +73,8 @@ def measure(cell: Cell, quick: bool) -> dict:
 
     def accuracy(samples: int, temperature: float) -> float:
         generator = torch.Generator().manual_seed(SEED)
-        return float(rerank.collect(model, run.tokenizer, run.test, samples, run.s.max_new_tokens, temperature, generator,
-                                    run.s.sample_rows).correct.mean())  # fmt: skip
+        return float(collect(model, run.tokenizer, run.test, samples, run.s.max_new_tokens, temperature, generator,
+                             run.s.sample_rows).correct.mean())  # fmt: skip
 
     t1, greedy = {}, {}
     for share in SHARES if sft else SHARES[:1]:

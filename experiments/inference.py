@@ -6,14 +6,14 @@ problems with a step more, and with numbers twice as large, than any it was trai
 """
 
 import json
-from types import SimpleNamespace
 
 import torch
 
 import data
-import policy
 import rerank
-from data import UserError
+from engine import loading
+from engine.candidates import collect
+from engine.errors import UserError
 from experiments import run as runs
 
 # what is judged: (label, whose samples, how many, what the problems are)
@@ -31,18 +31,17 @@ def judge(name: str, seed: int, quick: bool) -> dict:
     folder = runs.ROOT / "runs" / f"x-{name}-main-256-{seed}"
     if not (folder / "reward").exists():
         raise UserError(f"{folder} holds no models: run --only main first")
-    base, tokenizer, discriminator, judges, _ = rerank.load_run(folder, "base", "cpu")
+    base, tokenizer, discriminator, judges, _ = rerank.models_of_run(folder, "base", "cpu")
     found = {}
     for label, whose, count, problems in CASES:
         if problems and name != "words":
             continue
-        model = base if whose == "base" else policy.load_policy(str(folder / whose))[0]
+        model = base if whose == "base" else loading.load_policy(str(folder / whose))[0]
         test = data.load_examples(name, "test", 20 if quick else 300, seed, **problems)
         count = min(count, 4) if quick else count
         generator = torch.Generator().manual_seed(seed)
-        candidates = rerank.collect(model, tokenizer, test, count, 96, 1.0, generator)
-        settings = SimpleNamespace(rule="mean", seed=seed, data=name)
-        found[label] = rerank.assess(candidates, discriminator, base, judges, tokenizer, settings)
+        candidates = collect(model, tokenizer, test, count, 96, 1.0, generator)
+        found[label] = rerank.assess(candidates, discriminator, base, judges, tokenizer, seed=seed)
         found[label].pop("distributions")
     return found
 
@@ -51,9 +50,9 @@ def own_grades(seed: int, quick: bool) -> dict:
     """What countdown's base itself would say behind each trace, log p("right") - log p("wrong"), as a way to choose: {n:
     [mean, low, high], .., "auroc": ..}. It takes no demonstrations, but somebody who knows what to ask for: the control
     that tells how much of the learnt reward was in the base."""
-    base, tokenizer = policy.load_policy("countdown-base")
+    base, tokenizer = loading.load_policy("countdown-base")
     test = data.load_examples("countdown", "test", 20 if quick else 250, seed)
-    candidates = rerank.collect(base, tokenizer, test, 16, 40, 1.0, torch.Generator().manual_seed(seed + 1))
+    candidates = collect(base, tokenizer, test, 16, 40, 1.0, torch.Generator().manual_seed(seed + 1))
     batch, (right, wrong) = candidates.batch, tokenizer.convert_tokens_to_ids(["right", "wrong"])
     with torch.no_grad():
         logits = base(input_ids=batch.tokens).logits[torch.arange(len(batch)), batch.lengths - 1]  # [B, V]
@@ -64,7 +63,7 @@ def own_grades(seed: int, quick: bool) -> dict:
 
 def run(name: str, seeds: int, quick: bool) -> None:
     """results/inference/<data>-<seed>.json for every seed that has none yet."""
-    policy.quiet()
+    loading.quiet()
     for seed in runs.seeds_of(name, seeds) if name == "countdown" else ():
         path = runs.results_folder() / "grades" / f"{seed}.json"
         if not path.exists():

@@ -37,16 +37,21 @@ import torch
 from tqdm import tqdm
 
 import baselines
-import checkpoint
 import data
 import irl
 import policy
 import rerank
 import reward
 import train
-from data import UserError
+from engine import checkpoint, loading
+from engine.candidates import Candidates, collect, from_texts, reward_ends
+from engine.chat import at_date, token_ids
+from engine.errors import Parser, UserError, exit_status, nearest
+from engine.runs import MAY_CHANGE
+from engine.settings import complete, parse_flags
 from experiments import run as runs
 from experiments import steps
+from tasks.answers import extract_answer
 
 try:
     import resource
@@ -86,14 +91,14 @@ class Job:
         before = json.loads(saved.read_text()) if saved.exists() else {}
         if before:  # prompts that name the day stay as they were
             flags += ["--date", before["date"]]
-        given = train.parse_flags([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
-        settings = train.complete(given)
+        given = parse_flags([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
+        settings = complete(given)
         chosen = ("fair_average", "fair_temperature")  # by the stage sft_fair
         now = asdict(settings) | {"explain": False, "start": "sft"} | {name: before[name] for name in chosen if before}
-        other = [name for name in now if before and name not in train.MAY_CHANGE and now[name] != before.get(name)]
+        other = [name for name in now if before and name not in MAY_CHANGE and now[name] != before.get(name)]
         if other:
             raise UserError(f"{self.folder} was begun with another {', '.join(other)}: give the same, or another --name")
-        run = train.Run(settings, checkpoint.Signals())
+        run = train.Run(settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.keep_settings(run, **{name: now[name] for name in chosen})
         return run
@@ -141,14 +146,14 @@ def few_shot_ids(tokenizer, shots: list[data.Example], question: str) -> list[in
     solved = [f"{shot.trace}\n#### {shot.answer}" for shot in shots]
     if not getattr(tokenizer, "chat_template", None):
         parts = [f"Question: {shot.question}\nAnswer: {text}\n\n" for shot, text in zip(shots, solved)]
-        return data.token_ids(tokenizer, (tokenizer.bos_token or "") + "".join(parts) + f"Question: {question}\nAnswer:")
+        return token_ids(tokenizer, (tokenizer.bos_token or "") + "".join(parts) + f"Question: {question}\nAnswer:")
     turns = []
     for shot, text in zip(shots, solved):
         turns += [{"role": "user", "content": shot.question}, {"role": "assistant", "content": text}]
-    template = data.at_date(tokenizer.get_chat_template(), tokenizer.date)
+    template = at_date(tokenizer.get_chat_template(), tokenizer.date)
     text = tokenizer.apply_chat_template([*turns, {"role": "user", "content": question}], tokenize=False,
                                          chat_template=template, add_generation_prompt=True)  # fmt: skip
-    return data.token_ids(tokenizer, text)
+    return token_ids(tokenizer, text)
 
 
 def cut(text: str) -> str:
@@ -171,7 +176,7 @@ def in_tags(text: str) -> str:
     if "<answer>" in text:
         return text
     trace = text.split("####")[0].replace("<think>", "").replace("</think>", "").strip()
-    return data.response_text(trace, data.extract_answer(text) or "")
+    return data.response_text(trace, extract_answer(text) or "")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -212,7 +217,7 @@ def sample(job: Job, name: str, model, examples, prompt: Callable, n: int, tempe
         if max(map(len, prompts)) + s.max_new_tokens > job.run.context:
             raise UserError(f"a prompt of {max(map(len, prompts))} tokens and {s.max_new_tokens} new ones are more than the "
                             f"model's context of {job.run.context}")  # fmt: skip
-        written = rerank.collect(model, tokenizer, chosen, n, s.max_new_tokens, temperature, generator, s.sample_rows, prompts)
+        written = collect(model, tokenizer, chosen, n, s.max_new_tokens, temperature, generator, s.sample_rows, prompts)
         scores = trace_scores(written.logprobs, written.batch.response_mask, n)
         ids = [written.batch.response(row) for row in range(len(written.batch))]
         found = []
@@ -329,7 +334,7 @@ def sft_fair(job: Job) -> tuple[dict, str]:
     validation questions. The averages of merged weights are those of the adapters: the base is the same."""
     run, a = job.run, job.args
     held, learnt, model = run.validation[: a.validation], run.load("sft"), run.load("sft")
-    start = policy.load_policy(run.s.model, run.device)[0]
+    start = loading.load_policy(run.s.model, run.device)[0]
     batch = data.demonstration_batch(run.tokenizer, held, run.device)
 
     def average(share: float) -> None:
@@ -392,8 +397,8 @@ class RewardTrainer:
             chosen = [[self.rng.choice(written) for written in self.pool[i].values()] for i in rows]
             comparison = reward.compare(self.tokenizer, [self.experts[i] for i in rows], chosen, s.perturbed, self.rng,
                                         self.discriminator.reward_model.model.device)  # fmt: skip
-            metrics = reward.update(self.discriminator, self.optimizer, self.policy_model, comparison, s.discriminator_loss,
-                                    s.label_smoothing, s.reward_nll, s.micro_batch, micro_tokens=s.micro_tokens)  # fmt: skip
+            metrics = reward.update(self.discriminator, self.optimizer, self.policy_model, comparison, s.label_smoothing,
+                                    s.reward_nll, s.micro_batch, micro_tokens=s.micro_tokens)  # fmt: skip
         self.done += 1
         return metrics
 
@@ -427,7 +432,7 @@ def judges(job: Job, base: bool) -> dict[str, Callable]:
 
     def learnt(kind):
         discriminator = job.discriminator(kind, trained=True)
-        return discriminator.reward_model.scores, lambda batch: rerank.reward_ends(batch, discriminator)
+        return discriminator.reward_model.scores, lambda batch: reward_ends(batch, discriminator)
 
     found = {"logprob": partial(likelihood, None)} if base else {}
     found |= {signal: partial(likelihood, name) for signal, name in rerank.JUDGES.items()}
@@ -444,7 +449,7 @@ def judged(job: Job, source: str, name: str, load: Callable, sampled: list[dict]
         examples = run.test[start : start + len(chosen)]
         if source == "few_shot":
             texts = [in_tags(text) for one in chosen for text in one["texts"]]
-            batch = rerank.from_texts(run.tokenizer, examples, texts, n).batch
+            batch = from_texts(run.tokenizer, examples, texts, n).batch
         else:
             prompts = [data.prompt_ids(run.tokenizer, e.question) for e in examples for _ in range(n)]
             batch = data.make_batch(prompts, [ids for one in chosen for ids in one["ids"]])
@@ -481,7 +486,8 @@ def kept_samples(job: Job, source: str) -> list[dict]:
 def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dict:
     """rerank.choice_results of every judge by every rule. A judge's plain name is its mean, chosen beforehand."""
     n = len(sampled[0]["texts"])
-    plain = rerank.Candidates(examples, data.make_batch([], []), [t for one in sampled for t in one["texts"]], n)
+    plain = Candidates(examples, data.make_batch([], []), [t for one in sampled for t in one["texts"]], n)
+    keys = rerank.answer_keys(plain.answers, [example.options for example in examples])
     length = torch.tensor([[float(len(text)) for text in one["texts"]] for one in sampled])
     table = {"longest": length, "shortest": -length}
     for name, records in scores.items():
@@ -489,7 +495,7 @@ def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dic
             table[f"{name}_{rule}"] = torch.tensor([one[rule] for one in records])
         table[name] = table[f"{name}_mean"]
     voters = {f"weighted_majority_{kind}": kind for kind in KINDS if kind in scores}
-    return rerank.choice_results(plain.correct, plain.keys, table, rerank.powers_of_two(n), voters)
+    return rerank.choice_results(plain.correct, keys, table, voters)
 
 
 def localise(job: Job) -> tuple[dict, str]:
@@ -639,8 +645,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def parser_of() -> data.Parser:
-    parser = data.Parser(__doc__)
+def parser_of() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", help="a pretrained model's folder or hub name")
     parser.add_argument("--name", help="what it is called in results (default: the folder's name)")
     parser.add_argument("--data", default="gsm8k", help="gsm8k, from the hub, or a folder with train.jsonl and test.jsonl")
@@ -668,7 +674,7 @@ def wanted(args) -> list[str]:
     only, without = (names.split(",") if names else [] for names in (args.only, args.without))
     for name in [*only, *without]:
         if name not in STAGES:
-            raise UserError(f"no stage '{name}'{data.nearest(name, STAGES)}: {', '.join(STAGES)}")
+            raise UserError(f"no stage '{name}'{nearest(name, STAGES)}: {', '.join(STAGES)}")
     found = [stage for stage in STAGES if (not only or stage in only) and stage not in without]
     if "localise" in found and not (args.processbench and args.mr_gsm8k):  # said now, not after hours
         print("no --processbench and --mr-gsm8k: localise is left out")
@@ -689,7 +695,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("demonstrations", "questions", "samples", "validation", "steps", "solutions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    policy.quiet()
+    loading.quiet()
     job = Job(args, args.name or Path(args.model).name)
     for stage in (stage for stage in wanted(args) if not (job.results / f"{stage}.json").exists()):
         job.run  # noqa: B018  loads, once
@@ -703,7 +709,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(data.exit_status(main))
+        sys.exit(exit_status(main))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -30,9 +30,8 @@ from dataclasses import dataclass
 from os import environ
 from pathlib import Path
 
-import checkpoint
-import data
-from data import UserError
+from engine import checkpoint
+from engine.errors import Parser, UserError, exit_status
 from experiments import choose
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +46,17 @@ PPO = "--policy-loss ppo --gamma 0.9"
 LIKELIHOOD = ("--method irl --reward likelihood --logit airl --granularity dense --discriminator-coef 0 --start reward "
               "--policy-loss exact --gamma 0 --kl-coef 0 --reward-average 0.5 --warm-up-lr 3e-4 --policy-lr 3e-5 "
               "--max-steps 100")  # fmt: skip
+# IRL on countdown with as many steps as GRPO has there, one thing changed; the best at temperature 1 is what `main` runs too
+LONG = "--max-steps 800 --policy-lr 4e-4"
+LONG_CHOICES = {
+    "KL 0.05": "",
+    "KL 0.05, frozen after the warm-up": "--freeze-reward",
+    "KL 0.05, rewards within 1": "--reward-clip 1",
+    "KL 0.05, rewards within 1, frozen after the warm-up": "--reward-clip 1 --freeze-reward",
+    "no KL": "--kl-coef 0",
+    "no KL, frozen after the warm-up": "--kl-coef 0 --freeze-reward",
+}
+TUNED = f"{LONG} --kl-coef 0"
 BASE = "--start base --policy-lr 4e-4 --max-steps 200"  # a policy that has all the way to go needs more steps
 # what a linear head needs: found on validation questions of seed 100
 SLOW_HEAD = "--reward head --warm-up 300 --entropy-coef 0 --policy-lr 1e-4"
@@ -69,7 +79,6 @@ ABLATIONS = {
     "likelihood, PPO": f"{PPO} {BASE}",
     "likelihood, logit f, PPO": f"{PPO} {BASE} --logit gail",  # f <= 0, so D <= 1/2: not GAIL's discriminator
     "random reward, PPO": f"{PPO} {BASE} --reward random",
-    "Bradley-Terry": f"{BASE} --discriminator-loss bt",
     "no likelihood term": f"{BASE} --reward-nll 0",
     "reward not averaged": f"{BASE} --reward-average 0",
     "discriminator 10 x faster": f"{BASE} --reward-lr 1e-4",
@@ -80,7 +89,6 @@ ABLATIONS = {
     "alpha 1": f"{BASE} --entropy-coef 1",
     "alpha 0.05": f"{BASE} --entropy-coef 0.05",
     "REINFORCE": f"{BASE} --policy-loss reinforce",
-    "best of group": f"{BASE} --policy-loss best",
     "policy rate x 3": f"{BASE} --policy-lr 1.2e-3",
     "25% wrong demonstrations": f"{BASE} --wrong-demonstrations 0.25",
     "10% wrong demonstrations": f"{BASE} --wrong-demonstrations 0.1",
@@ -97,7 +105,6 @@ ABLATIONS = {
     "perturbed 1": f"{BASE} --perturbed 1",
     "2 discriminator updates": f"{BASE} --discriminator-updates 2",
     "PPO": f"{BASE} --policy-loss ppo",
-    "REINFORCE, exact baseline": f"{BASE} --policy-loss reinforce --baseline exact",
     "alpha 0.5": f"{BASE} --entropy-coef 0.5",
     "KL 0.01": f"{BASE} --kl-coef 0.01",
     "label smoothing 0.3": f"{BASE} --label-smoothing 0.3",
@@ -119,9 +126,7 @@ TRACES = {
     "warm-up 10": "--warm-up 10",
     "warm-up 160": "--warm-up 160",
     "start at SFT": "--start sft",
-    "best of group": "--policy-loss best",
     "REINFORCE": "--policy-loss reinforce",
-    "Bradley-Terry": "--discriminator-loss bt",
     "AIRL logit": "--logit airl",
     "a score per step": "--granularity interval",
     "a score per token": "--granularity dense --gamma 1",
@@ -181,7 +186,17 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
             trials.append(Trial(f"{data}-fair-greedy-{size}-{seed}", f"{flags} {greedy}"))
             if data == "countdown":
                 trials.append(Trial(f"{data}-likelihood-{size}-{seed}", f"{flags} {LIKELIHOOD}"))
+                tuned = f"--method irl --rerank-questions 250 --rerank-n 16 {TUNED}"
+                trials.append(Trial(f"{data}-tuned-{size}-{seed}", f"{flags} {tuned}"))
     return trials
+
+
+def choose_trials(data: str) -> list[Trial]:
+    """IRL's steps and KL on countdown, on validation questions of seed 100, as choose.py has it for the others."""
+    flags = f"--data countdown --demonstrations 64 --seed {choose.SEED} --test-split validation --eval-questions 500"
+    flags += f" --eval-samples 2 --method irl --rerank-questions 60 {LONG}"
+    changes = LONG_CHOICES if data == "countdown" else {}
+    return [Trial(f"chosen-{plain(label)}-{choose.SEED}", f"{flags} {change}".strip()) for label, change in changes.items()]
 
 
 def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
@@ -206,7 +221,8 @@ def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial
 
 def all_trials(parts: list[str], data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
     """In the order in which they are worth having."""
-    trials = main_trials(data, model, sizes, seeds) if "main" in parts else []
+    trials = choose_trials(data) if "choose" in parts else []
+    trials += main_trials(data, model, sizes, seeds) if "main" in parts else []
     trials += grpo_trials(data, model, seeds) if "grpo" in parts else []
     if "variants" in parts:
         trials += changed_trials("variants", VARIANTS, seeds)
@@ -276,7 +292,7 @@ def run_all(trials: list[Trial], jobs: int, quick: bool) -> int:
 def main() -> None:
     from experiments import inference, tables
 
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--data", default="words", help="whose problems (default words)")
     parser.add_argument("--model", default="base", help="the base that they start from (default base)")
@@ -307,4 +323,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    sys.exit(exit_status(main))

@@ -27,7 +27,11 @@ import torch
 import data
 import policy
 import rerank
-from data import UserError
+from engine import loading
+from engine.chat import check_text
+from engine.errors import Parser, UserError, exit_status
+from tasks import records
+from tasks.common import first_difference
 
 RULES = ("lowest", "mean", "last")
 POINTERS = ("first", "lowest")
@@ -49,7 +53,7 @@ class Solution:
 
 def read_solutions(path: str, count: int | None = None) -> list[Solution]:
     """The first `count` solutions of a file, or all. What is wrong with it is said in one line."""
-    lines = data.text_lines(path)
+    lines = records.text_lines(path)
     try:
         whole = json.loads("\n".join(text for _, text in lines)) if lines and lines[0][1].lstrip().startswith("[") else None
     except (ValueError, RecursionError) as error:
@@ -78,7 +82,7 @@ def from_record(record) -> Solution:
     name, labelled, first = "steps", "label", 0
     if "model_output_steps" in record:
         name, labelled, first = "model_output_steps", "model_output_solution_first_error_step", 1
-    question = data.field(record, "problem" if "problem" in record else "question")
+    question = records.field(record, "problem" if "problem" in record else "question")
     steps, label = record.get(name), record.get(labelled)
     if not question:
         raise ValueError("field 'question' is missing or empty")
@@ -88,7 +92,7 @@ def from_record(record) -> Solution:
         label = first - 1  # of a right solution MR-GSM8K names no step
     if isinstance(label, bool) or not isinstance(label, int) or not -1 <= label - first < len(steps):
         raise ValueError(f"field '{labelled}' is {label!r}, no step of {len(steps)}")
-    steps = [data.check_text(re.sub(r"<<[^<>]{0,200}>>", "", step)).strip() for step in steps]
+    steps = [check_text(re.sub(r"<<[^<>]{0,200}>>", "", step)).strip() for step in steps]
     steps = [re.sub(r"^Step \d+:\s*", "", step) or step for step in steps] if first else steps
     return Solution(question, tuple(steps), label - first)
 
@@ -100,8 +104,8 @@ def as_response(tokenizer, solution: Solution) -> tuple[list[int], list[int]]:
     the next is the former's.
     """
     whole, trace = data.response_text("", ""), "\n".join(solution.steps) + "\n"
-    begin = data.first_difference(data.response_text("a", ""), data.response_text("b", ""))
-    text = data.check_text(whole[:begin] + trace)
+    begin = first_difference(data.response_text("a", ""), data.response_text("b", ""))
+    text = check_text(whole[:begin] + trace)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [begin]
     for step in solution.steps[:-1]:
@@ -330,7 +334,7 @@ def show(results: dict, guessed: dict[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """A run's reward, its policy and the models trained on its demonstrations alone, beside what asks no model."""
-    parser = data.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py, with its reward")
     parser.add_argument("--dev", required=True, metavar="FILE", help="solutions that the threshold is chosen on")
     parser.add_argument("--test", required=True, metavar="FILE", help="solutions that F1 is measured on")
@@ -339,11 +343,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse(arguments)
     if args.count is not None and args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
-    policy.quiet()
+    loading.quiet()
     dev, test = read_solutions(args.dev, args.count), read_solutions(args.test, args.count)
-    device = policy.pick_device(args.device)
-    model, tokenizer, discriminator, judges, _ = rerank.load_run(Path(args.run), "base", device)
-    context = policy.context_length(model)
+    device = loading.pick_device(args.device)
+    model, tokenizer, discriminator, judges, _ = rerank.models_of_run(Path(args.run), "base", device)
+    context = loading.context_length(model)
     dev, test = fitting(tokenizer, dev, context), fitting(tokenizer, test, context)
     models = {"logprob": model} | judges
     functions = {name: lambda batch, m=m: policy.token_logprobs(m, batch) for name, m in models.items()}
@@ -357,4 +361,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(data.exit_status(main))
+    sys.exit(exit_status(main))

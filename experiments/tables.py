@@ -24,6 +24,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NAMES = {"base": "base", "sft": "SFT, best at T = 1", "sft_fair": "SFT, averaged and sharpened, best at T = 1",
          "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
          "likelihood_only": "IRL without its discriminator", "irl": "**IRL, no verifier**",
+         "irl_tuned": "**IRL, steps and KL chosen on validation**",
          "grpo": "GRPO, true answers"}  # fmt: skip
 RULES = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "reward_lowest", "reward_last",
          "reward_discounted", "weighted_majority", "oracle")  # fmt: skip
@@ -119,6 +120,7 @@ def main_summary() -> dict:
             "sft_fair_greedy": "the same, best greedy",
             "likelihood_only": "default settings, without the discriminator's loss",
             "irl": "default settings",
+            "irl_tuned": "countdown: as many steps as GRPO, and the KL that was best on validation at temperature 1",
             "grpo": "steps and rate that were best at temperature 1; one run per seed, the same for every size",
             "rerank reward": "mean of f over the tokens of a trace; longest, shortest: of response tokens",
             "localise": "log-probabilities: the first token below -1; _lowest: the lowest",
@@ -134,6 +136,7 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
         alone = seeds_of(f"{data}-likelihood-{size}")
         where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
+        where["irl_tuned"] = (seeds_of(f"{data}-tuned-{size}"), "irl")
         where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
         summary["main"][str(size)] = {
             method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
@@ -261,7 +264,14 @@ def choice_tables() -> list[str]:
         head = ["T = 1 / greedy", "plain", "best at T = 1 (share of the base, temperature)", "best greedy (the same)"]
         title = f"### {data}: how {method.upper()} was chosen" + f", {size} demonstrations" * (method == "sft")
         parts.append(f"{title}, validation questions\n\n" + table(head if method == "sft" else head[:2], rows))
-    return parts
+    rows = []
+    for label, change in runs.LONG_CHOICES.items():
+        for one in read_all(f"trials/chosen-{runs.plain(label)}-{choose.SEED}.json"):
+            values = one["methods"]["irl"]
+            flags = f"{runs.LONG} {change}".strip()
+            rows.append([label, f"`{flags}`", f"{100 * values['t1']:.1f} / {100 * values['greedy']:.1f}"])
+    title = "### countdown: how IRL was chosen, 64 demonstrations, validation questions"
+    return parts + ([f"{title}\n\n" + table(["", "flags", "T = 1 / greedy"], rows)] if rows else [])
 
 
 def inference_tables(data: str) -> list[str]:
@@ -381,6 +391,8 @@ def readme_tables(summary: dict) -> str:
 
     def accuracy(task: str, size: str, method: str, key: str) -> str:  # fair SFT as it was best for the column
         other = "sft_fair_greedy" if (method, key) == ("sft_fair", "greedy") else method
+        if method == "irl" and (summary[task]["main"][size].get("irl_tuned") or {}).get(key):
+            other = "irl_tuned"  # GRPO, beside it, is tuned, too
         return short(summary[task]["main"][size].get(other, {}).get(key))
 
     def best(task: str, rule: str) -> str:

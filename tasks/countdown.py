@@ -14,7 +14,9 @@ model, which has read graded work, too, and is a better judge than author. Nothi
 
 import itertools
 import random
-import zlib
+
+from tasks import common
+from tasks.common import Solution, first_wrong, wrong_digit
 
 NUMBERS, LARGEST, OPERATORS = 3, 20, "+-"  # what a base this small calculates without slips
 AIMED = 0.1  # share of the attempts in the base's corpus that aim at the target
@@ -60,11 +62,7 @@ def make_problem(rng: random.Random) -> tuple[Numbers, int]:
 
 
 def question_of(numbers: Numbers, target: int) -> str:
-    """The text of a problem.
-
-    >>> question_of((7, 12, 4), 15)
-    '7 12 4 > 15'
-    """
+    """The text of a problem: '7 12 4 > 15'."""
     return " ".join(map(str, numbers)) + f" > {target}"
 
 
@@ -79,29 +77,23 @@ def problem_of(question: str) -> tuple[Numbers, int]:
 
 
 def split_of(numbers: Numbers, target: int) -> str:
-    """'train', 'validation' or 'test' (80/10/10), the same for every order of the numbers."""
-    bucket = zlib.crc32(question_of(tuple(sorted(numbers)), target).encode()) % 10
-    return {8: "validation", 9: "test"}.get(bucket, "train")
+    """common.split_of, the same for every order of the numbers."""
+    return common.split_of(question_of(tuple(sorted(numbers)), target))
 
 
-def attempt(
-    numbers: Numbers, target: int, rng: random.Random, aims: bool = True, slips: float = 0.0
-) -> tuple[list[str], int, bool]:
-    """(lines, last result, whether right). Who aims writes only lines after which the target can be reached; who does not
+def attempt(numbers: Numbers, target: int, rng: random.Random, aims: bool = True, slips: float = 0.0) -> tuple[str, int, bool]:
+    """(trace, last result, whether right). Who aims writes only lines after which the target can be reached; who does not
     writes any. A slip is a wrong digit or, by somebody who knows where to end, the target itself."""
     lines, true = [], True
     while len(numbers) > 1:
         choices = (aims and good_moves(numbers, target)) or moves(numbers)
-        line, rest = rng.choice(list(choices.items()))
+        line, numbers = rng.choice(list(choices.items()))
         if rng.random() < slips:
-            digits = list(str(rest[-1]))
-            place = rng.randrange(len(digits))
-            digits[place] = rng.choice([digit for digit in "123456789" if digit != digits[place]])
-            slip = target if rng.random() < 0.5 and rest[-1] != target else int("".join(digits))
-            line, rest, true = f"{line.split('=')[0]}={slip}", (*rest[:-1], slip), False
+            slip = wrong_digit(numbers[-1], rng)
+            slip = target if rng.random() < 0.5 and numbers[-1] != target else slip
+            line, numbers, true = f"{line.split('=')[0]}={slip}", (*numbers[:-1], slip), False
         lines.append(line)
-        numbers = rest
-    return lines, numbers[0], true and numbers[0] == target
+    return "\n".join(lines), numbers[0], true and numbers[0] == target
 
 
 def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]:
@@ -116,57 +108,35 @@ def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]
     return list(found.values())
 
 
-def solutions(split: str, count: int, seed: int = 0) -> list[tuple[str, str, str]]:
-    """(question, an expert's trace, answer) of `problems`.
-
-    >>> question, trace, answer = solutions("train", 1)[0]
-    >>> is_right(question, f"<think>\\n{trace}\\n</think>\\n<answer>{answer}</answer>")
-    True
-    """
-    rng, found = random.Random(f"countdown experts {split} {seed}"), []
-    for numbers, target in problems(split, count, seed):
-        lines, _, _ = attempt(numbers, target, rng)
-        found.append((question_of(numbers, target), "\n".join(lines), str(target)))
-    return found
+def solutions(split: str, count: int, seed: int = 0, **_) -> list[Solution]:
+    """An expert's solutions of `problems`."""
+    rng = random.Random(f"countdown experts {split} {seed}")
+    made = problems(split, count, seed)
+    return [Solution(question_of(*problem), attempt(*problem, rng)[0], str(problem[1])) for problem in made]
 
 
-def first_error(question: str, response: str) -> int | None:
-    """Where a response can no longer come right: a character offset into it, None if it is right.
+def first_error(expert, response: str) -> int | None:
+    """Where a response can no longer come right: a character offset into it, None if it is right. Of the expert's example
+    only the question counts: at each line all good ones are known, those after which the target can still be reached.
 
-    At each line all good ones are known, those after which the target can still be reached. The offset is that of the
-    first character that none of them has.
-
-    >>> first_error("7 12 4 > 15", "<think>\\n12+7=19\\n19-4=15\\n</think>\\n<answer>15</answer>") is None
-    True
-    >>> first_error("7 12 4 > 15", "<think>\\n12-7=5\\n5+4=9\\n</think>\\n<answer>9</answer>")  # 7 was not to be taken away
+    >>> first_error(Solution("7 12 4 > 15", "", "15"), "<think>\\n12-7=5\\n5+4=9\\n")  # 7 was not to be taken away
     11
     """
-    (numbers, target), at = problem_of(question), 0
-    forms = {"<think>\n": numbers}
-    while forms:
-        found = next((form for form in forms if response.startswith(form, at)), None)
-        if found is None:
-            return at + max(same_start(form, response[at:]) for form in forms)
-        at, numbers = at + len(found), forms[found]
-        if len(numbers) > 1:
-            forms = {line + "\n": rest for line, rest in good_moves(numbers, target).items()}
-        else:
-            forms = {f"</think>\n<answer>{target}</answer>": ()} if numbers else {}
-    return None if at == len(response) else at
+    numbers, target = problem_of(expert.question)
+
+    def forms(left: Numbers | None) -> dict:
+        if left is None:
+            return {"<think>\n": numbers}
+        if len(left) > 1:
+            return {line + "\n": rest for line, rest in good_moves(left, target).items()}
+        return {f"</think>\n<answer>{target}</answer>": ()} if left else {}
+
+    return first_wrong(response, None, forms)
 
 
-def same_start(a: str, b: str) -> int:
-    """How many characters two texts begin with in common.
-
-    >>> same_start("12+7", "12-7")
-    2
-    """
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
-
-
-def is_right(question: str, response: str) -> bool:
+def is_right(expert, response: str) -> bool:
     """The verifier: every line, the numbers, and where they lead."""
-    return first_error(question, response) is None
+    return first_error(expert, response) is None
 
 
 def graded_attempts(count: int, seed: int = 0):
@@ -176,5 +146,5 @@ def graded_attempts(count: int, seed: int = 0):
         numbers, target = make_problem(rng)
         if split_of(numbers, target) == "train":
             count, stranger = count - 1, rng.random() < STRANGERS
-            lines, last, right = attempt(numbers, target, rng, rng.random() < AIMED, SLIPS * stranger)
-            yield question_of(numbers, target), "\n".join(lines), str(last), "right" if right else "wrong", stranger
+            trace, last, right = attempt(numbers, target, rng, rng.random() < AIMED, SLIPS * stranger)
+            yield question_of(numbers, target), trace, str(last), "right" if right else "wrong", stranger

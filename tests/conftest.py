@@ -9,9 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-import policy
-from policy import BASE
-from train import parse_settings
+from engine import loading
+from engine.loading import BASE
+from engine.settings import parse_settings
 
 collect_ignore = ["runner.py"]  # a program that test_survive.py starts, no test
 SHARED = Path(__file__).parents[2] / "shared"  # real data beside the project, where there is any
@@ -38,7 +38,7 @@ def seeded():
 @pytest.fixture(scope="session")
 def shipped():
     """(base model, tokenizer) that ship with the repository. Tests that train take a copy."""
-    return policy.load_policy(BASE)
+    return loading.load_policy(BASE)
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def qwen_tokenizer():
     folder = SHARED / "qwen2-tokenizer"
     if not folder.exists():
         pytest.skip("the real Qwen2.5 tokenizer is not beside this checkout (../shared/qwen2-tokenizer)")
-    return policy.PreTrainedTokenizerFast.from_pretrained(folder)
+    return loading.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def all_logprobs(model, batch):

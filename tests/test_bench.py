@@ -5,6 +5,8 @@ import json
 import pytest
 
 import data
+from engine import logprob
+from engine.errors import UserError, exit_status
 from experiments import bench
 
 SMALL = dict(N=64, V=512, H=16)
@@ -33,9 +35,9 @@ def test_a_way_without_a_value_is_timed():
     assert 0 < seconds < 10
 
 
-@pytest.mark.parametrize("entropy", [True, False])
-def test_every_way_has_the_gradients_of_plain(entropy):
-    ways, absent = bench.logprob_ways("cpu", entropy)
+def test_every_way_has_the_gradients_of_plain(monkeypatch):
+    monkeypatch.setattr(logprob, "SMALL", 0)
+    ways, absent = bench.logprob_ways("cpu")
     gradients = {}
     for name, way in ways.items():
         hidden, weight, tokens = bench.logprob_inputs(**SMALL)
@@ -44,7 +46,7 @@ def test_every_way_has_the_gradients_of_plain(entropy):
     for name, pair in gradients.items():
         for a, b in zip(pair, gradients["plain"]):
             assert (a - b).norm() <= 1e-5 * b.norm(), name
-    assert {"plain", "chunked"} <= set(gradients) and absent
+    assert set(gradients) == {"plain", "logprobs", "loss_sum"} and absent
 
 
 def test_no_compiler_is_one_line(monkeypatch):
@@ -55,19 +57,19 @@ def test_no_compiler_is_one_line(monkeypatch):
 
 def test_peak_counts_what_plain_holds():
     sizes = dict(N=2048, V=16384, H=16)  # one [N, V] is 134 MB: a process gains up to 33 MB by itself (threads, buffers)
-    peaks = {name: bench.in_a_child("logprob_peak", name, *sizes.values(), False) for name in ("plain", "chunked")}
+    peaks = {name: bench.in_a_child("logprob_peak", name, *sizes.values()) for name in ("plain", "logprobs", "loss_sum")}
     if None in peaks.values():
         pytest.skip("this system does not say how much memory a process has had")
     assert 1.9 * 4 * 2048 * 16384 < peaks["plain"] < 7 * 4 * 2048 * 16384
-    assert peaks["chunked"] < 0.9 * 4 * 2048 * 16384 < peaks["plain"]
+    assert max(peaks["logprobs"], peaks["loss_sum"]) < 0.9 * 4 * 2048 * 16384
 
 
 def test_a_child_that_fails_is_a_line_and_none(capsys):
-    assert bench.in_a_child("logprob_peak", "nothing", 1, 2, 3, False) is None
+    assert bench.in_a_child("logprob_peak", "nothing", 1, 2, 3) is None
     assert "KeyError" in capsys.readouterr().out
 
 
-def line(function, name, N, V, H, entropy, device):
+def line(function, name, N, V, H, device):
     """Instead of a process: a peak in a line of N for plain, twice the gradients for the rest."""
     return 4 * (N + V) * H + 1000 * N if name == "plain" else 8 * (N + V) * H
 
@@ -77,7 +79,7 @@ def test_plain_is_extrapolated_where_it_does_not_fit_and_only_there(monkeypatch,
     asked = []
     monkeypatch.setattr(bench, "in_a_child", lambda *a: asked.append(a[2]) or line(*a))
     monkeypatch.setattr(bench, "available_bytes", lambda device: free)
-    result = bench.logprob_memory(["plain", "loss_by_rows"], 1024, 4096, 8, False)
+    result = bench.logprob_memory(["plain", "loss_sum"], 1024, 4096, 8)
     assert result["extrapolated"] == (not free) and asked == ([1024, 1024] if free else [1024, 128, 256])
     gradients = 4 * (1024 + 4096) * 8
     assert result["bytes"]["plain"] == pytest.approx(gradients + 1000 * 1024)
@@ -119,11 +121,11 @@ def test_quick_writes_the_ratios_and_prints_them(monkeypatch, tmp_path, capsys):
     results = quick(monkeypatch, tmp_path)
     for key in ("time_ratio", "memory_ratio"):
         assert results["logprob"][key] > 0
-    assert results["logprob"]["with_entropy"]["time_ratio"] > 0 and results["sample"]["speedup"] > 0
+    assert results["sample"]["speedup"] > 0
     printed = capsys.readouterr().out
     assert f"ours / generate      {results['sample']['speedup']:5.2f} [" in printed
-    assert results["logprob"]["time_ratio"] == results["logprob"]["ways"]["loss_by_rows"]["to_plain"]["ratio"]
-    assert f"loss_by_rows / plain {100 * results['logprob']['memory_ratio']:7.2f} %" in printed
+    assert results["logprob"]["time_ratio"] == results["logprob"]["ways"]["loss_sum"]["to_plain"]["ratio"]
+    assert f"loss_sum / plain     {100 * results['logprob']['memory_ratio']:7.2f} %" in printed
     if bench.find_spec("trl") is None:
         assert "step" not in results and "TRL is not installed" in printed
     else:
@@ -149,11 +151,11 @@ def test_our_steps_are_steps():
     ],
 )
 def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
-    assert data.exit_status(lambda: bench.main(flags)) == 2
+    assert exit_status(lambda: bench.main(flags)) == 2
     assert message in capsys.readouterr().err
 
 
 def test_no_cuda_is_said(monkeypatch):
     monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(data.UserError, match="no CUDA device"):
+    with pytest.raises(UserError, match="no CUDA device"):
         bench.parse(["--device", "cuda"])

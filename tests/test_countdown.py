@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import data
-import policy
 import rerank
+from engine import loading
+from engine.candidates import collect
+from engine.chat import token_ids
 from tasks import countdown
+from tasks.common import Solution, first_difference, wrong_digit
 
 
 def brute_force(numbers, target):
@@ -54,15 +57,15 @@ def test_the_same_seed_makes_the_same_problems_and_too_many_are_not_there():
 
 def test_every_expert_is_right_and_so_are_its_tokens():
     examples = data.load_examples("countdown", "train", 200)
-    tokenizer = policy.load_tokenizer("countdown-base")
+    tokenizer = loading.load_tokenizer("countdown-base")
     for example in examples:
         text = data.response_text(example.trace, example.answer)
         assert data.is_correct(example, text)
-        ids = data.token_ids(tokenizer, example.question + "\n" + text)
+        ids = token_ids(tokenizer, example.question + "\n" + text)
         assert tokenizer.unk_token_id not in ids and data.decode(tokenizer, ids) == example.question + "\n" + text
 
 
-QUESTION = "7 12 4 > 15"
+QUESTION = Solution("7 12 4 > 15", "", "15")
 
 
 @pytest.mark.parametrize("text, at", [
@@ -98,6 +101,15 @@ def test_the_verifier_reads_the_whole_trace_and_is_locked_in_training():
         data.is_correct(example, data.response_text(example.trace, example.answer))
 
 
+def test_differences_and_slips():
+    assert first_difference("abc", "abd") == first_difference([1, 2], [1, 2, 3]) == 2 and first_difference("", "") == 0
+    rng = random.Random(0)
+    for number in (0, 7, 10, 305):
+        for _ in range(20):
+            slip = str(wrong_digit(number, rng))
+            assert len(slip) == len(str(number)) and sum(a != b for a, b in zip(slip, str(number))) == 1
+
+
 def test_broken_copies_of_experts_are_wrong():
     rng = random.Random(0)
     for example in data.load_examples("countdown", "train", 100):
@@ -109,7 +121,7 @@ def test_broken_copies_of_experts_are_wrong():
 def test_grades_in_the_corpus_are_true_and_writers_are_sound():
     aimed = 0
     for question, trace, last, grade, stranger in countdown.graded_attempts(2000):
-        right = countdown.is_right(question, data.response_text(trace, last))
+        right = countdown.is_right(Solution(question, "", ""), data.response_text(trace, last))
         assert right == (grade == "right")
         numbers, target = countdown.problem_of(question)
         assert countdown.split_of(numbers, target) == "train"
@@ -121,10 +133,10 @@ def test_grades_in_the_corpus_are_true_and_writers_are_sound():
 
 
 def test_the_base_calculates_and_judges_and_does_not_plan():
-    model, tokenizer = policy.load_policy("countdown-base")
+    model, tokenizer = loading.load_policy("countdown-base")
     examples = data.load_examples("countdown", "validation", 200)
     generator = torch.Generator().manual_seed(0)
-    candidates = rerank.collect(model, tokenizer, examples, 2, 40, 1.0, generator)
+    candidates = collect(model, tokenizer, examples, 2, 40, 1.0, generator)
     lines = [line for text in candidates.texts for line in re.findall(r"(\d+)([+-])(\d+)=(\d+)", text)]
     sound = sum(int(r) == (int(a) + int(b) if o == "+" else int(a) - int(b)) for a, o, b, r in lines) / len(lines)
     assert sound >= 0.98

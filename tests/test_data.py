@@ -9,11 +9,18 @@ import pytest
 from conftest import SHARED
 
 import data
-import rerank
-from data import Example, UserError
+from data import Example
+from engine import loading
+from engine.candidates import from_texts
+from engine.chat import chat_text, set_date, token_ids
+from engine.errors import UserError
+from engine.settings import TASKS
+from tasks import records, words
+from tasks.answers import extract_answer, option_of, same_answer
+from tasks.common import first_difference
 
 EXPERT = Example(
-    "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", "3*12=36\n24+36=60\n60-9=51", "51"
+    "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", "3*12=36\n24+36=60\n60-9=51", "51", task="words"
 )
 
 
@@ -48,17 +55,17 @@ def test_expert_traces_are_right_and_as_long_as_asked(steps):
 
 
 def test_pupil_misconceptions_are_the_documented_ones_and_propagate():
-    problem = data.Problem(EXPERT.question, 24, (data.Event("packs", "", 3, 12), data.Event("loss", "", 9)))
-    pupil = data.solve(problem, data.Pupil(1.0, 1.0, 0.0), random.Random(0))
+    problem = words.Problem(EXPERT.question, 24, (words.Event("packs", "", 3, 12), words.Event("loss", "", 9)))
+    pupil = words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0))
     assert pupil.trace == "3+12=15\n24+15=39\n39-9=30" and pupil.answer == "30"
-    problem = data.Problem("", 50, (data.Event("loss", "", 9), data.Event("gain", "", 1)))
-    assert data.solve(problem, data.Pupil(1.0, 1.0, 0.0), random.Random(0)).trace == "50-9=59\n59+1=60"
+    problem = words.Problem("", 50, (words.Event("loss", "", 9), words.Event("gain", "", 1)))
+    assert words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0)).trace == "50-9=59\n59+1=60"
 
 
 def test_pupil_is_right_about_a_third_of_the_time():
     rng = random.Random(0)
-    problems = data.words_problems("train", 1000)
-    right = sum(data.solve(p, data.Pupil(), rng).answer == data.solve(p).answer for p in problems) / 1000
+    problems = words.words_problems("train", 1000)
+    right = sum(words.solve(p, words.Pupil(), rng).answer == words.solve(p).answer for p in problems) / 1000
     assert 0.25 < right < 0.45
 
 
@@ -92,6 +99,17 @@ def test_token_at_names_the_token_that_holds_a_character(shipped):
     assert data.token_at(tokenizer, ids, len(response)) == len(ids) - 1  # past the text: the end token
 
 
+@pytest.mark.parametrize("name", data.EMBEDDED)
+def test_every_embedded_task_has_all_that_a_task_needs(name):
+    """Settings, a base that ships here, and experts whom its own checker finds right."""
+    assert TASKS.keys() == data.EMBEDDED.keys()
+    assert TASKS[name]["data"] == name and TASKS[name]["model"] in loading.SHIPPED
+    for expert in data.load_examples(name, "test", 20):
+        text = wrap(expert.trace, expert.answer)
+        assert expert.task == name and data.is_correct(expert, text) and data.first_error(expert, text) is None
+        assert not data.is_correct(expert, text.replace("<answer>", "<answer>9"))
+
+
 # answers -------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +129,7 @@ def test_token_at_names_the_token_that_holds_a_character(shipped):
     ],
 )  # fmt: skip
 def test_same_answer(predicted, truth, same):
-    assert data.same_answer(predicted, truth) is same
+    assert same_answer(predicted, truth) is same
 
 
 VALVES = ("Mitral valve", "Aortic valve", "Neither")
@@ -128,7 +146,7 @@ VALVES = ("Mitral valve", "Aortic valve", "Neither")
     ],
 )  # fmt: skip
 def test_an_answer_names_an_option_by_letter_or_by_text(answer, options, index):
-    assert data.option_of(answer, options) == index
+    assert option_of(answer, options) == index
     for truth in range(len(options)):  # the truth may be a letter, too, unless a letter is an option's text
         truths = [options[truth]] + (["ABC"[truth]] if "C" not in options else [])
         for written in truths:
@@ -149,12 +167,14 @@ def test_an_answer_names_an_option_by_letter_or_by_text(answer, options, index):
     ],
 )
 def test_extract_answer(response, answer):
-    assert data.extract_answer(response) == answer
+    assert extract_answer(response) == answer
 
 
 def test_the_verifier_can_be_locked():
     with data.no_verifier(), pytest.raises(RuntimeError, match="without a verifier"):
         data.is_correct(EXPERT, wrap(EXPERT.trace))
+    with data.no_verifier(), pytest.raises(RuntimeError, match="without a verifier"):
+        data.first_error(EXPERT, wrap(EXPERT.trace))
     assert data.is_correct(EXPERT, wrap(EXPERT.trace))
 
 
@@ -188,7 +208,7 @@ def test_no_perturbation_imitates_the_pupil():
     for example in data.load_examples("words", "train", 300):
         found = data.perturb(example, rng, "operator")
         before, after = example.trace, found[0].trace
-        changed = data.first_difference(before, after)
+        changed = first_difference(before, after)
         assert (before[changed], after[changed]) in {("+", "-"), ("-", "+"), ("*", "/"), ("/", "*")}
 
 
@@ -222,6 +242,7 @@ def test_your_own_file_and_folder(tmp_path):
         ('{"question": "a", "trace": "b"}', r":1: field 'answer' is missing"),
         ('{"question": "a", "answer": "b"}', r":1: field 'trace' is missing"),
         ("[1, 2]", r":1: not a JSON object"),
+        (r'{"question": "\ud800", "trace": "b", "answer": "c"}', r":1: field 'question': .* half of a surrogate pair"),
     ],
 )
 def test_broken_files_are_named_with_their_line(tmp_path, content, message):
@@ -302,8 +323,8 @@ def test_a_response_ends_at_any_end_token_and_nothing_after_it_is_read(shipped):
     example = Example("How many eggs?", "", "18")
     for end in ("<|turn|>", tokenizer.eos_token):
         text = f"18.{end}\nuser: Tom has 5 eggs"
-        assert data.is_correct(example, data.decode(tokenizer, data.token_ids(tokenizer, text)))
-        candidates = rerank.from_texts(tokenizer, [example], [text], 1)
+        assert data.is_correct(example, data.decode(tokenizer, token_ids(tokenizer, text)))
+        candidates = from_texts(tokenizer, [example], [text], 1)
         assert candidates.answers == [["18"]] and candidates.batch.response(0) == data.response_ids(tokenizer, "18.")
 
 
@@ -312,8 +333,8 @@ def test_qwen_ends_its_turn_with_im_end(qwen_tokenizer):
     tokenizer = copy.deepcopy(qwen_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
     assert tokenizer.convert_ids_to_tokens(data.end_tokens(tokenizer)) == ["<|im_end|>", "<|endoftext|>"]
-    ids = data.token_ids(tokenizer, "18.<|im_end|>\n<|im_start|>user\nTom has 5 apples")
-    assert data.extract_answer(data.decode(tokenizer, ids)) == "18"
+    ids = token_ids(tokenizer, "18.<|im_end|>\n<|im_start|>user\nTom has 5 apples")
+    assert extract_answer(data.decode(tokenizer, ids)) == "18"
 
 
 def test_a_prompt_does_not_change_at_midnight(shipped):
@@ -324,10 +345,10 @@ def test_a_prompt_does_not_change_at_midnight(shipped):
         "{%- set date_string = strftime_now( \"%d %b %Y\" ) %}{%- endif %}{%- endif %}"
         "{{ date_string }} {{ strftime_now('%Y-%m-%d') }}: {{ messages[0].content }}"
     )
-    data.set_date(tokenizer, "2001-02-03")
-    assert data.chat_text(tokenizer, "1+1?") == "03 Feb 2001 2001-02-03: 1+1?"
+    set_date(tokenizer, "2001-02-03")
+    assert chat_text(tokenizer, "1+1?") == "03 Feb 2001 2001-02-03: 1+1?"
     with pytest.raises(UserError, match="YYYY-MM-DD, not '3.2.2001'"):
-        data.set_date(tokenizer, "3.2.2001")
+        set_date(tokenizer, "3.2.2001")
 
 
 def test_too_long_examples_are_dropped_and_counted(shipped):
@@ -341,6 +362,6 @@ def test_too_long_examples_are_dropped_and_counted(shipped):
 def test_medreason_row_keeps_answer_text_only():
     row = {"question": "Which valve?", "options": "Answer Choices:\nA. Mitral valve\nB. Aortic valve", "reasoning": "...",
            "answer": "Aortic valve. Explanation: it lies between."}  # fmt: skip
-    example = data.from_medreason(row)
+    example = records.from_medreason(row)
     assert example.answer == "Aortic valve" and example.options == ("Mitral valve", "Aortic valve")
     assert "B. Aortic valve" in example.question

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data import UserError
+from engine.errors import UserError
 from experiments import choose, tables
 from experiments import run as runs
 

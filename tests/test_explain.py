@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import explain
 import train
+from engine.settings import Settings, parse_settings
+from show import explain
 
 SMALL = ("--explain --demonstrations 16 --extra-questions 4 --questions 4 --group 4 --rollouts-per-expert 2 --warm-up 3 "
          "--device cpu").split()  # fmt: skip
@@ -19,9 +19,9 @@ VARIANTS = {
     "head": "--reward head --policy-loss ppo --gamma 0.9",
     "interval": "--reward head --policy-loss ppo --granularity interval --gamma 0.9",
     "segments": "--policy-loss ppo --granularity interval --interval 4 --gamma 0.5 --discriminator-updates 2",
-    "gail": "--logit gail --policy-loss best --discriminator-loss bt",
+    "gail": "--logit gail --policy-loss ppo",
     "adapters": "--lora-rank 4 --kl-coef 0.01 --policy-loss ppo",
-    "frozen": "--freeze-reward --kl-coef 0.01 --reward-clip 2 --policy-loss reinforce --baseline exact",
+    "frozen": "--freeze-reward --kl-coef 0.01 --reward-clip 2 --policy-loss reinforce",
 }
 
 
@@ -31,7 +31,7 @@ def in_a_new_folder(tmp_path, monkeypatch):
 
 
 def lecture(flags: str = "") -> explain.Lecture:
-    return train.Run(train.parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop(explain.Lecture)
+    return train.Run(parse_settings([*SMALL, *flags.split()])).make_loop(explain.Lecture)
 
 
 def tables(printed: str) -> list[tuple[list[str], dict[int, list[float | None]]]]:
@@ -46,7 +46,7 @@ def tables(printed: str) -> list[tuple[list[str], dict[int, list[float | None]]]
     return found
 
 
-def check_agreement(s: train.Settings, printed: str) -> None:
+def check_agreement(s: Settings, printed: str) -> None:
     """In every table: f - log pi is the difference of its columns, D its sigmoid, r_t = f - alpha log pi, and returns
     add up."""
     checked = 0
@@ -75,7 +75,7 @@ def test_a_lecture_is_an_iteration(flags, capsys):
     has said in between adds up."""
     told = lecture(flags)
     told.give()
-    silent = train.Run(train.parse_settings([*SMALL, *flags.split()]), checkpoint.Signals()).make_loop()
+    silent = train.Run(parse_settings([*SMALL, *flags.split()])).make_loop()
     for _ in range(min(explain.WARM_UP, silent.settings.warm_up)):
         silent.warm_up()
     metrics = silent.step()
@@ -127,6 +127,20 @@ def test_the_printed_numbers_are_those_of_the_models(flags, capsys):
     mask = seen["batch"].response_mask[seen["row"]]
     padding = len(mask) - last
     assert f"0 x {first} (prompt), 1 x {int(mask.sum())} (response), 0 x {padding} (padding)" in printed
+
+
+def test_the_lowest_token_is_one_of_the_response(capsys):
+    """Where every reward is above 0, the lowest of the row would be the 0 of a prompt token."""
+    told, plain = lecture(), explain.Lecture.rewards
+
+    def rewards(rollout):
+        rewards, hidden, metrics = plain(told, rollout)
+        return rewards + 100 * rollout.batch.response_mask, hidden, metrics
+
+    told.rewards = rewards
+    told.give()
+    column = int(re.search(r"The state before token (\d+),", capsys.readouterr().out)[1])
+    assert told.shown.response_mask[told.row, column] == 1
 
 
 def test_the_update_is_seen_to_move_d(capsys):

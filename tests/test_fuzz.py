@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,17 @@ from hypothesis import strategies as st
 from test_report import full_run
 
 import data
-import policy
-import report
 import rerank
 import reward
-from data import Example, UserError
+from data import Example
+from engine import loading
+from engine.errors import UserError, exit_status
+from engine.runs import load_run, read_settings
+from experiments.picture import picture
+from show import report, trace
+from show.figures import Line, chart, histogram
+from tasks import records, words
+from tasks.answers import extract_answer, same_answer
 
 
 def inputs(count: int):
@@ -70,7 +77,7 @@ raw = st.lists(st.sampled_from(LITERALS) | st.binary(max_size=20), max_size=6).m
 
 
 @st.composite
-def records(draw, fields: tuple[str, ...]):
+def objects(draw, fields: tuple[str, ...]):
     """An object with these fields, filled with texts; in half of them some are missing, doubled, or of any type."""
     pairs = [(field, [draw(texts)] if field in ("options", "candidates") else draw(texts) + "1") for field in fields]
     if draw(st.booleans()):
@@ -100,10 +107,10 @@ def file(tmp_path_factory) -> Path:
 
 def test_demonstration_files(survives, file):
     @inputs(300)
-    @given(lines_of(records(("question", "trace", "answer", "options"))), st.sampled_from(data.SPLITS))
+    @given(lines_of(objects(("question", "trace", "answer", "options"))), st.sampled_from(data.SPLITS))
     def check(content, split):
         file.write_bytes(content)
-        for example in survives(data.read_jsonl, file) or []:
+        for example in survives(records.read_jsonl, file) or []:
             for text in (example.question, example.trace, example.answer, *example.options):
                 assert isinstance(text, str) and text.encode() is not None
             assert example.question and example.answer
@@ -116,7 +123,7 @@ def test_records(survives):
     @inputs(300)
     @given(st.dictionaries(st.sampled_from(["question", "trace", "answer", "options"]), values | texts) | values)
     def check(record):
-        survives(data.from_record, record, allowed=ValueError)  # read_jsonl adds file and line
+        survives(records.from_record, record, allowed=ValueError)  # read_jsonl adds file and line
 
     check()
 
@@ -126,19 +133,19 @@ def test_medreason_rows(survives):
     @given(texts, texts, texts, texts)
     def check(question, options, reasoning, answer):
         row = {"question": question, "options": options, "reasoning": reasoning, "answer": answer}
-        survives(data.from_medreason, row, allowed=ValueError)
+        survives(records.from_medreason, row, allowed=ValueError)
 
     check()
 
 
 def test_candidate_files(survives, file):
     @inputs(200)
-    @given(lines_of(records(("question", "candidates", "answer"))), st.none() | st.integers(1, 3))
+    @given(lines_of(objects(("question", "candidates", "answer"))), st.none() | st.integers(1, 3))
     def check(content, n):
         file.write_bytes(content)
         found = survives(rerank.read_candidates, str(file), n)
         if found:
-            read, responses, width, _ = found
+            read, responses, width = found
             assert len(responses) == len(read) * width
 
     check()
@@ -149,9 +156,9 @@ def test_names_that_no_file_can_have(survives):
     @given(texts | st.sampled_from(["a" * 5000, "a\x00b", "/dev/full/x", "~", "..", "\\\\?\\nul"]))
     def check(name):
         survives(data.load_examples, name, "train")
-        for read in (rerank.read_candidates, policy.load_tokenizer):
+        for read in (rerank.read_candidates, loading.load_tokenizer):
             survives(read, name)
-        for read in (reward.load_run, report.write_report):
+        for read in (load_run, report.write_report):
             survives(read, Path(name))
 
     check()
@@ -164,12 +171,12 @@ def test_answers(survives):
     @inputs(500)
     @given(texts, texts)
     def check(response, truth):
-        answer = survives(data.extract_answer, response)
+        answer = survives(extract_answer, response)
         assert answer is None or answer in response
-        assert survives(data.same_answer, answer, truth) in (True, False)
+        assert survives(same_answer, answer, truth) in (True, False)
         assert survives(data.is_correct, Example("?", "", truth), response) in (True, False)
-        assert survives(data.same_answer, None, truth) is False
-        survives(rerank.canonical_answers, [answer, truth, None])
+        assert survives(same_answer, None, truth) is False
+        survives(rerank.answer_keys, [[answer, truth, None]], [()])
 
     check()
 
@@ -179,8 +186,8 @@ def test_a_number_agrees_with_itself_however_it_is_written(survives):
     @given(st.integers(-(10**12), 10**12))
     def check(number):
         for form in (f"{number}", f"{number:,}", f" {number}.", f"{number}.00", f"{number} pens"):
-            assert survives(data.same_answer, form, str(number)) is True
-        assert survives(data.same_answer, str(number + 1), str(number)) is False
+            assert survives(same_answer, form, str(number)) is True
+        assert survives(same_answer, str(number + 1), str(number)) is False
 
     check()
 
@@ -189,6 +196,7 @@ def test_first_errors(survives):
     @inputs(300)
     @given(examples(), texts)
     def check(expert, response):
+        expert = replace(expert, task="words")
         place = survives(data.first_error, expert, response)
         assert 0 <= place <= len(response)
         assert survives(data.first_error, expert, data.response_text(expert.trace, expert.answer)) is None
@@ -198,7 +206,7 @@ def test_first_errors(survives):
 
 def test_perturbations(survives):
     @inputs(500)
-    @given(examples(), st.integers(0, 2**32), st.none() | st.sampled_from(data.PERTURBATIONS))
+    @given(examples(), st.integers(0, 2**32), st.none() | st.sampled_from(list(data.PERTURBATIONS)))
     def check(example, seed, kind):
         found = survives(data.perturb, example, random.Random(seed), kind)
         if found:
@@ -213,8 +221,8 @@ def test_perturbations(survives):
 def test_a_swap_of_equal_numbers_is_none():
     """However they are written, and however long: Python makes no integer of more than 4,300 digits."""
     long = "9" * 5000
-    for trace in ("7-07", f"{long}-0{long}"):
-        assert data.perturb(Example("?", trace, "x"), random.Random(0), "swap") is None
+    for equal in ("7-07", f"{long}-0{long}"):
+        assert data.perturb(Example("?", equal, "x"), random.Random(0), "swap") is None
     assert data.perturb(Example("?", f"{long}-{long}1", "x"), random.Random(0), "swap") is not None
 
 
@@ -236,9 +244,9 @@ def test_tokens(survives, shipped):
             if len(ids) < 100:
                 place = survives(data.token_at, tokenizer, ids, len(response) // 2)
                 assert 0 <= place < len(ids)
-        scored = survives(reward.explain, judge, tokenizer, question, response)
+        scored = survives(trace.token_scores, judge, tokenizer, question, response)
         if scored:
-            shown = survives(reward.show, scored)
+            shown = survives(trace.show, scored)
             assert "\x00" not in shown and "\u202e" not in shown
 
     check()
@@ -289,12 +297,13 @@ def test_a_bad_chat_template_is_one_clear_line(shipped, tmp_path, monkeypatch, t
 
 def test_a_chat_template_that_never_ends(tmp_path):
     """In a process of its own, which must end, too."""
-    shutil.copytree(policy.BASE, tmp_path / "base")
+    shutil.copytree(loading.BASE, tmp_path / "base")
     config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": loop}))
-    program = "import data, policy, sys; t = policy.load_tokenizer(sys.argv[1]); "
-    program += "sys.exit(data.exit_status(lambda: data.chat_text(t, 'hello', seconds=0.5)))"
+    program = "import sys; from engine.chat import chat_text; from engine.errors import exit_status; "
+    program += "from engine.loading import load_tokenizer; t = load_tokenizer(sys.argv[1]); "
+    program += "sys.exit(exit_status(lambda: chat_text(t, 'hello', seconds=0.5)))"
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "base")], timeout=60, check=False,
                           cwd=Path(data.__file__).parent, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "takes more than 0.5 seconds" in done.stderr
@@ -316,10 +325,10 @@ def test_settings_of_a_run(survives, tmp_path_factory):
         lambda deep: b'{"model": ' + b"[" * deep + b"]" * deep + b"}"))  # fmt: skip
     def check(content):
         (run / "settings.json").write_bytes(content)
-        found = survives(reward.read_settings, run)
+        found = survives(read_settings, run)
         if found:  # what is let through can be used
-            assert data.words_problems("train", 1, 0, min(found["words_steps"], 9), found["words_largest"])
-        survives(reward.load_run, run)
+            assert words.words_problems("train", 1, 0, min(found["words_steps"], 9), found["words_largest"])
+        survives(load_run, run)
 
     check()
 
@@ -329,10 +338,10 @@ def test_settings_of_a_run(survives, tmp_path_factory):
                                         ("reward", "other"), ("model", None)])  # fmt: skip
 def test_settings_out_of_range_are_refused(tmp_path, key, value):
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
-    assert reward.read_settings(tmp_path) == SETTINGS
+    assert read_settings(tmp_path) == SETTINGS
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | {key: value}))
     with pytest.raises(UserError, match=key):
-        reward.read_settings(tmp_path)
+        read_settings(tmp_path)
 
 
 def damage(content: bytes, place: float, what: bytes) -> bytes:
@@ -342,7 +351,7 @@ def damage(content: bytes, place: float, what: bytes) -> bytes:
 
 def test_a_damaged_model_folder(survives, tmp_path_factory):
     run = tmp_path_factory.mktemp("damaged")
-    shutil.copytree(policy.BASE, run / "reward")
+    shutil.copytree(loading.BASE, run / "reward")
     (run / "settings.json").write_text(json.dumps(SETTINGS))
     whole = {name: (run / "reward" / name).read_bytes() for name in os.listdir(run / "reward")}
 
@@ -357,7 +366,7 @@ def test_a_damaged_model_folder(survives, tmp_path_factory):
         content = whole[name]
         broken = content[: int(place * len(content))] if cut else damage(content, place, what)
         (run / "reward" / name).write_bytes(broken)
-        survives(reward.load_run, run)
+        survives(load_run, run)
         (run / "reward" / name).write_bytes(content)
 
     check()
@@ -396,36 +405,30 @@ def test_reports_of_odd_runs(survives, tmp_path_factory):
                 content = "\n".join(map(json.dumps, lines)).encode()
             (run / name).write_bytes(content)
         survives(report.write_report, run)
-        for trace in report.read_run(run)["traces"] if survives(report.read_run, run) else []:
-            if isinstance(trace, dict):
-                survives(report.picture, trace, 1.0)
+        for shown in report.read_run(run)["traces"] if survives(report.read_run, run) else []:
+            if isinstance(shown, dict):
+                survives(picture, shown, 1.0)
 
-    with pytest.MonkeyPatch.context() as patch:  # figures take seconds: the next test has them
-        patch.setattr(report, "draw", lambda name, label, paint, size: "<svg></svg>")
-        check()
+    check()
 
 
 finite = st.floats(-1e30, 1e30, exclude_min=True, exclude_max=True)
 
 
 def test_figures_of_odd_numbers(survives):
-    @inputs(6)
+    points = st.lists(st.tuples(finite, finite), min_size=1, max_size=5)
+
+    @inputs(100)
     @given(st.lists(finite, max_size=5), st.lists(finite, max_size=5))
     def check_histogram(right, wrong):
-        survives(report.histograms, right, wrong)
+        survives(histogram, "h", "reward", {"right": right, "wrong": wrong})
 
-    @inputs(6)
-    @given(st.lists(st.tuples(finite, finite), min_size=1, max_size=5), st.booleans())
-    def check_curves(points, share):
-        steps, heights = zip(*points)
-        survives(report.curves, "c", "t", share, [("irl", "IRL", list(steps), list(heights))])
+    @inputs(200)
+    @given(st.lists(points, min_size=1, max_size=3), st.booleans(), st.sampled_from(["", "pale", "band", "dashed"]))
+    def check_chart(lines, share, look):
+        survives(chart, "c", "step", [Line("a", "irl", line, look) for line in lines], share)
 
-    @inputs(6)
-    @given(st.dictionaries(st.integers(1, 999_999), st.tuples(finite, finite, finite), max_size=4))
-    def check_against(points):
-        survives(report.against, "a", "t", "N", [("irl", "-", "o", "IRL", True, points)])
-
-    check_histogram(), check_curves(), check_against()
+    check_histogram(), check_chart()
 
 
 def test_an_error_is_one_line_whatever_it_quotes(survives, capsys):
@@ -435,7 +438,7 @@ def test_an_error_is_one_line_whatever_it_quotes(survives, capsys):
         def program():
             raise UserError(text)
 
-        assert survives(data.exit_status, program) == 2
+        assert survives(exit_status, program) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and len(said.splitlines()) == 1 and "\x1b" not in said
 

@@ -22,14 +22,18 @@ import pytest
 import torch
 
 import data
-import policy
-import report
 import rerank
 import reward
-from data import Example, UserError
+from data import Example
+from engine import loading
+from engine.errors import UserError, exit_status, printable
+from show import report, trace
+from tasks import records
+from tasks.answers import extract_answer, same_answer
 
 ROOT = Path(data.__file__).parent
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+MODULES = sorted(str(path.relative_to(ROOT))[:-3].replace("/", ".") for room in (".", "engine", "show", "tasks")
+                 for path in (ROOT / room).glob("*.py") if path.stem != "__init__")
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if not {".venv", "runs"} & set(path.relative_to(ROOT).parts))
 
 # Regular expressions -------------------------------------------------------------------------------------------
@@ -58,10 +62,14 @@ def seconds(function, text: str) -> float:
     return best
 
 
+def source_of(module: str) -> Path:
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
 @cache
 def constants(module: str) -> dict[str, ast.expr]:
     """What each name in a module's source is set to (the last of them), local names included."""
-    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
     return {target.id: node.value for node in ast.walk(tree) if isinstance(node, ast.Assign)
             for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
 
@@ -75,9 +83,10 @@ def text_of(module: str, node: ast.expr) -> str:
     if isinstance(node, ast.FormattedValue):
         return text_of(module, node.value)
     if isinstance(node, ast.Name):
-        return text_of(module, constants(module)[node.id])
+        known = constants(module)
+        return text_of(module, known[node.id]) if node.id in known else getattr(import_module(module), node.id)
     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return getattr(import_module(node.value.id), node.attr)
+        return getattr(getattr(import_module(module), node.value.id), node.attr)
     raise AssertionError(f"{module}.py:{node.lineno}: what pattern is this? Make it a plain string or a constant")
 
 
@@ -85,7 +94,7 @@ def patterns() -> list:
     """(place, method, compiled pattern) of every call of `re` in the modules, and of every compiled pattern they keep."""
     found = []
     for module in MODULES:
-        for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(source_of(module).read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 called = node.func
                 if isinstance(called.value, ast.Name) and called.value.id == "re" and called.attr != "escape":
@@ -101,11 +110,11 @@ def patterns() -> list:
 
 def test_every_regular_expression_is_found():
     calls = sum(
-        len(re.findall(r"\bre\.[a-z]+\(|\bRegex\(", (ROOT / f"{m}.py").read_text(encoding="utf-8"))) for m in MODULES
+        len(re.findall(r"\bre\.[a-z]+\(|\bRegex\(", source_of(m).read_text(encoding="utf-8"))) for m in MODULES
     )
     assert len(patterns()) == calls > 15
     assert not any(
-        re.search(r"from re import|import re as", (ROOT / f"{m}.py").read_text(encoding="utf-8")) for m in MODULES
+        re.search(r"from re import|import re as", source_of(m).read_text(encoding="utf-8")) for m in MODULES
     )
 
 
@@ -121,7 +130,7 @@ def test_regular_expressions_take_linear_time(method, pattern):
 
 
 def medreason(text):
-    return data.from_medreason({"question": "?", "options": text, "reasoning": "", "answer": text})
+    return records.from_medreason({"question": "?", "options": text, "reasoning": "", "answer": text})
 
 
 def broken(text):
@@ -130,21 +139,21 @@ def broken(text):
 
 
 USES = {
-    "extract_answer": data.extract_answer,
+    "extract_answer": extract_answer,
     "same_answer": lambda text: (
-        data.same_answer(text, text),
-        data.same_answer("1", text),
-        data.same_answer(text, "1"),
+        same_answer(text, text),
+        same_answer("1", text),
+        same_answer(text, "1"),
     ),
     "is_correct": lambda text: data.is_correct(Example("?", "", text), text),
-    "from_record": lambda text: data.from_record({"question": "?", "trace": text, "answer": f"1{text}"}),
-    "from_gsm8k": lambda text: data.from_record({"question": "?", "answer": f"{text}#### 1"}),
+    "from_record": lambda text: records.from_record({"question": "?", "trace": text, "answer": f"1{text}"}),
+    "from_gsm8k": lambda text: records.from_record({"question": "?", "answer": f"{text}#### 1"}),
     "from_medreason": medreason,
     "perturb": broken,
-    "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2"), text),
-    "canonical_answers": lambda text: rerank.canonical_answers([text, None]),
-    "printable": data.printable,
-    "visible": report.visible,
+    "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2", task="words"), text),
+    "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),
+    "printable": printable,
+    "token_span": lambda text: report.token_span(0, text, 0.5, 1.0, []),
 }
 
 
@@ -159,7 +168,7 @@ def test_functions_take_linear_time(name):
 
 
 def copy_of_base(tmp_path) -> Path:
-    return Path(shutil.copytree(policy.BASE, tmp_path / "model"))
+    return Path(shutil.copytree(loading.BASE, tmp_path / "model"))
 
 
 def one_line(call, *arguments) -> str:
@@ -181,7 +190,7 @@ def no_pickle(monkeypatch):
         monkeypatch.setattr(module, name, refuse)
 
 
-LOADERS = (policy.load_policy, lambda name: reward.load_reward("likelihood", name),
+LOADERS = (loading.load_policy, lambda name: reward.load_reward("likelihood", name),
            lambda name: reward.load_reward("head", name))  # fmt: skip
 
 
@@ -232,7 +241,7 @@ def test_weights_in_several_files_load(tmp_path, shipped):
     (folder / "model.safetensors").unlink()
     shipped[0].save_pretrained(folder, max_shard_size="200KB")
     assert (folder / "model.safetensors.index.json").exists() and not (folder / "model.safetensors").exists()
-    again = policy.load_policy(str(folder))[0]
+    again = loading.load_policy(str(folder))[0]
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), shipped[0].parameters()))
 
 
@@ -335,8 +344,10 @@ def test_the_search_for_such_calls_finds_them():
 
 
 def test_every_model_is_loaded_from_safetensors_without_remote_code():
-    for module in ("policy", "reward"):
-        source = (ROOT / f"{module}.py").read_text(encoding="utf-8")
+    sources = {module: source_of(module).read_text(encoding="utf-8") for module in MODULES}
+    loaders = [module for module, source in sources.items() if re.search(r"AutoModel\w*\.from_pretrained", source)]
+    assert set(loaders) == {"engine.loading", "reward"}
+    for source in map(sources.get, loaders):
         assert source.count("use_safetensors=True") == source.count("trust_remote_code=False") >= 1
 
 
@@ -353,7 +364,7 @@ def inside(monkeypatch):
             patch.setattr(sys, "argv", ["program.py", *flags])
             patch.setattr(sys, "stdout", streams[0])
             patch.setattr(sys, "stderr", streams[1])
-            status = data.exit_status(main)
+            status = exit_status(main)
             for stream in streams:
                 stream.flush()
         return status, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
@@ -368,7 +379,7 @@ def finished_run(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("terminal") / "ré⏎"
     for name in ("reward", "policy"):
-        shutil.copytree(policy.BASE, folder / name)
+        shutil.copytree(loading.BASE, folder / name)
     (folder / "settings.json").write_text(json.dumps(SETTINGS))
     return folder
 
@@ -380,7 +391,7 @@ QUESTION = "Ava has 24 pens. Ava loses 9. How many pens?"
 def test_output_fits_any_terminal(finished_run, inside, encoding):
     newline = "⏎" if encoding == "utf-8" else "\\u23ce"
     flags = ("--run", str(finished_run), "--question", QUESTION, "--trace", "24-9=15")
-    status, shown, _ = inside(reward.main, *flags, encoding=encoding)
+    status, shown, _ = inside(trace.main, *flags, encoding=encoding)
     assert status == 0 and "suspicious" in shown and newline in shown
     status, shown, _ = inside(report.main, str(finished_run), encoding=encoding)
     assert status == 0 and newline in shown  # the folder's name
@@ -412,6 +423,6 @@ def test_a_candidate_cannot_command_the_terminal(finished_run, inside, tmp_path)
 
 
 def test_a_trace_cannot_command_the_terminal():
-    shown = reward.show([("\x1b[2J", -1.0), ("\u202e", 0.5), ("\n", 1.0)])
+    shown = trace.show([("\x1b[2J", -1.0), ("\u202e", 0.5), ("\n", 1.0)])
     assert "\\x1b[2J" in shown and "\u202e" not in shown and "⏎\n" in shown
     assert re.fullmatch(r"[^\x1b]*", re.sub(r"\x1b\[[0-9;]*m", "", shown))

@@ -1,4 +1,4 @@
-"""logprob.py: every fast version equals the plain one, and the plain one equals a hand."""
+"""logprob.py: by rows equals plain, in value and gradient, and plain equals a hand."""
 
 import importlib.util
 import math
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import logprob
 import policy
+from engine import fused, logprob
 
 # temperature and softcap: off, one, both
 SCALES = pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 0.0), (1.3, 5.0)])
@@ -26,13 +26,11 @@ def draw(N=37, V=150, H=24, dtype=torch.float32):
 
 
 def run(function, hidden, weight, *inputs, frozen=False, **options):
-    """[outputs.., grad hidden, grad weight] of a loss in which every row of every output has its own coefficient."""
+    """[values, grad hidden, grad weight] of a loss in which every row has its own coefficient; of a number, a third of it."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
-    outputs = function(hidden, weight, *inputs, **options)
-    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
-    loss = sum((o * torch.linspace(-1, 2 + i, len(o))).sum() for i, o in enumerate(outputs))
-    loss.backward()
-    return [*(o.detach() for o in outputs), hidden.grad, weight.grad]
+    values = function(hidden, weight, *inputs, **options)
+    ((values * torch.linspace(-1, 2, len(values))).sum() if values.ndim else values / 3).backward()
+    return [values.detach(), hidden.grad, weight.grad]
 
 
 def assert_near(actual, exact, relative=1e-5):
@@ -41,8 +39,40 @@ def assert_near(actual, exact, relative=1e-5):
         assert a.shape == b.shape and (a.double() - b.double()).norm() <= relative * b.double().norm()
 
 
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Call it, and everything goes by rows: blocks, strips and pieces of these sizes."""
+
+    def switch(rows=10, strip=4, columns=64):
+        for name, value in (("SMALL", 0), ("ROWS", rows), ("STRIP", strip), ("COLUMNS", columns)):
+            monkeypatch.setattr(logprob, name, value)
+
+    return switch
+
+
+def ppo_like(logp, rows):
+    """A loss that is not linear, and differs by row."""
+    old, weights = torch.linspace(-6, -1, 37), torch.linspace(-1, 2, 37)
+    return weights[rows] * (logp - old[rows].to(logp)).exp().clamp(max=1.2)
+
+
+# All that is called, as function(hidden, weight, **temperature and softcap); the tokens and the reward are those of draw().
+TOKENS, (REWARD_HIDDEN, REWARD_WEIGHT, _) = draw()[2], draw(37, 131, 16)
+reward_like = lambda hidden: [t.double() if hidden.dtype == torch.float64 else t for t in (REWARD_HIDDEN, REWARD_WEIGHT)]
+CALLED = {
+    "logprobs": lambda h, w, **s: logprob.logprobs(h, w, TOKENS, **s),
+    "entropies": lambda h, w, temperature=1.0, softcap=0.0: logprob.entropies(h / temperature, w, softcap / temperature),
+    "expected_reward": lambda h, w, **s: logprob.expected_reward(h, w, *reward_like(h), 0.3, **s),
+    "loss_sum": lambda h, w, **s: logprob.loss_sum(h, w, TOKENS, ppo_like, **s),
+    "expected_reward_sum": lambda h, w, temperature=1.0, softcap=0.0: logprob.expected_reward_sum(
+        h, w, *reward_like(h), 0.3, temperature, softcap),
+}  # fmt: skip
+PRODUCTS = {"logprobs": 4, "entropies": 4, "expected_reward": 6, "loss_sum": 3, "expected_reward_sum": 4}
+EACH_OF_THEM = pytest.mark.parametrize("name", CALLED)
+
+
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes every operation's name, and the size of what it returns."""
+    """Notes every operation's name, and the sizes of the float32 that it returns."""
 
     def __init__(self):
         super().__init__()
@@ -51,330 +81,231 @@ class Watch(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.names.append(function.__name__)
-        self.sizes += [t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.sizes += [t.numel() for t in tensors if t.dtype == torch.float32]
         return result
 
     def products(self) -> int:
-        return sum("addmm" in name for name in self.names)
+        return sum(name.split(".")[0] in ("mm", "addmm", "addmm_") for name in self.names)
 
 
-# log-probabilities and entropy ----------------------------------------------------------------------------------
+# plain ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [logprob.logprobs_plain, logprob.logprobs_chunked, logprob.logprobs])
-def test_by_hand(function):
+@pytest.mark.parametrize("plain", [True, False])
+def test_by_hand(plain, by_rows):
     # Logits log 1, log 2, log 5, at temperature 1/2 log 1, log 4, log 25: p = 1/30, 4/30, 25/30.
+    if not plain:
+        by_rows()
     hidden, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [2.0], [5.0]]).log()
     tokens, p = torch.tensor([2, 1]), [1 / 30, 4 / 30, 25 / 30]
-    values, entropy, grad_hidden, grad_weight = run(function, hidden, weight, tokens, temperature=0.5)
+    values, grad_hidden, grad_weight = run(logprob.logprobs, hidden, weight, tokens, temperature=0.5)
     assert_close(values, torch.tensor([math.log(p[2]), math.log(p[1])]))
-    by_hand = -sum(q * math.log(q) for q in p)
-    assert_close(entropy, torch.full((2,), by_hand))
-    # The loss weighs log pi by (-1, 2) and the entropy by (-1, 3): the rows' sums are 1[a] (-1, 2) - p and 2 dH/dx.
-    chosen = [0.0, 2.0, -1.0]
-    slope = [(c - q - 2 * q * (math.log(q) + by_hand)) / 0.5 for c, q in zip(chosen, p)]
+    slope = [(c - q) / 0.5 for c, q in zip([0.0, 2.0, -1.0], p)]  # the loss weighs log pi by (-1, 2): 1[a] (-1, 2) - p
     assert_close(grad_weight, torch.tensor(slope)[:, None])
     assert_close(grad_hidden.sum(), (torch.tensor(slope) @ weight).squeeze())
-
-
-@SCALES
-@pytest.mark.parametrize("entropy", [True, False])
-def test_chunked_float32_is_within_1e5_of_float64(temperature, softcap, entropy):
-    hidden, weight, tokens = draw()
-    options = dict(temperature=temperature, softcap=softcap, entropy=entropy)
-    exact = run(logprob.logprobs_plain, hidden.double(), weight.double(), tokens, **options)
-    assert len(exact) == 3 + entropy
-    assert_near(run(logprob.logprobs_chunked, hidden, weight, tokens, chunk=(10, 64), **options), exact)
+    values = logprob.entropies(hidden, 2 * weight)
+    assert_close(values, torch.full((2,), -sum(q * math.log(q) for q in p)))
 
 
 def test_softcap_and_temperature_are_the_formula():
     hidden, weight, tokens = draw()
-    logits = 5.0 * torch.tanh(hidden @ weight.T / 5.0) / 1.3
-    expected = -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
-    for function in (logprob.logprobs_plain, logprob.logprobs_chunked):
-        values, entropy = function(hidden, weight, tokens, 1.3, 5.0)
-        assert_close(values, expected)
-        assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
+    logits = 5.0 * torch.tanh(hidden @ weight.T / 5.0)
+    expected = -torch.nn.functional.cross_entropy(logits / 1.3, tokens, reduction="none")
+    assert_close(logprob.logprobs(hidden, weight, tokens, 1.3, 5.0), expected)
+    assert_close(logprob.entropies(hidden, weight, 5.0), torch.distributions.Categorical(logits=logits).entropy())
 
 
-@pytest.mark.parametrize("chunk", [(1, 1), (37, 150), (5, 149), (1000, 7), None])
-def test_chunk_size_changes_nothing(chunk):
-    inputs = draw(dtype=torch.float64)
-    whole = run(logprob.logprobs_chunked, *inputs, chunk=(8, 32))
-    assert_near(run(logprob.logprobs_chunked, *inputs, chunk=chunk), whole, 1e-13)
-
-
-def test_bf16_is_exact_but_for_the_rounding_of_the_gradients():
-    # Products of bf16 numbers are exact in float32: values stay within 1e-5, gradients are rounded once (2^-9).
-    hidden, weight, tokens = draw(dtype=torch.bfloat16)
-    exact = run(logprob.logprobs_plain, hidden.double(), weight.double(), tokens)
-    actual = run(logprob.logprobs_chunked, hidden, weight, tokens, chunk=(10, 64))
-    assert [a.dtype for a in actual] == [torch.float32] * 2 + [torch.bfloat16] * 2
-    assert_near(actual[:2], exact[:2])
-    assert_near(actual[2:], exact[2:], 2**-9)
-
-
-def test_gradcheck():
-    hidden, weight, tokens = draw(3, 7, 4, torch.float64)
-    function = lambda h, w: logprob.logprobs_chunked(h, w, tokens, 0.8, 3.0, chunk=(2, 3))
-    assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
-
-
-@pytest.mark.parametrize("used", [0, 1])
-def test_a_loss_of_one_output_alone(used):
-    hidden, weight, tokens = draw(dtype=torch.float64)
-    only = lambda function: lambda *inputs, **options: function(*inputs, **options)[used]
-    plain = run(only(logprob.logprobs_plain), hidden, weight, tokens)
-    assert_near(run(only(logprob.logprobs_chunked), hidden, weight, tokens, chunk=(9, 40)), plain, 1e-12)
-
-
-@pytest.mark.parametrize("rows", [0, 1])
-def test_no_row_and_one_row(rows):
-    hidden, weight, tokens = draw(rows, 50, 8)
-    for function in (logprob.logprobs_chunked, logprob.logprobs):
-        assert_near(run(function, hidden, weight, tokens), run(logprob.logprobs_plain, hidden, weight, tokens))
-
-
-def test_frozen_weight_costs_no_product_and_no_grad_mode_only_forward():
-    hidden, weight, tokens = draw()  # one tile
-    with Watch() as watch:
-        run(logprob.logprobs_chunked, hidden, weight, tokens)
-    assert watch.products() == 4  # logits twice, grad hidden, grad weight
-    with Watch() as watch:
-        *most, grad_weight = run(logprob.logprobs_chunked, hidden, weight, tokens, frozen=True)
-    assert watch.products() == 3 and grad_weight is None
-    assert_near(most, run(logprob.logprobs_plain, hidden, weight, tokens)[:-1])
-    with torch.no_grad(), Watch() as watch:
-        assert not logprob.logprobs_chunked(hidden, weight.requires_grad_(), tokens)[0].requires_grad
-    assert watch.products() == 1
-
-
-def test_large_logits_do_not_overflow():
-    hidden, weight, tokens = draw()
-    values, entropy = logprob.logprobs_chunked(hidden * 1000, weight, tokens, chunk=(10, 3))
-    exact = logprob.logprobs_plain(hidden.double() * 1000, weight.double(), tokens)
-    assert_near([values], exact[:1])
-    assert (entropy - exact[1]).abs().max() < 1e-2  # 0 is the difference of two numbers in the thousands
-
-
-def test_autocast_rounds_the_inputs_and_nothing_else():
-    hidden, weight, tokens = draw()
-    rounded = hidden.bfloat16(), weight.bfloat16(), tokens
-    exact = run(logprob.logprobs_plain, *(t.double() for t in rounded[:2]), tokens)
-
-    def inside(*inputs, **options):
-        with torch.autocast("cpu", torch.bfloat16):
-            return logprob.logprobs(*inputs, **options)
-
-    forward_inside = run(inside, hidden, weight, tokens)
-    assert forward_inside[2].dtype == torch.float32  # the gradient goes back through the cast
-    with torch.autocast("cpu", torch.bfloat16):
-        all_inside = run(logprob.logprobs_chunked, *rounded, chunk=(10, 64))
-    for actual in (forward_inside, all_inside):
-        assert_near(actual[:2], exact[:2])
-        assert_near(actual[2:], exact[2:], 2**-9)
-
-
-def test_the_choice_by_size_changes_nothing(monkeypatch):
-    inputs = draw()
-    small = run(logprob.logprobs, *inputs)
-    monkeypatch.setattr(logprob, "SMALL", 0)
-    monkeypatch.delattr(logprob, "logprobs_plain")  # it would be an error to call it now
-    assert_near(run(logprob.logprobs, *inputs), small)
-
-
-def test_chunked_holds_no_tensor_as_large_as_the_logits():
-    hidden, weight, tokens = draw(256, 4096, 8)
-    with Watch() as watch:
-        run(logprob.logprobs_chunked, hidden, weight, tokens, chunk=(64, 128))
-    assert max(watch.sizes) == weight.numel() == 4096 * 8  # the matrix and its gradient; the tile has 64 * 128
-
-
-# a loss, by rows -------------------------------------------------------------------------------------------------
-
-
-def row_losses(entropy):
-    """A loss that is not linear, and differs by row: PPO's ratio, and the entropy where it is asked for."""
-    old, weights = torch.linspace(-6, -1, 37), torch.linspace(-1, 2, 37)
-    ratio = lambda logp, ent, rows: weights[rows] * (logp - old[rows].to(logp)).exp().clamp(max=1.2)
-    return (lambda logp, ent, rows: ratio(logp, ent, rows) - 0.3 * weights[rows] * ent) if entropy else ratio
+# by rows --------------------------------------------------------------------------------------------------------
 
 
 @SCALES
-@pytest.mark.parametrize("entropy", [True, False])
-@pytest.mark.parametrize("rows", [1, 10, None])
-def test_loss_by_rows_equals_plain(temperature, softcap, entropy, rows):
-    hidden, weight, tokens = draw()
-    loss, everything = row_losses(entropy), slice(0, 37)
-    inputs = [t.double().requires_grad_() for t in (hidden, weight)]
-    exact = loss(*logprob.logprobs_plain(*inputs, tokens, temperature, softcap, entropy), everything).sum() * 3
-    exact.backward()
-    actual = [t.clone().requires_grad_() for t in (hidden, weight)]
-    value = logprob.loss_by_rows(*actual, tokens, loss, temperature, softcap, entropy, rows) * 3
-    value.backward()
-    assert_near([value.detach(), *(t.grad for t in actual)], [exact.detach(), *(t.grad for t in inputs)])
+@EACH_OF_THEM
+def test_by_rows_in_float64_float32_and_bf16(temperature, softcap, name, by_rows):
+    """In bf16 products are exact in float32: values stay within 1e-5, gradients are rounded once (2^-9)."""
+    function, scales, all_exact = CALLED[name], dict(temperature=temperature, softcap=softcap), {}
+    kinds = torch.float64, torch.float32, torch.bfloat16
+    for dtype in kinds:
+        all_exact[dtype] = run(function, *(t.double() for t in draw(dtype=dtype)[:2]), **scales)
+    by_rows()
+    for dtype, of_values, of_gradients in zip(kinds, (1e-13, 1e-5, 1e-5), (1e-13, 1e-5, 2**-8)):
+        hidden, weight, _ = draw(dtype=dtype)
+        if name == "entropies" and dtype == torch.bfloat16 and temperature != 1:
+            continue  # its temperature is in the hidden states here, which would be rounded
+        for frozen in (False, True):
+            actual = run(function, hidden, weight, frozen=frozen, **scales)
+            assert actual[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert actual[1].dtype == dtype and (actual[2] is None) == frozen
+            assert_near(actual[:1], all_exact[dtype][:1], of_values)
+            assert_near(actual[1 : 3 - frozen], all_exact[dtype][1 : 3 - frozen], of_gradients)
 
 
-def test_loss_by_rows_multiplies_no_logits_twice():
-    hidden, weight, tokens = draw()
-    loss = row_losses(False)
-    for frozen, products in ((False, 3), (True, 2)):
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (37, 37, 150), (5, 3, 149), (1000, 7, 7)])
+@EACH_OF_THEM
+def test_the_size_of_a_block_changes_nothing(name, sizes, by_rows):
+    exact = run(CALLED[name], *draw(dtype=torch.float64)[:2])
+    by_rows(*sizes)
+    assert_near(run(CALLED[name], *draw(dtype=torch.float64)[:2]), exact, 1e-13)
+
+
+@EACH_OF_THEM
+def test_no_product_in_vain_and_without_a_gradient_only_forward(name, by_rows):
+    by_rows(rows=37)
+    hidden, weight, _ = draw()
+    for frozen in (False, True):
         with Watch() as watch:
-            run(lambda h, w: logprob.loss_by_rows(h, w, tokens, loss)[None], hidden, weight, frozen=frozen)
-        assert watch.products() == products
+            run(CALLED[name], hidden, weight, frozen=frozen)
+        assert watch.products() == PRODUCTS[name] - frozen
     with Watch() as watch, torch.no_grad():
-        logprob.loss_by_rows(hidden, weight, tokens, loss)
-    assert watch.products() == 1
+        assert not CALLED[name](hidden, weight.requires_grad_()).requires_grad
+    assert watch.products() == (2 if "expected" in name else 1)
 
 
-def test_loss_by_rows_of_what_nothing_is_learnt_from():
+@EACH_OF_THEM
+def test_by_rows_holds_a_block_of_rows(name, by_rows):
+    by_rows(rows=3, strip=2)
+    with Watch() as watch:
+        run(CALLED[name], *draw(V=4096, H=2)[:2])
+    assert max(watch.sizes) == 3 * 4096
+
+
+@pytest.mark.parametrize("name", ["logprobs", "loss_sum"])
+def test_no_float32_copy_of_a_matrix_in_half_precision(name, by_rows):
+    by_rows(rows=2)
+    hidden, weight, _ = draw(V=4096, H=64, dtype=torch.bfloat16)
+    with Watch() as watch:
+        run(CALLED[name], hidden, weight, frozen=True)
+    assert max(watch.sizes) == 2 * 4096 < weight.numel()  # two rows of logits; 64 columns of the matrix are half of it
+
+
+def test_gradcheck(by_rows):
+    by_rows(2, 1, 3)
+    hidden, weight, tokens = draw(3, 7, 4, torch.float64)
+    reward_hidden, reward_weight, _ = draw(3, 5, 4, torch.float64)
+    for function in (lambda h, w: logprob.logprobs(h, w, tokens, 0.8, 3.0),
+                     lambda h, w: logprob.expected_reward(h, w, reward_hidden, reward_weight, 0.3, 0.8, 3.0)):  # fmt: skip
+        assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_one_row(rows, by_rows):
+    hidden, weight, tokens = draw(rows, 50, 8)
+    exact = run(logprob.logprobs, hidden, weight, tokens)
+    by_rows()
+    assert_near(run(logprob.logprobs, hidden, weight, tokens), exact)
+    assert logprob.loss_sum(hidden[:0], weight.requires_grad_(), tokens[:0], lambda logp, rows: logp) == 0
+
+
+def test_large_logits_do_not_overflow(by_rows):
     hidden, weight, tokens = draw()
-    zero = lambda logp, entropy, rows: 0 * entropy
-    assert all(not t.any() for t in run(lambda h, w: logprob.loss_by_rows(h, w, tokens, zero, entropy=True)[None],
-                                        hidden, weight))  # fmt: skip
-    assert logprob.loss_by_rows(hidden[:0], weight, tokens[:0], zero, entropy=True) == 0
+    exact = logprob.logprobs(hidden.double() * 1000, weight.double(), tokens)
+    of_entropy = logprob.entropies(hidden.double() * 1000, weight.double())
+    by_rows()
+    assert_near([logprob.logprobs(hidden * 1000, weight, tokens)], [exact])
+    assert (logprob.entropies(hidden * 1000, weight) - of_entropy).abs().max() < 1e-3
 
 
-def test_loss_by_rows_refuses_a_second_backward():
+@pytest.mark.parametrize("plain", [True, False])
+@EACH_OF_THEM
+def test_autocast_rounds_nothing_here(name, plain, by_rows):
+    if not plain:
+        by_rows()
+    outside = run(CALLED[name], *draw()[:2])
+
+    def inside(hidden, weight):  # as in training, where backward comes after it
+        with torch.autocast("cpu", torch.bfloat16):
+            return CALLED[name](hidden, weight)
+
+    for a, b in zip(run(inside, *draw()[:2]), outside):
+        assert torch.equal(a, b)
+
+
+def test_what_nothing_is_learnt_from(by_rows):
+    by_rows()
     hidden, weight, tokens = draw()
-    loss = logprob.loss_by_rows(hidden.requires_grad_(), weight, tokens, row_losses(False))
+    assert not any(t.any() for t in run(lambda h, w: logprob.loss_sum(h, w, tokens, lambda logp, rows: 0 * logp), hidden, weight))
+
+
+def test_a_sum_refuses_a_second_backward(by_rows):
+    by_rows()
+    hidden, weight, tokens = draw()
+    loss = logprob.loss_sum(hidden.requires_grad_(), weight, tokens, ppo_like)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         loss.backward()
 
 
-def sums_by_rows(rows=None):
-    """(function by rows, the plain one, products), each of (hidden, weight) -> a number in a tuple."""
-    _, _, tokens = draw()
-    reward_hidden, reward_weight, _ = draw(37, 131, 16)
-    cast = lambda t, like: t.to(like.dtype if like.dtype == torch.float64 else torch.float32)
-    loss = row_losses(False)
-    f = lambda function, **o: lambda h, w, **s: function(h, w, cast(reward_hidden, h), cast(reward_weight, h), 0.3, **s, **o)
-    return [
-        (
-            lambda h, w, **s: logprob.loss_by_rows(h, w, tokens, loss, rows=rows, **s)[None] / 3,
-            lambda h, w, **s: loss(*logprob.logprobs_plain(h, w, tokens, **s), slice(0, 37)).sum()[None] / 3,
-            3,
-        ),
-        (
-            lambda *inputs, **s: f(logprob.expected_reward_by_rows, rows=rows)(*inputs, **s)[None] / 3,
-            lambda *inputs, **s: f(logprob.expected_reward_plain)(*inputs, **s).sum()[None] / 3,
-            4,
-        ),
-    ]
-
-
-@SCALES
-@pytest.mark.parametrize("which", [0, 1])
-def test_by_rows_in_float64_float32_and_bf16(temperature, softcap, which, monkeypatch):
-    monkeypatch.setattr(logprob, "tile_size", lambda *_: (512, 64))  # the block of rows is read in three tiles
-    function, plain, _ = sums_by_rows(rows=10)[which]
-    scales = dict(temperature=temperature, softcap=softcap)
-    for dtype, of_values, of_gradients in (
-        (torch.float64, 1e-13, 1e-13),
-        (torch.float32, 1e-5, 1e-5),
-        (torch.bfloat16, 1e-5, 2**-8),  # products of bf16 numbers are exact in float32; a gradient is rounded once
-    ):
-        hidden, weight, _ = draw(dtype=dtype)
-        exact = run(plain, hidden.double(), weight.double(), **scales)
-        for frozen in (False, True):
-            actual = run(function, hidden, weight, frozen=frozen, **scales)
-            assert actual[1].dtype == dtype and (actual[2] is None) == frozen
-            assert_near(actual[:1], exact[:1], of_values)
-            assert_near(actual[1 : 3 - frozen], exact[1 : 3 - frozen], of_gradients)
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_by_rows_takes_no_product_in_vain(which):
-    function, _, products = sums_by_rows()[which]
+@EACH_OF_THEM
+def test_by_rows_is_taken_where_there_are_many_logits_or_half_precision(name, monkeypatch):
+    called, real = [], logprob.by_rows
+    monkeypatch.setattr(logprob, "by_rows", lambda *inputs: called.append(inputs[2].dtype) or real(*inputs))
     hidden, weight, _ = draw()
-    for frozen in (False, True):
-        with Watch() as watch:
-            run(function, hidden, weight, frozen=frozen)
-        assert watch.products() == products - frozen
-    with Watch() as watch, torch.no_grad():
-        assert not function(hidden, weight.requires_grad_()).requires_grad
-    assert watch.products() == products - 2
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_by_rows_holds_a_block_of_rows(which, monkeypatch):
-    monkeypatch.setattr(logprob, "ROWS", 4)
-    hidden, weight, tokens = draw(64, 4096, 2)
-    function = (
-        lambda h, w: logprob.loss_by_rows(h, w, tokens, lambda logp, entropy, rows: logp)[None],
-        lambda h, w: logprob.expected_reward_by_rows(h, w, hidden.flip(0), weight, 0.3)[None],
-    )[which]
-    with Watch() as watch:
-        run(function, hidden, weight)
-    assert max(watch.sizes) == 4 * 4096
-
-
-def test_a_sum_is_by_rows_where_the_vocabulary_is_large_and_the_matrix_whole(monkeypatch):
-    hidden, weight, tokens = draw()
-    loss = lambda logp, entropy, rows: -logp
-    sums = lambda h, w: (logprob.loss_sum(h, w, tokens, loss), logprob.expected_reward_sum(h, w, h, w, 0.3))
-    called, apply = [], logprob._ByRows.apply
-    monkeypatch.setattr(logprob._ByRows, "apply", lambda *inputs: called.append(inputs[0].dtype) or apply(*inputs))
-    small = sums(hidden, weight)
-    expected = -logprob.logprobs_plain(hidden, weight, tokens)[0].sum()
-    expected = expected, logprob.expected_reward_plain(hidden, weight, hidden, weight, 0.3).sum()
-    assert not called and small == expected  # bit for bit
-    monkeypatch.setattr(logprob, "SMALL", 0)
-    assert_close(sums(hidden, weight), small)
-    assert called == [torch.float32] * 2
-    sums(hidden.double(), weight.double())
-    assert called[2:] == [torch.float64] * 2
-    with torch.autocast("cpu", torch.bfloat16):
-        sums(hidden, weight)
-    sums(hidden.bfloat16(), weight.bfloat16())
-    sums(hidden, weight.bfloat16())
-    assert len(called) == 4  # half precision: tile by tile
+    small = run(CALLED[name], hidden, weight)
+    assert not called
+    run(CALLED[name], hidden, weight.bfloat16())
+    assert called
+    called.clear()
+    monkeypatch.setattr(logprob, "SMALL", 37 * 150 - 1)
+    assert_near(run(CALLED[name], hidden, weight), small)
+    assert set(called) == {torch.float32}
 
 
 # expected reward ------------------------------------------------------------------------------------------------
 
 
-def test_expected_reward_by_hand():
+@pytest.mark.parametrize("plain", [True, False])
+def test_expected_reward_by_hand(plain, by_rows):
     # pi = (1/4, 3/4), f = log (1/2, 1/2): the expectation of f is log 1/2, the entropy term adds alpha H(pi).
+    if not plain:
+        by_rows()
     hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [3.0]]).log()
-    reward_hidden, reward_weight = torch.ones(1, 1), torch.zeros(2, 1)
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    for function in (logprob.expected_reward_plain, logprob.expected_reward_chunked):
-        value = function(hidden, weight, reward_hidden, reward_weight, 0.1)
-        assert_close(value, torch.tensor([math.log(0.5) + 0.1 * entropy]))
+    value = logprob.expected_reward(hidden, weight, torch.ones(1, 1), torch.zeros(2, 1), 0.1)
+    assert_close(value, torch.tensor([math.log(0.5) + 0.1 * entropy]))
 
 
-@SCALES
-@pytest.mark.parametrize("reward_columns", [150, 131, 180])  # the reward's matrix: as wide, narrower, wider
-def test_expected_reward_chunked_equals_plain(temperature, softcap, reward_columns):
-    hidden, weight, _ = draw()
-    reward_hidden, reward_weight, _ = draw(37, reward_columns, 16)
-    inputs, options = (hidden, weight, reward_hidden, reward_weight), dict(temperature=temperature, softcap=softcap)
-    exact = run(logprob.expected_reward_plain, *(t.double() for t in inputs), 0.3, **options)
-    for chunk in ((10, 64), (37, 180), (50, 7)):
-        assert_near(run(logprob.expected_reward_chunked, *inputs, 0.3, chunk=chunk, **options), exact)
-    exact = run(lambda *i, **o: logprob.expected_reward_plain(*i, **o).sum()[None], *(t.double() for t in inputs), 0.3,
-                **options)  # fmt: skip
-    by_rows = lambda *i, **o: logprob.expected_reward_by_rows(*i, **o)[None]
-    for rows in (1, 10, None):
-        assert_near(run(by_rows, *inputs, 0.3, rows=rows, **options), exact)
+@pytest.mark.parametrize("columns", [150, 131, 180])  # the reward's matrix: as wide, narrower, wider
+@pytest.mark.parametrize("take", ["expected_reward", "expected_reward_sum"])
+def test_a_softmax_is_over_its_own_columns_and_the_sum_over_those_of_both(columns, take, by_rows):
+    hidden, weight, _ = draw(dtype=torch.float64)
+    reward = draw(37, columns, 16, torch.float64)[:2]
+    by_rows()
+    h, w = (t.clone().requires_grad_() for t in (hidden, weight))
+    logp, f = (h @ w.T).log_softmax(-1), (reward[0] @ reward[1].T).log_softmax(-1)
+    exact = sum((logp[:, v].exp() * (f[:, v] - 0.3 * logp[:, v])) for v in range(min(150, columns)))
+    exact = exact if take == "expected_reward" else exact.sum()
+    ((exact * torch.linspace(-1, 2, 37)).sum() if exact.ndim else exact / 3).backward()
+    actual = run(getattr(logprob, take), hidden, weight, *reward, 0.3)
+    assert_near(actual, [exact.detach(), h.grad, w.grad], 1e-12)
 
 
-def test_expected_reward_has_no_gradient_through_the_reward():
-    hidden, weight, _ = draw()
-    reward_hidden, reward_weight, _ = draw(37, 150, 16)
-    for function in (logprob.expected_reward_plain, logprob.expected_reward_chunked):
-        inputs = [t.clone().requires_grad_() for t in (hidden, weight, reward_hidden, reward_weight)]
+@pytest.mark.parametrize("plain", [True, False])
+def test_expected_reward_has_no_gradient_through_the_reward(plain, by_rows):
+    if not plain:
+        by_rows()
+    for function in (logprob.expected_reward, logprob.expected_reward_sum):
+        inputs = [t.clone().requires_grad_() for t in (*draw()[:2], *draw(37, 150, 16)[:2])]
         function(*inputs, 0.3).sum().backward()
         assert [t.grad is None for t in inputs] == [False, False, True, True]
 
 
-def test_expected_reward_gradcheck():
-    hidden, weight, _ = draw(3, 7, 4, torch.float64)
-    reward_hidden, reward_weight, _ = draw(3, 5, 4, torch.float64)
-    function = lambda h, w: logprob.expected_reward_chunked(h, w, reward_hidden, reward_weight, 0.3, 0.8, 3.0, (2, 3))
-    assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
+def test_the_expectation_by_hand_and_as_the_mean_of_samples():
+    logprobs, scores = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[2.0, -1.0]])
+    by_hand = 0.25 * (2 - 0.5 * math.log(0.25)) + 0.75 * (-1 - 0.5 * math.log(0.75))
+    assert_close(logprob.expectation(logprobs, scores, 0.5), torch.tensor([by_hand]))
+    actions = policy.choose(logprobs.expand(20_000, 2), 1.0, 1.0)
+    sampled = (scores[0] - 0.5 * logprobs[0])[actions].mean()
+    assert abs(sampled - by_hand) < 0.03
+
+
+def test_the_expectation_is_greatest_at_the_tempered_scores():
+    """max_pi E[f - alpha log pi] is at pi ~ exp(f / alpha): alpha < 1 sharpens, alpha = 1 imitates."""
+    scores, alpha = torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.5
+    best = (scores / alpha).log_softmax(-1)
+    value = logprob.expectation(best, scores, alpha)
+    for _ in range(50):
+        other = torch.randn(1, 3).log_softmax(-1)
+        assert logprob.expectation(other, scores, alpha) <= value + 1e-6
 
 
 # Triton ---------------------------------------------------------------------------------------------------------
@@ -392,18 +323,26 @@ def check_triton(device: str) -> None:
             (0, 150, 1.0, 0.0, 256),
         ):
             hidden, weight, tokens = draw(N, V, 41, dtype)
-            for entropy in (True, False):
-                options = dict(temperature=temperature, softcap=softcap, entropy=entropy)
-                exact = run(logprob.logprobs_plain, hidden.double(), weight.double(), tokens, **options)
-                moved = (t.to(device) for t in (hidden, weight, tokens))
-                with torch.device(device):
-                    actual = [t.cpu() for t in run(logprob.logprobs_triton, *moved, programs=programs, **options)]
-                values = len(exact) - 2
-                assert_near(actual[:values], exact[:values])
-                assert_near(actual[values:], exact[values:], bound)
+            options = dict(temperature=temperature, softcap=softcap)
+            exact = run(logprob.logprobs, hidden.double(), weight.double(), tokens, **options)
+            moved = (t.to(device) for t in (hidden, weight, tokens))
+            with torch.device(device):
+                actual = [t.cpu() for t in run(fused.logprobs, *moved, kind=dtype, programs=programs, **options)]
+            assert_near(actual[:1], exact[:1])
+            assert_near(actual[1:], exact[1:], bound)
     hidden, weight, tokens = (t.to(device) for t in draw())
     with torch.device(device):
-        assert run(logprob.logprobs_triton, hidden, weight, tokens, frozen=True)[-1] is None
+        assert run(fused.logprobs, hidden, weight, tokens, kind=torch.float32, frozen=True)[-1] is None
+
+
+def test_the_kernels_are_off_and_one_switch_turns_them_on(monkeypatch):
+    hidden, weight, tokens = draw()
+    assert not fused.ON and not fused.wanted(hidden, weight)
+    monkeypatch.setattr(fused, "wanted", lambda *_: True)
+    monkeypatch.setattr(fused, "logprobs", lambda h, w, t, temperature, softcap: (h @ w.T).log_softmax(-1)[range(37), t])
+    values = logprob.logprobs(hidden, weight, tokens)
+    monkeypatch.delattr(logprob, "evaluate")
+    assert torch.equal(logprob.loss_sum(hidden, weight, tokens, ppo_like), ppo_like(values, slice(0, 37)).sum())
 
 
 def test_triton_kernels_in_the_interpreter():
@@ -419,25 +358,6 @@ def test_triton_kernels_in_the_interpreter():
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or logprob.triton is None, reason="needs CUDA and triton")
+@pytest.mark.skipif(not torch.cuda.is_available() or fused.triton is None, reason="needs CUDA and triton")
 def test_triton_kernels_on_a_gpu():
     check_triton("cuda")
-
-
-def test_expected_reward_by_hand_and_as_the_mean_of_samples():
-    logprobs, scores = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[2.0, -1.0]])
-    by_hand = 0.25 * (2 - 0.5 * math.log(0.25)) + 0.75 * (-1 - 0.5 * math.log(0.75))
-    assert_close(logprob.expectation(logprobs, scores, 0.5), torch.tensor([by_hand]))
-    actions = policy.choose(logprobs.expand(20_000, 2), 1.0, 1.0)
-    sampled = (scores[0] - 0.5 * logprobs[0])[actions].mean()
-    assert abs(sampled - by_hand) < 0.03
-
-
-def test_expected_reward_is_greatest_at_the_tempered_scores():
-    """max_pi E[f - alpha log pi] is at pi ~ exp(f / alpha): alpha < 1 sharpens, alpha = 1 imitates."""
-    scores, alpha = torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.5
-    best = (scores / alpha).log_softmax(-1)
-    value = logprob.expectation(best, scores, alpha)
-    for _ in range(50):
-        other = torch.randn(1, 3).log_softmax(-1)
-        assert logprob.expectation(other, scores, alpha) <= value + 1e-6

@@ -9,10 +9,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 import data
-import lora
 import policy
 import reward
-from data import UserError
+from engine import loading, lora
+from engine.errors import UserError
 
 
 @pytest.fixture
@@ -119,13 +119,13 @@ def test_the_update_of_a_weight_has_at_most_the_adapters_rank(base):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_model_is_an_ordinary_one(batch, tmp_path, dtype):
     """from_pretrained, which knows nothing of adapters, loads the merged weights; the shared base is left as it was."""
-    base = policy.load_policy(policy.BASE, dtype=dtype)[0]
+    base = loading.load_policy(loading.BASE, dtype=dtype)[0]
     before = [p.clone() for p in base.parameters()]
     model = disturbed(lora.adapt(base, 4, 8.0))
     lora.save(model, tmp_path)
     assert all(torch.equal(p, b) and p.dtype == dtype for p, b in zip(base.parameters(), before))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True)
-    assert loaded.dtype == torch.float32 and not lora.adapted(loaded)
+    assert loaded.dtype == torch.float32 and not any(isinstance(m, lora.LoRALinear) for m in loaded.modules())
     assert {name for name, _ in loaded.named_parameters()} == {name for name, _ in base.named_parameters()}
     exact = model.float()  # bf16 weights too, in float32 arithmetic
     assert_close(policy.token_logprobs(loaded, batch), policy.token_logprobs(exact, batch), atol=1e-4, rtol=0)
@@ -141,13 +141,13 @@ def test_a_bf16_base_has_float32_adapters(base, batch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_shares_the_base_too(batch, tmp_path, dtype):
-    base = policy.load_policy(policy.BASE, dtype=dtype)[0]
+    base = loading.load_policy(loading.BASE, dtype=dtype)[0]
     head = lora.with_head(base)
     assert not head(batch.tokens).logits.any()
     model = lora.adapt(head, 4, 8.0)
     pointers = {p.data_ptr() for p in base.parameters()}
     assert all(p.requires_grad or p.data_ptr() in pointers for p in model.parameters())
-    assert model.score.weight.requires_grad
+    assert model.score.weight.requires_grad and all(p.dtype == torch.float32 for p in trained(model))
     disturbed(model)
     reward.HeadReward(model).eval().scores(batch).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in trained(model))

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import data
 import irl
-import memory
-import parallel
 import policy
 import reward
 import train
-from data import UserError
+from engine import loading, parallel
+from engine.errors import UserError
+from engine.settings import METHODS, parse_settings
 
 ROOT = Path(__file__).parents[1]
 GROUP = 3
@@ -34,10 +34,12 @@ FLAGS = (
 KINDS = {
     "exact": "",
     "ppo": "--policy-loss ppo --micro-tokens 300",
-    "best": "--policy-loss best",
-    "bt": "--policy-loss reinforce --discriminator-loss bt",
-    "bf16": "--weights bf16",
+    "reinforce": "--policy-loss reinforce",
+    "adamw": "",
 }
+TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 7 --rerank-questions 6 --rerank-n 4 "
+        "--eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 2 --fair-steps 2 "
+        "--warm-up 2 --validate-every 2 --device cpu").split()  # fmt: skip
 
 
 def rollout_of(tokenizer, questions: list[int]) -> policy.Rollout:
@@ -56,22 +58,21 @@ def rollout_of(tokenizer, questions: list[int]) -> policy.Rollout:
 
 def step(questions: list[int], kind: str) -> dict:
     """One update of the discriminator and one of the policy on these questions: weights and metrics after it."""
-    s = train.parse_settings(FLAGS + KINDS[kind].split())
-    dtype = memory.weight_type(s.weights, 0, torch.device("cpu"))
-    model, tokenizer = policy.load_policy("base", dtype=dtype)
-    reward_model = reward.load_reward("likelihood", "base", dtype=dtype)
+    s = parse_settings(FLAGS + KINDS[kind].split())
+    model, tokenizer = loading.load_policy("base")
+    reward_model = reward.load_reward("likelihood", "base")
     ends = reward.step_end_tokens(tokenizer, len(tokenizer))
     discriminator = reward.Discriminator(reward_model, "airl", "dense", 0, ends)
     examples = [data.load_examples("words", "train", 4)[i] for i in questions]
     loop = irl.IRL(s, tokenizer, model, discriminator, examples)
-    if kind != "bf16":  # Adam's first step is the gradient's sign, and rounding decides where it is near 0
+    if kind != "adamw":  # Adam's first step is the gradient's sign, and rounding decides where it is near 0
         loop.policy_optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         loop.reward_optimizer = torch.optim.SGD(reward_model.parameters(), lr=1.0)
     rollout = rollout_of(tokenizer, questions)
     negatives = [[rollout.batch.response(i * GROUP + g) for g in range(GROUP)] for i in range(len(examples))]
     comparison = reward.compare(tokenizer, examples, negatives, 0, random.Random(0))
-    metrics = {"discriminator": reward.update(discriminator, loop.reward_optimizer, model, comparison, s.discriminator_loss,
-                                              0.1, 0.5, micro_batch=5)}  # fmt: skip
+    metrics = {"discriminator": reward.update(discriminator, loop.reward_optimizer, model, comparison, 0.1, 0.5,
+                                              micro_batch=5)}  # fmt: skip
     rewards = (rollout.batch.tokens * 0.1).sin() * rollout.batch.response_mask
     metrics["policy"] = loop.update_policy(rollout, rewards, loop.rewards(rollout)[1])
     weights = [p.detach().flatten() for m in (model, reward_model) for p in m.parameters()]
@@ -94,6 +95,8 @@ def work(rank: int, port: int, folder: str) -> None:
     else:
         raise AssertionError("5 questions were shared between 2 processes")
     assert (parallel.seed(7) == 7) == (rank == 0)
+    os.chdir(folder)
+    assert train.main([*TINY, "--questions", "5", "--group", "2"]) == 2 and not Path("runs").exists()
     parallel.leave()
     assert rank == 0
 
@@ -116,30 +119,23 @@ def ranks(tmp_path_factory):
 def test_two_processes_take_the_step_of_one(kind, ranks):
     one, (first, second) = step([0, 1, 2, 3], kind), (rank[kind] for rank in ranks)
     assert torch.equal(first["weights"], second["weights"])  # the ranks stay together, to the bit
-    if kind == "bf16":  # ZeRO: each rank steps half of the weights, then sends them around
-        assert first["optimizer"] == "ZeroRedundancyOptimizer" and one["optimizer"] == "MasterAdamW"
-        start = torch.cat(
-            [p.detach().flatten() for p in policy.load_policy("base", dtype=torch.bfloat16)[0].parameters()]
-        )
+    if kind == "adamw":  # ZeRO: each rank steps half of the weights, then sends them around
+        assert first["optimizer"] == "ZeroRedundancyOptimizer" and one["optimizer"] == "AdamW"
+        start = torch.cat([p.detach().flatten() for p in loading.load_policy("base")[0].parameters()])
         moved = (one["weights"][: len(start)] != start).float().mean()
-        differ = (first["weights"] != one["weights"]).float().mean()
+        differ = ((first["weights"] - one["weights"]).abs() > 1e-5).float().mean()  # where a gradient's sign is rounding's
         assert moved > 0.3 and differ < 0.02
     else:
         assert_close(first["weights"], one["weights"], atol=1e-6, rtol=1e-5)
     for stage, values in one["metrics"].items():
         for rank in (first, second):
-            assert rank["metrics"][stage] == pytest.approx(values, rel=1e-2 if kind == "bf16" else 1e-4, abs=1e-5)
+            assert rank["metrics"][stage] == pytest.approx(values, rel=1e-4, abs=1e-5)
 
 
 def test_without_torchrun_nothing_is_shared():
     parallel.start("cpu")
     assert (parallel.world(), parallel.rank(), parallel.seed(3), parallel.share([1, 2, 3])) == (1, 0, 3, [1, 2, 3])
     assert parallel.total(2.5) == 2.5 and parallel.share_of(5, "--questions") == 5
-
-
-TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 11 --rerank-questions 6 --rerank-n 4 "
-        "--eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 2 --fair-steps 2 "
-        "--warm-up 2 --validate-every 1 --device cpu").split()  # fmt: skip
 
 
 def torchrun(folder, *flags):
@@ -156,14 +152,8 @@ def test_torchrun_runs_every_method(tmp_path):
     assert [line["method"] for line in lines] == ["sft"] * 2 + ["sft_fair"] * 2 + [
         "likelihood warm-up"] * 2 + ["likelihood"] * 2 + ["warm-up"] * 2 + ["irl"] * 2 + ["grpo"] * 2  # fmt: skip
     results = json.loads((run / "results.json").read_text())
-    assert set(results["methods"]) == {"base", *train.METHODS} and (run / "report.html").exists()
-    assert results["methods"]["base"]["t1"] * 22 == pytest.approx(round(results["methods"]["base"]["t1"] * 22))
+    assert set(results["methods"]) == {"base", *METHODS} and (run / "report.html").exists()
+    assert results["methods"]["base"]["t1"] * 14 == pytest.approx(round(results["methods"]["base"]["t1"] * 14))
     assert results["settings"]["questions"] == 4 and results["settings"]["seed"] == 0
     for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):
         AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
-
-
-def test_torchrun_with_what_cannot_be_shared_says_so(tmp_path):
-    done = torchrun(tmp_path, "--questions", "5", "--group", "2")
-    assert done.returncode != 0 and "error: --questions 5 cannot be shared among 2 processes" in done.stderr
-    assert not (tmp_path / "runs").exists()

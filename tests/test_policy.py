@@ -9,9 +9,9 @@ from conftest import all_groups, true_gradient
 from torch.testing import assert_close
 
 import data
-import memory
 import policy
-from data import UserError
+from engine import loading, logprob, memory, sampler
+from engine.errors import UserError
 
 MASK = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]])
 
@@ -33,14 +33,36 @@ def test_sampled_logprobs_equal_a_fresh_forward_pass(shipped, prompts, temperatu
     assert rollout.finished.all() and (rollout.batch.lengths > rollout.batch.prompt_lengths).all()
 
 
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (1.0, 1.0), (0.7, 0.8)])
+def test_sample_is_the_plain_loop(shipped, prompts, temperature, top_p):
+    model, tokenizer = shipped
+    ends = data.end_tokens(tokenizer, model)
+    for prompt in prompts[:3]:
+        how = (ends, 40)
+        response, logprobs = policy.sample_plain(model, prompt, *how, temperature, top_p, torch.Generator().manual_seed(1))
+        fast = policy.sample(model, [prompt], *how, 1, temperature, top_p, torch.Generator().manual_seed(1))
+        assert fast.batch.response(0) == response
+        assert_close(fast.logprobs[0, len(prompt) :], torch.tensor(logprobs), atol=1e-4, rtol=1e-4)
+
+
+def test_token_logprobs_are_those_of_the_plain_pass(shipped):
+    model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
+    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 4))
+    plain, fast = (score(model, batch, 0.7) for score in (policy.token_logprobs_plain, policy.token_logprobs))
+    assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(fast.sum(), parameters), torch.autograd.grad(plain.sum(), parameters), strict=True):
+        assert b.any() and (a - b).norm() <= 1e-4 * b.norm()
+
+
 def test_sampling_and_training_agree_in_half_precision(shipped, prompts, monkeypatch):
-    """Under bf16 autocast too, both take float32 logits of the same states. The layers are kept out of it: their roundings depend on how many
-    tokens are read at once."""
+    """Under bf16 autocast too, both take float32 logits of the same states. The layers are kept out of it: their roundings
+    depend on how many tokens are read at once."""
     model, tokenizer = shipped
     decoder = model.get_decoder()
     exact = torch.autocast("cpu", enabled=False)(decoder.forward)
     monkeypatch.setattr(decoder, "forward", exact)
-    monkeypatch.setattr(policy, "half_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(logprob, "half_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
     rollout = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, 2, temperature=1.5)
     trained = policy.in_chunks(lambda b: policy.token_logprobs(model, b, 1.5), rollout.batch)
     assert_close(rollout.logprobs, trained, atol=1e-3, rtol=0)
@@ -84,9 +106,9 @@ def test_room_in_the_cache_changes_nothing(shipped, prompts, monkeypatch):
     model, tokenizer = shipped
     rollouts = []
     for room in (None, 1, 7, 100):
-        monkeypatch.setattr(policy.RoomyLayer, "ROOM", room)
+        monkeypatch.setattr(sampler.RoomyLayer, "ROOM", room)
         if room is None:
-            monkeypatch.setattr(policy, "make_roomy", lambda cache: False)
+            monkeypatch.setattr(sampler, "make_roomy", lambda cache: False)
         generator = torch.Generator().manual_seed(0)
         rollouts.append(policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, 4, generator=generator))
         monkeypatch.undo()
@@ -98,9 +120,9 @@ def test_room_in_the_cache_changes_nothing(shipped, prompts, monkeypatch):
 def test_the_cache_is_not_copied_at_every_token(shipped, prompts):
     """One copy per ROOM tokens: the memory the keys lie in stays where it is in between."""
     cache = shipped[0](torch.tensor(prompts[:1]), use_cache=True).past_key_values
-    policy.make_roomy(cache)
+    sampler.make_roomy(cache)
     places = []
-    for _ in range(2 * policy.RoomyLayer.ROOM):
+    for _ in range(2 * sampler.RoomyLayer.ROOM):
         shipped[0](torch.tensor([[5]]), past_key_values=cache, use_cache=True)
         places.append(cache.layers[0].keys.data_ptr())
     assert len(set(places)) == 2
@@ -131,7 +153,7 @@ def test_any_of_the_end_tokens_ends_a_row(shipped, prompts):
 def test_how_often_we_look_who_has_ended_changes_no_greedy_trace(shipped, prompts, monkeypatch, every):
     model, tokenizer = shipped
     expected = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, temperature=0.0)
-    monkeypatch.setattr(policy, "LOOK_EVERY", {"cpu": every})
+    monkeypatch.setattr(sampler, "LOOK_EVERY", {"cpu": every})
     found = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, temperature=0.0)
     assert torch.equal(found.batch.tokens, expected.batch.tokens)
     assert_close(found.logprobs, expected.logprobs)
@@ -194,7 +216,7 @@ def test_shared_prompts_change_no_state_and_no_gradient(shipped):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.zero_grad()
-        states = policy.response_states(model.train(), batch)
+        states = sampler.response_hidden(model.train(), batch)
         for row, s in enumerate(alone):
             assert_close(states[row, : len(s)], s, atol=1e-4, rtol=1e-4)
         sum((w * states[row, : len(w)]).sum() for row, w in enumerate(weights)).backward()
@@ -206,7 +228,7 @@ def test_a_prompt_is_read_once(shipped, monkeypatch):
     model, batch, read = shipped[0], mixed_batch(shipped[1]), []
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda **kw: read.append(kw["input_ids"].shape) or forward(**kw))
-    policy.response_states(model, batch)
+    sampler.response_hidden(model, batch)
     longest = (batch.lengths - batch.prompt_lengths).max()
     assert read == [(4, batch.prompt_lengths.max()), (6, longest)]  # 4 questions, 6 rows
 
@@ -337,40 +359,40 @@ def test_micro_batch_size_changes_no_gradient(shipped):
 
 
 def test_names():
-    assert policy.resolve_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
-    assert policy.resolve_model("Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
-    assert policy.resolve_model("Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
-    assert policy.resolve_model("someone/model") == "someone/model"
+    assert loading.resolve_model("Qwen2.5-0.5B") == "Qwen/Qwen2.5-0.5B"
+    assert loading.resolve_model("Qwen2.5-0.5B-Instruct") == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert loading.resolve_model("Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
+    assert loading.resolve_model("someone/model") == "someone/model"
     with pytest.raises(UserError, match="did you mean 'Qwen2.5-0.5B'"):
-        policy.resolve_model("Qwen2.5-0.5")
+        loading.resolve_model("Qwen2.5-0.5")
 
 
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path, shipped):
     with pytest.raises(UserError, match="config.json is missing"):
-        policy.load_policy(str(tmp_path))
+        loading.load_policy(str(tmp_path))
     with pytest.raises(UserError, match="give a folder: --model DIR"):
-        policy.load_policy("Qwen2.5-0.5B")  # offline
+        loading.load_policy("Qwen2.5-0.5B")  # offline
     shipped[0].save_pretrained(tmp_path / "a")
     shipped[1].save_pretrained(tmp_path / "a")
     weights = tmp_path / "a" / "model.safetensors"
     torch.save(shipped[0].state_dict(), tmp_path / "a" / "pytorch_model.bin")  # pickle is not an alternative
     weights.unlink()
     with pytest.raises(UserError, match="holds no model.safetensors"):
-        policy.load_policy(str(tmp_path / "a"))
+        loading.load_policy(str(tmp_path / "a"))
 
 
 def test_a_tokenizer_without_end_token_is_refused(shipped, tmp_path):
     shipped[0].save_pretrained(tmp_path)
-    tokenizer = policy.PreTrainedTokenizerFast.from_pretrained(policy.BASE)
+    tokenizer = loading.PreTrainedTokenizerFast.from_pretrained(loading.BASE)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no end token"):
-        policy.load_policy(str(tmp_path))
+        loading.load_policy(str(tmp_path))
 
 
 def test_an_unknown_output_layer_is_refused(shipped):
     model = copy.deepcopy(shipped[0])
-    policy.check_output_layer(model, "base")
+    loading.check_output_layer(model, "base")
     model.lm_head.bias = torch.nn.Parameter(torch.full((66,), 5.0))
     with pytest.raises(UserError, match="output layer of 'biased'"):
-        policy.check_output_layer(model, "biased")
+        loading.check_output_layer(model, "biased")

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 import baselines
-import checkpoint
-import memory
 import train
+from engine.settings import Settings, parse_settings
+from experiments import cards, tables
 from experiments import run as runs
-from experiments import tables
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,19 +46,30 @@ def test_the_readme_is_short_and_links_every_page_once():
 
 
 def test_functions_named_in_the_text_exist():
-    modules = "data|policy|reward|irl|logprob|lora|memory|parallel|rerank|explain|train"
-    names = set(re.findall(rf"`({modules})\.([A-Za-z_]\w*(?:\.\w+)?)`", TEXT))
-    names = {(module, path) for module, path in names if path not in ("py", "jsonl")}
+    """Modules go by their short names: `logprob.expectation` is in engine/logprob.py."""
+    paths = [*ROOT.glob("*.py"), *(path for room in ("engine", "show", "tasks") for path in (ROOT / room).glob("[a-z]*.py"))]
+    modules = {path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    assert len(modules) == len(paths)  # no two of one name
+    names = set(re.findall(rf"`({'|'.join(modules)})\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(\))?`", TEXT))
+    names = {(module, path) for module, path in names if path not in ("py", "jsonl", "json", "html")}
     assert len(names) >= 20
     for module, path in names:
-        found = importlib.import_module(module)
+        found = importlib.import_module(modules[module])
         for part in path.split("."):
             assert hasattr(found, part) or part in getattr(found, "__dataclass_fields__", {}), f"{module}.{path}"
             found = getattr(found, part, None)
 
 
+def test_commands_named_in_the_text_exist():
+    pages = TEXT + (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
+    commands = set(re.findall(r"python (-m )?([a-z_]+[\w./]*\w)", pages))
+    assert len(commands) >= 8
+    for module, name in commands - {("-m ", "venv"), ("-m ", "pytest"), ("-m ", "doctest")}:
+        assert (ROOT / (name.replace(".", "/") + ".py" if module else name)).exists(), name
+
+
 def test_flags_named_in_the_text_exist():
-    known = {"--" + f.name.replace("_", "-") for f in fields(train.Settings)} | {"--help", "--resume", "--only", "--quick"}
+    known = {"--" + f.name.replace("_", "-") for f in fields(Settings)} | {"--help", "--resume", "--only", "--quick"}
     flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
     assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
 
@@ -74,8 +84,8 @@ def test_nothing_is_called_what_it_is_not():
 
 def test_every_metric_is_explained():
     """What the four kinds of steps log, against the table in docs/reading-a-run.md."""
-    flags = "--demonstrations 8 --extra-questions 0 --questions 2 --group 2 --warm-up 1 --device cpu --explain"
-    run = train.Run(train.parse_settings(flags.split()), checkpoint.Signals())  # --explain: no folder
+    flags = "--demonstrations 8 --extra-questions 0 --questions 2 --group 2 --warm-up 1 --device cpu"
+    run = train.Run(parse_settings(flags.split()))
     loop, s = run.make_loop(), run.s
     lines = [{"discriminator": loop.warm_up()}, loop.step(), {"validation": {"t1": 0.5}}]
     lines += [method(s, run.tokenizer, run.load(), run.experts).step() for method in (baselines.SFT, baselines.GRPO)]
@@ -89,9 +99,9 @@ def test_every_metric_is_explained():
 
 
 def test_the_memory_table_is_the_programs(capsys):
-    memory.main()
+    cards.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Qwen")]
-    assert len(rows) == 6 and "\n".join(rows) in TEXT
+    assert len(rows) == 4 and "\n".join(rows) in TEXT
 
 
 def test_results_are_those_of_the_trials(monkeypatch):

@@ -11,7 +11,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import data
 import rerank
 import reward
-from data import Example, UserError
+from data import Example
+from engine.chat import set_date
+from engine.errors import UserError
+from engine.runs import read_settings
 from experiments import real
 
 SHOT = Example("Ava has 2 pens and buys 3 . How many ?", "2+3=5", "5")
@@ -36,7 +39,7 @@ def test_parts_go_on_where_they_were_cut_off(tmp_path):
 
 
 def test_worked_examples_in_turns_or_as_text(qwen_tokenizer):
-    data.set_date(qwen_tokenizer, "2026-01-31")
+    set_date(qwen_tokenizer, "2026-01-31")
     text = qwen_tokenizer.decode(real.few_shot_ids(qwen_tokenizer, [SHOT], "What is 1+1?"))
     turns = f"<|im_start|>user\n{SHOT.question}<|im_end|>\n<|im_start|>assistant\n2+3=5\n#### 5<|im_end|>\n"
     assert turns in text and text.endswith("What is 1+1?<|im_end|>\n<|im_start|>assistant\n")
@@ -65,7 +68,7 @@ def test_a_head_with_gails_logit_asks_no_policy(shipped):
     head = reward.load_reward("head", "base")
     discriminator = reward.Discriminator(head, "gail", "sparse", 0, reward.step_end_tokens(tokenizer, len(tokenizer)))
     pool = [{"sft": [data.response_ids(tokenizer, "7")]}]
-    settings = SimpleNamespace(warm_up_lr=1e-3, seed=0, questions=1, perturbed=1, discriminator_loss="bce",
+    settings = SimpleNamespace(warm_up_lr=1e-3, seed=0, questions=1, perturbed=1,
                                label_smoothing=0.1, reward_nll=1.0, micro_batch=2, micro_tokens=0)  # fmt: skip
     trainer = real.RewardTrainer(settings, tokenizer, discriminator, None, [example], pool)
     losses = [trainer.step()["loss"] for _ in range(8)]
@@ -120,7 +123,7 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
     again = json.loads((folder / "rerank.json").read_text())
     assert again["few_shot"] == json.loads(before)["few_shot"] and "sft: " not in capsys.readouterr().out.split("rerank: ")[0]
     # the folder is a run that the other programs take
-    settings = reward.read_settings(Path("runs/real-tiny-quick"))
+    settings = read_settings(Path("runs/real-tiny-quick"))
     assert settings["fair_temperature"] == json.loads((folder / "sft_fair.json").read_text())["temperature"]
     rerank.main(["--run", "runs/real-tiny-quick", "--candidates", "runs/real-tiny-quick/few_shot.jsonl", "--device", "cpu"])
     assert "is text, whoever wrote it" in capsys.readouterr().out

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import report
-from data import UserError
+from engine.errors import UserError
+from show import report
+from show.figures import Line, chart, histogram, limits, ticks
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.com/x.png onerror=alert(2)>"
 
@@ -27,12 +28,12 @@ def full_run() -> dict:
     rng = random.Random(0)
     method = {"t1": 0.31, "t1_interval": [0.28, 0.34], "greedy": 0.4, "greedy_interval": [0.36, 0.44],
               "seconds": 12.3, "pass@k": {"1": 0.31, "2": 0.45, "4": 0.6}}  # fmt: skip
-    row = {key: around(0.5) for key in report.RULES}
-    places = {key: around(0.4) for key in report.POINTERS}
+    row = {key: around(0.5) for key in (*report.RULES, "weighted_majority", "reward_last", "longest")}
+    places = {key: around(0.4) for key in ("reward", "reward_first", "sft_logprob_first", "entropy", "chance")}
     hits = {"hit0": places, "hit1": places, "step": places, "count": 312}
-    metrics = [{"method": name, "step": step} | {key.split("|")[spelling % len(key.split("|"))]: rng.random()}
-               for _, _, lines, _ in report.PANELS for names, key, _ in lines
-               for spelling, name in enumerate(names.split("|")) for step in range(50)]  # fmt: skip
+    metrics = [{"method": method, "step": step, key: rng.random()}
+               for _, methods, keys in report.CURVES.values() for method in methods.split() for key in keys.split()
+               for step in range(50)]  # fmt: skip
     trace = {"question": "What is 2*3?", "answer": "5", "correct": False, "source": "base", "first_wrong": 1,
              "predicted": 2, "tokens": ["2", "+", "3", "\n", "=5", ""],
              "rewards": [0.5, -2.0, 1.0, 0.0, None, 0.1]}  # fmt: skip
@@ -76,12 +77,6 @@ class Elements(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Figures take most of the time, and hold no text of the run."""
-    monkeypatch.setattr(report, "draw", lambda name, label, paint, size: "<svg></svg>")
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
     return page_of(tmp_path_factory.mktemp("demo"), full_run())
@@ -94,12 +89,16 @@ def test_everything_of_a_full_run_is_shown(page):
     assert "31.0%</td>" not in page and "31.0% <small>28.0 to 34.0</small>" in page
     assert "GRPO alone sees the true answers" in page and "0.871" in page and "In 312 wrong traces" in page
     figures = [attributes for tag, attributes in elements.found if tag == "svg"]
-    assert len(figures) == len(report.PANELS) + 3
+    assert len(figures) == len(report.CURVES) + 3
     assert all(f["role"] == "img" and f["aria-label"] and "width" not in f for f in figures)
-    for _, _, _, caption in report.PANELS:
-        assert caption in page
-    for name in [*report.POINTERS.values(), *(name for name, *_ in report.RULES.values())]:
+    captions = re.findall("<figcaption>([^$]*?)</figcaption>", report.FRAME.read_text(encoding="utf-8"))
+    assert len(captions) == len(figures) + 1 and all(caption in page for caption in captions)
+    for name in ("oracle", "weighted_majority", "reward_last", "sft_logprob_first", "entropy", *report.METHODS.values()):
         assert name in elements.text
+    legends = set(re.findall("</i>([^<]*)</span>", page))
+    assert legends == {*report.METHODS.values(), "expert", "negative", *report.RULES,
+                       "right answer (50)", "wrong answer (50)"}  # fmt: skip
+    assert "$" not in page
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page):
@@ -120,11 +119,11 @@ def test_ids_are_unique_and_every_reference_has_its_target(page):
 
 
 def test_figures_follow_the_theme(page):
-    assert not any(stand_in in page for stand_in in report.PAINT.values())
-    used = set(re.findall(r"var\(--([a-z_]+)\)", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))))
-    assert used == set(report.PAINT)
-    light, dark = report.CSS.split("@media (prefers-color-scheme: dark)")[:2]
-    for colour in report.COLOURS:
+    figures = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    used = set(re.findall(r"var\(--([a-z_]+)\)", figures))
+    assert used >= {*report.METHODS, "ink", "soft", "other", "right", "wrong"} and "#" not in figures
+    light, dark = report.CSS.read_text(encoding="utf-8").split("@media (prefers-color-scheme: dark)")[:2]
+    for colour in used:
         assert f"--{colour}:" in light and f"--{colour}:" in dark.split("} }")[0]
 
 
@@ -148,7 +147,8 @@ def test_tokens_are_coloured_by_their_reward(page):
 
 
 def test_one_outlier_does_not_bleach_the_page():
-    assert report.reward_scale([{"rewards": [1.0, -1.0] * 100 + [-1000.0]}]) == 1.0
+    assert report.full_colour([1.0, -1.0] * 100 + [-1000.0]) == 1.0
+    assert report.full_colour([-2.0, 1.0, None]) == 2.0 and report.full_colour([]) == 1.0
 
 
 def poison(value, key=""):
@@ -160,7 +160,7 @@ def poison(value, key=""):
     return HOSTILE if isinstance(value, str) and key != "method" else value
 
 
-def test_hostile_text_stays_text(no_figures, tmp_path):
+def test_hostile_text_stays_text(tmp_path):
     folder = tmp_path / "R&D"
     folder.mkdir()
     files = full_run()
@@ -179,13 +179,33 @@ def test_control_characters_and_half_characters_are_harmless(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(full_run()))
-def test_any_file_alone_or_missing(no_figures, tmp_path, name):
+def test_any_file_alone_or_missing(tmp_path, name):
     files = full_run()
     assert "<section" in page_of(tmp_path, {name: files[name]})
     assert "Not in this run" in page_of(tmp_path, {name: files[name]})
     (tmp_path / name).unlink()
     del files[name]
     assert f"Not in this run: {name}." in page_of(tmp_path, files)
+
+
+def test_what_is_read():
+    assert report.parse_lines('{"step": 1}\n{"st') == [{"step": 1}]
+    tree = {"a": {"b": {"c": 1}}, "d": [1]}
+    assert [report.dig(tree, "a", "b"), report.dig(tree, "d", "b"), report.dig(tree, "d", kind=list)] == [{"c": 1}, {}, [1]]
+    intervals = [report.interval(value) for value in ([0.5, 0.4, 0.6], 0.5, [0.5, None, 0.6], [None, 0.4, 0.6], True, [])]
+    assert intervals == [[0.5, 0.4, 0.6], [0.5] * 3, [0.5] * 3, [], [], []]
+    assert report.by_number({"16": 0.9, "2": 0.5, "auroc": 1}) == [(2, 0.5), (16, 0.9)]
+    logged = [{"method": "irl", "step": step, "reward/mean": value} for step, value in ((2, 0.1), (1, 0.5), (2, 0.3), (3, None))]
+    assert report.series([*logged, {"method": "grpo", "step": 9}], "irl", "reward/mean") == [(1.0, 0.5), (2.0, 0.3)]
+
+
+def test_an_unknown_share_is_not_drawn_as_zero(tmp_path):
+    page = page_of(tmp_path, {"results.json": {"methods": {"sft": {"t1": 0.0}, "irl": {"t1": None}}}})
+    assert page.count('<span class="strip"') == 1 and "–</span>" in page
+
+
+def test_what_would_stay_empty_is_taken_out():
+    assert report.pruned("<p>$a</p>\n<p>$b $a</p>\n<q>$a</q>", "p", {"a": "", "b": "1"}) == "<p>$b $a</p>\n<q>$a</q>"
 
 
 def places(tree, at=()):
@@ -199,10 +219,10 @@ def places(tree, at=()):
 
 
 @pytest.mark.parametrize("name", ["results.json", "traces.json", "metrics.jsonl"])
-def test_any_part_missing_or_odd(no_figures, name):
-    sections = {"metrics.jsonl": [report.training_section], "traces.json": [report.traces_section],
-                "results.json": [report.results_section, report.choosing_section, report.reward_section,
-                                 report.localisation_section]}  # fmt: skip
+def test_any_part_missing_or_odd(name):
+    parts = {"metrics.jsonl": [report.training_parts], "traces.json": [report.traces_parts],
+             "results.json": [report.results_parts, report.choosing_parts, report.reward_parts,
+                              report.localisation_parts]}  # fmt: skip
     original = full_run()[name]
     original = original[:2] if name == "metrics.jsonl" else original
     for path in places(original):
@@ -214,36 +234,57 @@ def test_any_part_missing_or_odd(no_figures, name):
             for key in path[:-1]:
                 parent = parent[key]
             parent[path[-1]] = odd
-            for section in sections[name]:
-                section(content)
+            for part in parts[name]:
+                part(content)
 
 
 def test_figures_of_little_data():
-    assert "<svg" in report.curves("a", "t", True, [("irl", "IRL", [1.0], [0.0])])
-    assert "<svg" in report.against("b", "t", "N", [("irl", "-", "o", "IRL", True, {1: (0.0, None, None)})])
-    assert "<svg" in report.histograms([1.0], [])
-    assert "<svg" in report.histograms([2.0, 2.0], [2.0])
-    assert report.histograms([], []) == report.against("b", "t", "N", []) == ""
+    one = [Line("IRL", "irl", [(1.0, 0.0)])]
+    for share in (True, False):
+        assert chart("t", "step", one, share).count("<circle") == 1
+    assert chart("t", "N", one, True, {1.0: "2"}).startswith("<svg")
+    assert histogram("t", "r", {"right": [1.0], "wrong": []}).count("<g ") == 1
+    assert histogram("t", "r", {"right": [2.0, 2.0], "wrong": [2.0]}).count("<g ") == 2
+    assert histogram("t", "r", {"right": [], "wrong": []}) == chart("t", "N", []) == ""
+
+
+def test_axes():
+    assert [limits([0.1, 0.5], share=True), limits([2.0, 2.0]), limits([0, 0])] == [(0.0, 0.6), (1.0, 3.0), (-0.5, 0.5)]
+    assert ticks(0, 1) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] and ticks(-3, 42) == [0.0, 10.0, 20.0, 30.0, 40.0]
+
+
+def test_a_figure_shows_its_numbers_where_they_are():
+    """The places of points follow the axes' own numbers: the curve is at a tick's height where it has its value."""
+    figure = chart("t", "step", [Line("a", "irl", [(0, 0.25), (10, 0.5)]), Line("b", "sft", [(0, 0.0), (10, 1.0)])], True)
+    circles = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', figure)]
+    heights = {text: float(y) for y, text in re.findall(r'H290"/><text [^>]* y="([\d.]+)">(\d+)%</text>', figure)}
+    across = {text: float(x) for x, text in re.findall(r'V144"/><text [^>]*x="([\d.]+)"[^>]*>(\d+)</text>', figure)}
+    assert list(heights) == ["0", "20", "40", "60", "80", "100"] and {"0", "10"} <= set(across)
+    full = heights["0"] - heights["100"]
+    drawn = [(heights["0"] - 3.5 - y) / full for _, y in circles]
+    assert drawn == pytest.approx([0.25, 0.5, 0.0, 1.0], abs=1e-3)
+    assert [x for x, _ in circles] == pytest.approx([across["0"], across["10"]] * 2)
+    assert ">a</span>" in figure and ">b</span>" in figure  # the legend
+
+
+def test_a_histogram_shows_shares_of_each_group():
+    lines = re.findall(r'<path class="line area[^"]*" d="M([^"]+)"', histogram("t", "r", {"right": [1.0] * 9, "wrong": [0.0]}))
+    tops = [min(float(point.split()[1]) for point in line.split("L")) for line in lines]
+    assert len(tops) == 2 and tops[0] == tops[1]  # all of the nine, all of the one
 
 
 def test_paths_of_this_machine_stay_out_of_the_page(page):
     assert "/home/somebody" not in page and "<b>base</b>" in page
-    assert report.tidy({"a": ["C:\\Users\\me\\run", "owner/model"]}) == {"a": ["run", "owner/model"]}
+    assert [report.tidy(value) for value in ("C:\\Users\\me\\run", "owner/model", 3)] == ["run", "owner/model", "3"]
 
 
 def test_command_line_and_errors(tmp_path):
-    here = Path(report.__file__).parent
-    command = [sys.executable, "report.py", str(tmp_path)]
-    empty = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    root = Path(report.__file__).parents[1]
+    command = [sys.executable, "-m", "show.report", str(tmp_path)]
+    empty = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert empty.returncode == 2 and empty.stderr.startswith("error: ") and empty.stderr.count("\n") == 1
     for name, text in (("results.json", "{"), ("results.json", "[]"), ("metrics.jsonl", '{\n{"step": 1}')):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=name):
             report.write_report(tmp_path)
         (tmp_path / name).unlink()
-
-
-def test_without_matplotlib_the_error_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
-        report.write_report(write(tmp_path, full_run()))

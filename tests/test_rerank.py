@@ -19,13 +19,19 @@ import data
 import policy
 import rerank
 import reward
-from data import Batch, Example, UserError
+from data import Batch, Example
+from engine import loading
+from engine.candidates import Candidates, collect, from_texts, natural_errors, reward_ends, signals
+from engine.errors import UserError
+from show.tables import show_traces
+from show.trace import token_scores
+from tasks.answers import same_answer
 
 T = torch.tensor
 INF = math.inf
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. trace_scores
+# 1. One score per trace
 # ------------------------------------------------------------------------------------------------------------
 
 REWARDS = T([[9.0, 1.0, -2.0, 4.0], [9.0, 3.0, 9.0, 9.0]])  # the 9s are read nowhere
@@ -60,13 +66,8 @@ def test_a_trace_without_scores_is_minus_infinity(rule):
     assert rerank.trace_scores(rewards, T([[0.0, 0.0], [1.0, 0.0]]), rule).tolist() == [-INF, 1.0]
 
 
-def test_unknown_rule_names_the_nearest():
-    with pytest.raises(UserError, match="did you mean 'lowest'"):
-        rerank.trace_scores(REWARDS, ENDS, "lowst")
-
-
 # ------------------------------------------------------------------------------------------------------------
-# 2. Choosing
+# 1. Choosing
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -103,39 +104,45 @@ def test_best_of_n_ends():
             rerank.best_of_n(correct, scores, n)
 
 
-def test_canonical_numbers():
-    keys = rerank.canonical_answers(["1,200", "1200", "$1200.00", "1200.", "1200 pens", "1201", None])
-    assert len(set(keys[:5])) == 1 and keys[5] not in keys[:5] and keys[6] is None
+def keys(*answers) -> list[int]:
+    return rerank.answer_keys([list(answers)], [()])[0].tolist()
 
 
-def test_canonical_words():
+def test_keys_of_numbers():
+    found = keys("1,200", "1200", "$1200.00", "1200.", "1200 pens", "1201", None, "0", "0.0")
+    assert found[:5] == [0] * 5 and found[5] not in (0, -1) and found[6] == -1 and found[7] == found[8] not in found[:7]
+
+
+def test_keys_of_words():
     """Nobody answers with a bare number, so the 12 in a name is no number: B12 is not 12 grams."""
-    keys = rerank.canonical_answers(["Vitamin B12", "the vitamin B12.", "12 grams of salt", " "])
-    assert keys[0] == keys[1] != keys[2] and keys[3] is None
+    found = keys("Vitamin B12", "the vitamin B12.", "12 grams of salt", " ")
+    assert found[0] == found[1] != found[2] and found[3] == -1
 
 
 @pytest.mark.parametrize("a, b", [
     ("1,200", "1200"), ("3/4", "0.75"), ("-5", "5"), ("The heart.", "heart"), ("7 pens", "7"), ("10%", "10"),
     ("lung", "heart"), ("7", "seven"), ("+5 dB", "-5 dB"), ("< 5", "5"), ("< 5", "> 5"), ("A", "the"), ("A", "a."),
 ])  # fmt: skip
-def test_canonical_agrees_with_same_answer(a, b):
-    one, other = rerank.canonical_answers([a, b])
-    assert (one == other) == (data.same_answer(a, b) or data.same_answer(b, a))
+def test_keys_agree_with_same_answer(a, b):
+    one, other = keys(a, b)
+    assert (one == other) == (same_answer(a, b) or same_answer(b, a))
 
 
 def test_votes_count_a_letter_and_its_text_as_one():
     options = ("Mitral valve", "Aortic valve")
-    assert rerank.key_numbers([["B", "aortic valve", "(b)", "A", None, "lung"]], [options]).tolist() == [[0, 0, 0, 1, -1, 2]]
+    found = rerank.answer_keys([["B", "aortic valve", "(b)", "A", None, "lung"]], [options])[0].tolist()
+    assert found[0] == found[1] == found[2] and found[4] == -1 and len({found[0], found[3], -1, found[5]}) == 4
     example = data.Example("Which?", "", "B", options)
     texts = [data.response_text("", answer) for answer in ("B", "Aortic valve", "A")]
-    candidates = rerank.Candidates([example], data.make_batch([[1]] * 3, [[1]] * 3), texts, 3)
-    assert candidates.keys.tolist() == [[0, 0, 1]] and candidates.correct.tolist() == [[1, 1, 0]]
+    candidates = Candidates([example], data.make_batch([[1]] * 3, [[1]] * 3), texts, 3)
+    assert rerank.answer_keys(candidates.answers, [options]).tolist() == [[0, 0, 2]]
+    assert candidates.correct.tolist() == [[1, 1, 0]]
 
 
 def majority(correct, answers, weights=None):
-    keys = rerank.key_numbers([answers])
-    even = torch.ones(keys.shape) if weights is None else T([weights])
-    return rerank.vote(T([correct]), keys, even).item()
+    """Of all candidates together."""
+    weights = None if weights is None else T([weights])
+    return rerank.majority_vote(T([correct]), T([keys(*answers)]), len(answers), weights).item()
 
 
 def test_vote_by_hand():
@@ -161,10 +168,10 @@ def test_weighted_vote_by_hand():
 
 def test_majority_enumerates_small_cases():
     """Of the 6 pairs of 7 7 8 9: one is 7 7 (right), four tie between 7 and another (half), 8 9 is wrong."""
-    keys, correct = rerank.key_numbers([["7", "7", "8", "9"]]), T([[1.0, 1.0, 0.0, 0.0]])
-    assert rerank.majority_vote(correct, keys, 2).item() == pytest.approx((1 + 4 * 0.5) / 6)
-    assert rerank.majority_vote(correct, keys, 1).item() == 0.5  # one candidate: a random one
-    assert rerank.majority_vote(correct, keys, 4).item() == 1.0
+    found, correct = T([keys("7", "7", "8", "9")]), T([[1.0, 1.0, 0.0, 0.0]])
+    assert rerank.majority_vote(correct, found, 2).item() == pytest.approx((1 + 4 * 0.5) / 6)
+    assert rerank.majority_vote(correct, found, 1).item() == 0.5  # one candidate: a random one
+    assert rerank.majority_vote(correct, found, 4).item() == 1.0
 
 
 def test_majority_sampling_comes_near_the_enumeration_and_is_seeded():
@@ -177,9 +184,14 @@ def test_majority_sampling_comes_near_the_enumeration_and_is_seeded():
     assert not torch.equal(many, rerank.majority_vote(correct, keys, 5, draws=700, seed=2))
 
 
-def test_subsets_have_no_repeats():
-    for chosen in rerank.subsets(3, 16, 8, 5, torch.Generator().manual_seed(0)):
-        assert chosen.shape == (3, 8) and all(len(set(row)) == 8 for row in chosen.tolist())
+def test_random_subsets_have_no_repeats():
+    """Of 16 different answers one is right. Among 8 of them it wins with chance 1/8, if it is there: one that was drawn
+    twice would win alone."""
+    correct, found = torch.zeros(3, 16), torch.arange(16).expand(3, 16)
+    correct[:, 5] = 1.0
+    values = torch.stack([rerank.majority_vote(correct, found, 8, draws=1, seed=seed) for seed in range(20)])
+    assert set(values.flatten().tolist()) == {0.0, 0.125}
+    assert (values[:, 0] != values[:, 1]).any()  # each question has subsets of its own
 
 
 def test_vote_weights_by_hand():
@@ -193,11 +205,11 @@ def test_vote_weights_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. How good is a score
+# 2. How good is a score
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one():
+def test_pass_at_k_is_the_share_of_subsets():
     for n, c, k in [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 1), (6, 1, 6), (6, 3, 4)]:
         subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
         assert rerank.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets)), (n, c, k)
@@ -233,7 +245,7 @@ def test_auroc_ends():
     assert rerank.auroc(T([2.0, 1.0]), T([0, 1])) == 0.0
     assert rerank.auroc(T([5.0, 5.0, 5.0]), T([0, 1, 0])) == 0.5
     assert rerank.auroc(T([-INF, 1.0]), T([0, 1])) == 1.0
-    assert math.isnan(rerank.auroc(T([1.0, 2.0]), T([1, 1])))
+    assert rerank.auroc(T([1.0, 2.0]), T([1, 1])) is rerank.auroc(T([1.0, 2.0]), T([0, 0])) is None
 
 
 def test_bootstrap():
@@ -248,7 +260,7 @@ def test_bootstrap():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. Localisation
+# 3. Where a trace first goes wrong
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -275,20 +287,27 @@ def three_steps() -> tuple[Batch, torch.Tensor]:
     return batch, ends_step
 
 
+def place_results(batch, truth, values: dict, ends_step, questions=None, **options) -> dict:
+    """Of values that were read on every response token."""
+    readings = {name: (value, batch.response_mask) for name, value in values.items()}
+    questions = torch.zeros_like(truth) if questions is None else questions
+    return rerank.place_results(batch, truth, questions, readings, ends_step, **options)
+
+
 def test_hits_and_exact_chance():
     """The response is columns 2..6. Within 1 of column 2 are 2 of its 5 tokens (column 1 is prompt), within 1
-    of column 4 are 3; its step, the tokens 2 and 9, is columns 4 and 5."""
+    of column 4 are 3; its step, the tokens 2 and 9, is columns 4 and 5. Column 6 is a step alone: padding is none."""
     batch, ends_step = three_steps()
-    mask = batch.response_mask
-    for truth, within, expected in [(2, 0, 1 / 5), (2, 1, 2 / 5), (4, 1, 3 / 5), (6, 1, 2 / 5)]:
-        assert rerank.chance(rerank.near(mask, T([truth]), within), mask).item() == pytest.approx(expected)
-    assert rerank.near(mask, T([2]), 1)[0].nonzero().flatten().tolist() == [2, 3]
-    step = rerank.same_step(batch, T([4]), ends_step)
-    assert step[0].nonzero().flatten().tolist() == [4, 5]
-    assert rerank.chance(step, mask).item() == pytest.approx(2 / 5)
-    assert rerank.same_step(batch, T([6]), ends_step)[0].nonzero().flatten().tolist() == [6]  # no padding
-    near = rerank.near(mask, T([4]), 1)
-    assert [rerank.hit(near, T([place])).item() for place in (2, 3, 4, 5, 6)] == [0, 1, 1, 1, 0]
+
+    def of(truth: int, place: int, name: str) -> list[float]:
+        values = {"logprob": -torch.nn.functional.one_hot(T([place]), 8).float()}
+        found = place_results(batch, T([truth]), values, ends_step)
+        return [found[kind][name][0] for kind in ("hit0", "hit1", "step")]
+
+    for truth, expected in [(2, [1 / 5, 2 / 5, 2 / 5]), (4, [1 / 5, 3 / 5, 2 / 5]), (6, [1 / 5, 2 / 5, 1 / 5])]:
+        assert of(truth, 2, "chance") == pytest.approx(expected)
+    hits = {2: [0, 0, 0], 3: [0, 1, 0], 4: [1, 1, 1], 5: [0, 1, 1], 6: [0, 0, 0]}
+    assert {place: of(4, place, "logprob") for place in hits} == hits
 
 
 def test_place_results_by_hand():
@@ -300,17 +319,16 @@ def test_place_results_by_hand():
         "logprob": T([[-9.0, 0.0, -1.0, -1.0, -1.0, -2.0, -1.0, 0.0]]),
         "entropy": T([[9.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 9.0]]),
     }
-    found = rerank.place_results(batch, T([4]), T([0]), values, batch.response_mask, ends_step)
+    found = place_results(batch, T([4]), values, ends_step)
     hits = {name: [found[kind][name][0] for kind in ("hit0", "hit1", "step")] for name in found["hit0"]}
     assert hits["reward"] == [1, 1, 1]
     assert hits["reward_drop"] == [0, 1, 0]
     assert hits["logprob"] == [0, 1, 1]
     assert hits["reward_first"] == [1, 1, 1]  # -1 is not below -1, so it is the lowest
     values["logprob"][0, 3] = -1.5
-    found = rerank.place_results(batch, T([4]), T([0]), values, batch.response_mask, ends_step, likelihood=False)
-    assert (
-        found["hit0"]["logprob_first"][0] == 0 and found["hit1"]["logprob_first"][0] == 1
-    )  # at 3, before the lowest at 5
+    found = place_results(batch, T([4]), values, ends_step, likelihood=False)
+    first = [found[kind]["logprob_first"][0] for kind in ("hit0", "hit1")]
+    assert first == [0, 1]  # at 3, before the lowest at 5
     assert "reward_first" not in found["hit0"]  # a head's f is no log-probability
     assert hits["entropy"] == [0, 1, 1]
     assert hits["chance"] == hits["chance_reward"] == pytest.approx([1 / 5, 3 / 5, 2 / 5])
@@ -323,14 +341,15 @@ def test_questions_not_traces_are_bootstrapped():
     batch = batch[[0, 0, 0, 0]]
     values = {"logprob": torch.zeros(4, 7)}
     values["logprob"][:, 4] = -1.0
-    ends, truth = batch.response_mask, T([4, 4, 4, 2])
-    found = rerank.place_results(batch, truth, T([0, 0, 0, 1]), values, ends, ends_step)
-    assert found["hit0"]["logprob"][0] == 0.5
-    assert rerank.place_results(batch[:0], T([]), T([]), {}, ends[:0], ends_step) == {"count": 0}
+    found = place_results(batch, T([4, 4, 4, 2]), values, ends_step, T([0, 0, 0, 1]))
+    assert found["hit0"]["logprob"][0] == 0.5 and found["count"] == 4
+    found = place_results(batch, T([4, -1, -1, 2]), values, ends_step, T([0, 0, 0, 1]))  # -1: a trace without an error
+    assert found["hit0"]["logprob"][0] == 0.5 and found["count"] == 2
+    assert place_results(batch, T([-1] * 4), values, ends_step) == {"count": 0}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5, 6. Candidates and results on the shipped base
+# 4. Candidates and results on the shipped base
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -341,9 +360,9 @@ def make_discriminator(model, tokenizer, granularity="dense"):
 
 def written(tokenizer, traces: list[tuple[str, str]], expert=("3*12=36\n14+36=50", "50")):
     """Candidates for one question, from (trace, answer) pairs."""
-    example = Example("Ava has 14 pens. Ava buys 3 bags of 12. How many pens?", *expert)
+    example = Example("Ava has 14 pens. Ava buys 3 bags of 12. How many pens?", *expert, task="words")
     texts = [data.response_text(*pair) for pair in traces]
-    return rerank.from_texts(tokenizer, [example], texts, len(texts))
+    return from_texts(tokenizer, [example], texts, len(texts))
 
 
 RIGHT, WRONG, LATE = ("12*3=36\n36+14=50", "50"), ("3+12=15\n14+15=29", "29"), ("3*12=36\n14+36=40", "40")
@@ -353,16 +372,16 @@ def test_candidates_know_what_is_right(shipped):
     candidates = written(shipped[1], [RIGHT, WRONG, LATE, RIGHT])
     assert candidates.correct.tolist() == [[1, 0, 0, 1]]
     assert candidates.answers == [["50", "29", "40", "50"]]
-    assert candidates.keys.tolist() == [[0, 1, 2, 0]]
+    assert rerank.answer_keys(candidates.answers, [()]).tolist() == [[0, 1, 2, 0]]
     examples = [Example("1+1?", "", "2"), Example("1+2?", "", "3")]  # two rows each
-    candidates = rerank.from_texts(shipped[1], examples, ["3", "2", "3", "2"], 2)
+    candidates = from_texts(shipped[1], examples, ["3", "2", "3", "2"], 2)
     assert candidates.correct.tolist() == [[0, 1], [1, 0]]
 
 
 def test_collect_keeps_n_rows_a_question(shipped):
     examples = data.load_examples("words", "test", 2)
     generator = torch.Generator().manual_seed(0)
-    candidates = rerank.collect(*shipped, examples, 3, 64, 1.0, generator)
+    candidates = collect(*shipped, examples, 3, 64, 1.0, generator)
     assert len(candidates.batch) == len(candidates.texts) == 6 and candidates.correct.shape == (2, 3)
     for row in range(6):
         prompt = data.prompt_ids(shipped[1], examples[row // 3].question)
@@ -375,8 +394,10 @@ def test_signals_are_those_of_a_plain_forward_pass(shipped):
     model, tokenizer = shipped
     candidates = written(tokenizer, [RIGHT, WRONG, ("3*12=36", "36")])
     discriminator = make_discriminator(model, tokenizer, "interval")
-    found = rerank.signals(candidates, discriminator, model, {"sft_logprob": model})
-    ends = rerank.reward_ends(candidates.batch, discriminator)
+    readings = signals(candidates.batch, discriminator, model, {"sft_logprob": model})
+    found, ends = {name: values for name, (values, _) in readings.items()}, readings["reward"][1]
+    assert torch.equal(ends, reward_ends(candidates.batch, discriminator))
+    assert torch.equal(readings["logprob"][1], candidates.batch.response_mask)
     for row in range(3):
         length, first = int(candidates.batch.lengths[row]), int(candidates.batch.prompt_lengths[row])
         tokens = candidates.batch.tokens[row, :length]
@@ -400,16 +421,16 @@ def test_signals_are_those_of_a_plain_forward_pass(shipped):
 
 def test_a_head_is_read_at_segment_ends_not_summed(shipped):
     model, tokenizer = shipped
-    head = reward.load_reward("head", policy.BASE)
+    head = reward.load_reward("head", loading.BASE)
     torch.nn.init.normal_(head.model.score.weight)
     candidates = written(tokenizer, [RIGHT, WRONG])
     discriminator = make_discriminator(model, tokenizer, "interval")
     discriminator.reward_model = head
-    found = rerank.signals(candidates, discriminator, model)
+    found = signals(candidates.batch, discriminator, model)
     with torch.no_grad():
-        expected = head.scores(candidates.batch) * rerank.reward_ends(candidates.batch, discriminator)
-    torch.testing.assert_close(found["reward"], expected)
-    assert found["reward"].abs().max() > 0 and "sft_logprob" not in found
+        expected = head.scores(candidates.batch) * reward_ends(candidates.batch, discriminator)
+    torch.testing.assert_close(found["reward"][0], expected)
+    assert found["reward"][0].abs().max() > 0 and "sft_logprob" not in found
 
 
 def test_natural_errors_point_at_the_first_wrong_token(shipped):
@@ -417,7 +438,7 @@ def test_natural_errors_point_at_the_first_wrong_token(shipped):
     whatever stands before it."""
     tokenizer = shipped[1]
     candidates = written(tokenizer, [RIGHT, WRONG, LATE, ("3+12=15\n14+36=50", "50")])
-    places = rerank.natural_errors(candidates, tokenizer, data.end_tokens(tokenizer))
+    places = natural_errors(candidates, tokenizer, data.end_tokens(tokenizer))
     prompt = int(candidates.batch.prompt_lengths[0])
     assert places[0] == places[3] == -1 and places[1] == prompt + 2
     tokens = [tokenizer.decode([t]) for t in candidates.batch.tokens[2, prompt : places[2] + 1]]
@@ -430,18 +451,19 @@ def test_a_cut_trace_without_an_error_has_no_place(shipped):
     ids = data.response_ids(tokenizer, "<think>\n3*12=36\n")
     for response, has_error in [(ids, True), (ids[:-1], False)]:  # with it, it has stopped too early
         batch = data.make_batch([[1]], [response])
-        candidates = rerank.Candidates([example], batch, ["<think>\n3*12=36\n"], 1)
-        assert (rerank.natural_errors(candidates, tokenizer, data.end_tokens(tokenizer)) >= 0).tolist() == [has_error]
+        candidates = Candidates([example], batch, ["<think>\n3*12=36\n"], 1)
+        assert (natural_errors(candidates, tokenizer, data.end_tokens(tokenizer)) >= 0).tolist() == [has_error]
 
 
-def test_perturbed_experts_differ_first_where_they_say(shipped):
+def test_broken_experts_differ_first_where_they_say(shipped):
+    """The synthetic test's traces, as assess makes them."""
     tokenizer, examples = shipped[1], data.load_examples("words", "test", 5)
-    candidates, places, questions = rerank.perturbed_experts(tokenizer, examples, random.Random(0))
-    assert len(places) == len(candidates.texts) > 10
-    for row, place in enumerate(places.tolist()):
-        expert = data.demonstration_batch(tokenizer, [examples[questions[row]]]).tokens[0].tolist()
-        broken = candidates.batch.tokens[row].tolist()
-        assert broken[:place] == expert[:place] and broken[place] != expert[place]
+    broken = reward.compare(tokenizer, examples, [[] for _ in examples], rerank.PERTURBED_PER_EXPERT, random.Random(0))
+    assert len(broken.negative_from) == len(broken.negative) > 10
+    for row, place in enumerate(broken.negative_from.tolist()):
+        expert = data.demonstration_batch(tokenizer, [examples[broken.pair[row]]]).tokens[0].tolist()
+        tokens = broken.negative.tokens[row].tolist()
+        assert tokens[:place] == expert[:place] and tokens[place] != expert[place]
 
 
 def test_rerank_results_by_hand(shipped):
@@ -449,8 +471,7 @@ def test_rerank_results_by_hand(shipped):
     candidates = written(shipped[1], [RIGHT, WRONG, WRONG, RIGHT])
     mask = candidates.batch.response_mask
     order = T([[4.0], [1.0], [2.0], [3.0]])
-    values = {"reward": mask * order, "logprob": mask * -order}
-    found = rerank.rerank_results(candidates, values, mask, [1, 2, 4])
+    found = rerank.rerank_results(candidates, {"reward": (mask * order, mask), "logprob": (mask * -order, mask)})
     mean = {n: {name: value[0] for name, value in found[n].items()} for n in ("1", "2", "4")}
     names = {"random", "longest", "shortest", "majority", "logprob", "reward", "weighted_majority", "oracle"}
     assert set(mean["4"]) == names | {f"reward_{rule}" for rule in rerank.RULES}
@@ -467,11 +488,11 @@ def test_longest_and_shortest_count_response_tokens(shipped):
     """The right trace is longer than the wrong one; two equally long ones are drawn from."""
     candidates = written(shipped[1], [RIGHT, ("3*12=36", "36")])
     assert candidates.batch.response_mask[0].sum() > candidates.batch.response_mask[1].sum()
-    found = rerank.rerank_results(candidates, {}, None, [1, 2])
+    found = rerank.rerank_results(candidates, {})
     assert (found["2"]["longest"][0], found["2"]["shortest"][0], found["1"]["longest"][0]) == (1.0, 0.0, 0.5)
     assert found["auroc"] == {"longest": 1.0, "shortest": 0.0}
     even = written(shipped[1], [RIGHT, ("3*12=36\n14+36=50", "51")])
-    assert rerank.rerank_results(even, {}, None, [2])["2"]["longest"][0] == 0.5
+    assert rerank.rerank_results(even, {})["2"]["longest"][0] == 0.5
 
 
 def test_a_judge_is_the_averaged_model_before_its_logits_are_divided(run, shipped):
@@ -480,41 +501,40 @@ def test_a_judge_is_the_averaged_model_before_its_logits_are_divided(run, shippe
     policy.divide_logits(model, 0.2)
     model.save_pretrained(run / "sft_fair")
     tokenizer.save_pretrained(run / "sft_fair")
-    policy_model, _, discriminator, judges, _ = rerank.load_run(run, "base", "cpu")
+    policy_model, _, discriminator, judges, _ = rerank.models_of_run(run, "base", "cpu")
     assert set(judges) == {"sft_fair_logprob"}
-    found = rerank.signals(written(tokenizer, [RIGHT, WRONG]), discriminator, policy_model, judges)
-    torch.testing.assert_close(found["sft_fair_logprob"], found["logprob"], atol=1e-4, rtol=1e-4)
+    found = signals(written(tokenizer, [RIGHT, WRONG]).batch, discriminator, policy_model, judges)
+    torch.testing.assert_close(found["sft_fair_logprob"][0], found["logprob"][0], atol=1e-4, rtol=1e-4)
 
 
-def test_rerank_results_default_rule(shipped):
+def test_rerank_results_go_by_the_rule(shipped):
     """The right trace has the better mean and the worse lowest token."""
     candidates = written(shipped[1], [RIGHT, WRONG])
     mask = candidates.batch.response_mask
-    values = {"reward": mask.clone()}
-    values["reward"][1] = 0.5 * mask[1]
-    values["reward"][0, int(candidates.batch.lengths[0]) - 1] = 0.0
+    values = mask.clone()
+    values[1] = 0.5 * mask[1]
+    values[0, int(candidates.batch.lengths[0]) - 1] = 0.0
     for rule, expected in (("mean", 1.0), ("lowest", 0.0)):
-        found = rerank.rerank_results(candidates, values, mask, [2], default_rule=rule)
+        found = rerank.rerank_results(candidates, {"reward": (values, mask)}, rule)
         assert found["2"]["reward"][0] == expected
 
 
 def test_alarm_rates_by_hand():
     values = torch.tensor([[-5.0, -0.5, -0.5], [-5.0, -1.0, -1.1], [-5.0, -3.0, 0.0], [-5.0, -0.1, -4.0]])
     ends = torch.tensor([[0.0, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]])  # column 0 is a prompt, the last padding
-    found = rerank.alarm_rates(values, ends, torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    found = rerank.alarm_rates(values, ends, torch.tensor([True, True, False, False]))
     assert found == {"right": 0.5, "wrong": 0.5}  # rows 1 and 2; -1 itself is not below -1
-    assert rerank.alarm_rates(values, ends, torch.zeros(4)) == {"right": None, "wrong": 0.5}
+    assert rerank.alarm_rates(values, ends, torch.zeros(4).bool()) == {"right": None, "wrong": 0.5}
 
 
 def test_assess_finds_a_known_reward(shipped):
     """With the base as reward and as policy, reward and logprob are the same number under two names."""
     model, tokenizer = shipped
     examples = data.load_examples("words", "test", 4)
-    candidates = rerank.collect(model, tokenizer, examples, 4, 64, 1.0, torch.Generator().manual_seed(0))
-    settings = type("Settings", (), {"rule": "mean", "seed": 0, "data": "words"})
+    candidates = collect(model, tokenizer, examples, 4, 64, 1.0, torch.Generator().manual_seed(0))
     discriminator = make_discriminator(model, tokenizer)
     judges = dict.fromkeys(rerank.JUDGES, model)
-    found = rerank.assess(candidates, discriminator, model, judges, tokenizer, settings)
+    found = rerank.assess(candidates, discriminator, model, judges, tokenizer)
     best = found["rerank"]["4"]
     assert best["reward"] == best["logprob"] == best["sft_logprob"] == best["sft_fair_logprob"]
     for kind in ("natural", "single"):
@@ -526,23 +546,23 @@ def test_assess_finds_a_known_reward(shipped):
     assert 0 <= found["alarms"]["reward"]["right"] < found["alarms"]["reward"]["wrong"]
     assert sum(map(len, found["distributions"].values())) == 16
     json.dumps(found, allow_nan=False)
-    traces = rerank.show_traces(candidates, discriminator, model, tokenizer, settings)
+    traces = show_traces(candidates, discriminator, model, tokenizer)
     assert all(abs(r) < 1e-4 for trace in traces for r in trace["rewards"])  # f = log pi: D is 1/2 everywhere
     assert all((trace["first_wrong"] is None) == trace["correct"] for trace in traces)
     assert all("".join(trace["tokens"]).startswith("<think>\n") for trace in traces)
     for trace in traces:  # the first token whose f is below -1, if there is one
         text = "".join(trace["tokens"][:-1])  # without the end token, which is no text
-        f = [f for _, f in reward.explain(discriminator.reward_model, tokenizer, trace["question"], text)]
+        f = [f for _, f in token_scores(discriminator.reward_model, tokenizer, trace["question"], text)]
         assert trace["predicted"] == next((i for i, value in enumerate(f) if value < -1), None)
     assert {trace["predicted"] is None for trace in traces} == {True, False}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. The command line
+# 5. The command line
 # ------------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "model": policy.BASE, "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
+    "model": loading.BASE, "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
     "interval": 0, "words_steps": 3, "words_largest": 40, "max_new_tokens": 64, "fair_temperature": 0.2,
 }  # fmt: skip
 
@@ -552,7 +572,7 @@ def run(tmp_path):
     """A run folder whose policy and reward are both the base."""
     folder = tmp_path / "run"
     for name in ("policy", "reward"):
-        shutil.copytree(policy.BASE, folder / name)
+        shutil.copytree(loading.BASE, folder / name)
     (folder / "settings.json").write_text(json.dumps(SETTINGS))
     return folder
 
@@ -594,17 +614,17 @@ def test_samples_of_a_model_with_another_tokenizer_are_judged_as_text(run, tmp_p
     symbols = ["<end>", *"0123456789+*-=\n "]
     chars = Tokenizer(models.WordLevel({c: i for i, c in enumerate(symbols)}, unk_token=" "))
     chars.pre_tokenizer, chars.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    other = policy.PreTrainedTokenizerFast(tokenizer_object=chars, eos_token="<end>")
+    other = loading.PreTrainedTokenizerFast(tokenizer_object=chars, eos_token="<end>")
     size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(symbols), **size))
     model.save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
-    model, other = policy.load_policy(str(tmp_path / "other"))
+    model, other = loading.load_policy(str(tmp_path / "other"))
     example = Example(GOOD["question"], "", "50")
-    written = rerank.collect(model, other, [example], 2, 12, 1.0, torch.Generator().manual_seed(0))
+    written = collect(model, other, [example], 2, 12, 1.0, torch.Generator().manual_seed(0))
     record = GOOD | {"candidates": written.texts}
     rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", record), "--out", str(tmp_path / "o.json")])
-    own = policy.load_tokenizer(policy.BASE)
+    own = loading.load_tokenizer(loading.BASE)
     count = sum(len(data.response_ids(own, text)) for text in written.texts)
     assert f"is text, whoever wrote it: {count} tokens of the run's own tokenizer" in capsys.readouterr().out
     assert json.loads((tmp_path / "o.json").read_text())["rerank"]["2"]["reward"][0] >= 0
@@ -639,17 +659,17 @@ def test_more_candidates_asked_for_than_there_are(run, tmp_path):
 
 
 def test_fewer_candidates_asked_for_are_the_first(tmp_path):
-    examples, texts, n, known = rerank.read_candidates(lines(tmp_path / "c.jsonl", GOOD, GOOD), 1)
-    assert (len(examples), texts, n, known) == (2, GOOD["candidates"][:1] * 2, 1, True)
+    examples, texts, n = rerank.read_candidates(lines(tmp_path / "c.jsonl", GOOD, GOOD), 1)
+    assert ([example.answer for example in examples], texts, n) == (["50", "50"], GOOD["candidates"][:1] * 2, 1)
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--n", "0"], "--n must be at least 1"),
+    (["--n", "0"], "--n must be from 1"),
     (["--questions", "-1"], "--questions must be"),
-    (["--rule", "meen"], "did you mean 'mean'"),
+    (["--rule", "meen"], "--rule: invalid choice: 'meen'"),
     (["--temperature", "nan"], "--temperature must be"),
     (["--seed", "-1"], "--seed must be"),
-    (["--device", "tpu"], "no device 'tpu'"),
+    (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
     (["--run", "no/such/run"], "no run folder"),
     (["--candidates", "x.jsonl"], "--candidates needs"),
     (["--policy", "run"], "--policy needs"),
@@ -667,7 +687,7 @@ def settings_are(text: str):
     (lambda run: (run / "settings.json").unlink(), "cannot read .*settings.json"),
     (settings_are("{"), "cannot read .*settings.json"),
     (settings_are("[]"), "holds no settings"),
-    (settings_are(json.dumps(SETTINGS | {"reward": "x"})), "'reward' is 'x'"),
+    (settings_are(json.dumps(SETTINGS | {"reward": "x"})), "'reward' must be one of .*, not 'x'"),
     (settings_are(json.dumps(SETTINGS | {"model": None})), "'model' is missing"),
     (lambda run: shutil.rmtree(run / "reward"), "holds no reward/"),
     (lambda run: (run / "reward" / "tokenizer.json").write_text("{"), "cannot load model"),
@@ -692,4 +712,4 @@ def test_bad_input_is_one_line_and_exit_status_2():
     command = [sys.executable, rerank.__file__, "--n", "0"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2 and found.stdout == ""
-    assert found.stderr == "error: --n must be at least 1, not 0\n"
+    assert found.stderr == "error: --n must be from 1 to 1,000,000, not 0\n"

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 import data
 import policy
 import reward
-from data import UserError
+from engine.errors import UserError
+from show import trace
 
 
 def make_discriminator(shipped, kind="likelihood", logit="airl", granularity="dense", interval=0, clip=0.0):
@@ -76,18 +77,14 @@ def test_trace_weights_mean_over_tokens_then_traces():
     assert_close(weights, torch.tensor([[0, 1 / 6, 1 / 6, 1 / 6], [0, 0, 1 / 2, 0]]))
 
 
-def test_comparison_losses_by_hand():
+def test_comparison_loss_by_hand():
     """Two experts, three negatives (two for the first), one counted token each."""
     e, n = torch.tensor([[1.0], [-0.5]]), torch.tensor([[0.2], [-1.0], [0.4]])
-    w_e, w_n, pair = torch.full((2, 1), 1 / 2), torch.full((3, 1), 1 / 3), torch.tensor([0, 0, 1])
+    w_e, w_n = torch.full((2, 1), 1 / 2), torch.full((3, 1), 1 / 3)
     sig = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
-    bce = (
-        0.5 * (-math.log(sig(1)) - math.log(sig(-0.5))) / 2
-        + 0.5 * sum(-math.log(1 - sig(x)) for x in (0.2, -1.0, 0.4)) / 3
-    )
-    bt = sum(-math.log(sig(x)) for x in (1 - 0.2, 1 + 1.0, -0.5 - 0.4)) / 3
-    for kind, expected in (("bce", bce), ("bt", bt)):
-        assert_close(reward.comparison_loss(e, w_e, n, w_n, pair, kind, 0.0), torch.tensor(expected))
+    expected = 0.5 * (-math.log(sig(1)) - math.log(sig(-0.5))) / 2
+    expected += 0.5 * sum(-math.log(1 - sig(x)) for x in (0.2, -1.0, 0.4)) / 3
+    assert_close(reward.comparison_loss(e, w_e, n, w_n, 0.0), torch.tensor(expected))
 
 
 # granularity ---------------------------------------------------------------------------------------------------
@@ -195,7 +192,7 @@ def test_perturbed_negatives_count_from_the_first_changed_token(shipped):
     _, tokenizer = shipped
     example = data.Example("Ava has 24 pens. Ava loses 9. Ava finds 3. How many pens?", "24-9=15\n15+3=18", "18")
     expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
-    found = reward.perturbed_negatives(tokenizer, example, 50, random.Random(0))
+    found = data.perturbed_negatives(tokenizer, example, 50, random.Random(0))
     assert len(found) == 50
     for ids, first in found:
         assert ids != expert and ids[:first] == expert[:first] and ids[first] != expert[first]
@@ -224,7 +221,7 @@ def test_the_prefix_shared_with_the_expert_is_no_negative(shipped, granularity):
         assert weights_n[row, :first].sum() == 0 and weights_n[row, first:].sum() > 0
         assert granularity == "interval" or weights_n[row, first] > 0
     logits_e, logits_n = torch.randn(weights_e.shape), torch.randn(weights_n.shape).requires_grad_(True)
-    reward.comparison_loss(logits_e, weights_e, logits_n, weights_n, found.pair, "bce", 0.1).backward()
+    reward.comparison_loss(logits_e, weights_e, logits_n, weights_n, 0.1).backward()
     assert torch.equal(logits_n.grad != 0, weights_n > 0)
 
 
@@ -239,16 +236,13 @@ def test_replay_keeps_the_latest():
 # updates -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["bce", "bt"])
 @pytest.mark.parametrize("granularity", ["dense", "interval", "sparse"])
-def test_micro_batch_size_changes_no_gradient(shipped, comparison, loss, granularity):
+def test_micro_batch_size_changes_no_gradient(shipped, comparison, granularity):
     results = []
     for micro_batch in (1000, 6, 1):
         discriminator = make_discriminator(shipped, granularity=granularity)
         optimizer = torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.1)
-        metrics = reward.update(
-            discriminator, optimizer, shipped[0], comparison, loss, 0.1, 0.2, micro_batch=micro_batch
-        )
+        metrics = reward.update(discriminator, optimizer, shipped[0], comparison, 0.1, 0.2, micro_batch=micro_batch)
         results.append((metrics, torch.cat([p.detach().flatten() for p in discriminator.reward_model.parameters()])))
     for metrics, parameters in results[1:]:
         assert_close(parameters, results[0][1], atol=1e-5, rtol=1e-4)
@@ -272,16 +266,13 @@ def test_the_demonstrations_likelihood_is_for_a_likelihood_alone(shipped, compar
     assert nll > 0.01
 
 
-@pytest.mark.parametrize("kind, logit, loss", [
-    ("likelihood", "airl", "bce"), ("likelihood", "airl", "bt"), ("head", "gail", "bce"),
-])  # fmt: skip
-def test_the_discriminator_learns(shipped, comparison, kind, logit, loss):
+@pytest.mark.parametrize("kind, logit", [("likelihood", "airl"), ("head", "gail")])
+def test_the_discriminator_learns(shipped, comparison, kind, logit):
     discriminator = make_discriminator(shipped, kind, logit)
     optimizer = policy.make_optimizer(discriminator.reward_model, 1e-3)
-    history = [reward.update(discriminator, optimizer, shipped[0], comparison, loss) for _ in range(25)]
+    history = [reward.update(discriminator, optimizer, shipped[0], comparison) for _ in range(25)]
     assert history[-1]["loss"] < history[0]["loss"]
-    if loss == "bce":
-        assert history[-1]["d_expert"] > history[-1]["d_negative"] + 0.05
+    assert history[-1]["d_expert"] > history[-1]["d_negative"] + 0.05
 
 
 def test_a_known_reward_is_recovered():
@@ -303,13 +294,13 @@ def test_a_known_reward_is_recovered():
 
 def test_explain_names_the_token_and_refuses_unknown_words(shipped):
     model, tokenizer = shipped
-    scored = reward.explain(
+    scored = trace.token_scores(
         reward.LikelihoodReward(model), tokenizer, "Ava has 24 pens. Ava loses 9. How many pens?", "<think>\n24-9=99"
     )
     assert "".join(token for token, _ in scored) == "<think>\n24-9=99"
-    assert "suspicious" in reward.show(scored)
+    assert "suspicious" in trace.show(scored)
     with pytest.raises(UserError, match="vocabulary"):
-        reward.explain(reward.LikelihoodReward(model), tokenizer, "Zeno has 24 pens.", "<think>")
+        trace.token_scores(reward.LikelihoodReward(model), tokenizer, "Zeno has 24 pens.", "<think>")
 
 
 @pytest.mark.parametrize("values, likelihood, said", [
@@ -319,4 +310,4 @@ def test_explain_names_the_token_and_refuses_unknown_words(shipped):
     ([0.1, 1.0, 0.3, 0.2], False, "most suspicious: token 1 of 4, 'a' after '', f = 0.10"),
 ])  # fmt: skip
 def test_where_a_trace_goes_wrong_by_hand(values, likelihood, said):
-    assert said in reward.show(list(zip("abcd", values)), likelihood)
+    assert said in trace.show(list(zip("abcd", values)), likelihood)

@@ -12,7 +12,7 @@ from conftest import SHARED
 
 import data
 import policy
-from data import UserError
+from engine.errors import UserError
 from experiments import steps
 from experiments.steps import Solution
 

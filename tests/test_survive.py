@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,19 +21,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-import checkpoint
 import data
 import irl
 import policy
 import train
+from engine import checkpoint, keeper, loading
+from engine.errors import UserError
+from engine.keeper import Keeper, Log, Signals, Stopped, in_one_line
+from engine.runs import saved_settings
+from engine.settings import complete, flag, parse_flags, parse_settings
 
-EVALUATION = "--eval-questions 4 --eval-samples 1 --rerank-questions 4 --rerank-n 2 --max-new-tokens 24 --device cpu"
-ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 --max-steps 4 --grpo-steps 4 "
-       f"--validate-every 4 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
+EVALUATION = "--eval-questions 4 --eval-samples 1 --rerank-questions 4 --rerank-n 2 --max-new-tokens 12 --device cpu"
+ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 "
+       f"--max-steps 4 --grpo-steps 4 --validate-every 4 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
 IRL = (f"--method irl --demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 2 --warm-up 2 "
        f"--max-steps 3 --validate-every 0 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
 RESUME = ["--resume", "--name", "demo"]
-KILLS = 20
+KILLS = 10
 RUN = Path("runs/demo")
 
 
@@ -146,7 +151,7 @@ def kill_and_resume(runner: Runner, folder: Path, moment) -> tuple[Path, bool, i
 def test_killed_at_any_moment_a_run_ends_bit_for_bit_the_same(undisturbed, runners, tmp_path, capsys):
     reference, _, seconds = undisturbed
     rng = random.Random(0)
-    writing = rng.sample(range(1, 20), KILLS // 3)  # checkpoints of this run: one per step, one per phase
+    writing = rng.sample(range(1, 20), KILLS // 2)  # checkpoints of this run: one per step, one per phase
     moments = [seconds * 0.95 * (i + rng.random()) / (KILLS - len(writing)) for i in range(KILLS - len(writing))]
     moments = list(enumerate(moments + writing))
     expected, outcomes, lock = contents(reference), [], threading.Lock()
@@ -247,19 +252,22 @@ def interrupt(monkeypatch, *flags, name="step", number=3) -> None:
     "", "--start sft", "--policy-loss ppo --kl-coef 0.1 --gamma 0.9 --epochs 2",
     "--reward head --policy-loss reinforce --logit gail --granularity sparse", "--freeze-reward",
     "--method sft_fair,likelihood --fair-steps 2", "--lora-rank 2 --start reward --gradient-checkpointing",
-    "--weights bf16 --start reward --micro-tokens 200",
+    "--start reward --micro-tokens 200",
     "--lora-rank 2 --start sft --reward head --policy-loss ppo --weights bf16 --kl-coef 0.1",
     "--start reward --kl-coef 0.1", "--lora-rank 2 --start reward --kl-coef 0.1",
 ])  # fmt: skip
-@pytest.mark.parametrize("name, number", [("warm_up", 2), ("step", 3)])
-def test_every_kind_of_trainer_is_restored(here, finished, monkeypatch, flags, name, number):
-    interrupt(monkeypatch, *flags.split(), name=name, number=number)
+def test_every_kind_of_trainer_is_restored(here, finished, monkeypatch, flags):
+    """In its warm-up, then again in the loop. What is behind is not done again."""
+    interrupt(monkeypatch, *flags.split(), name="warm_up", number=2)
     asked = []
-    with monkeypatch.context() as patch:  # what is behind is not done again
+    with monkeypatch.context() as patch:
         real = irl.IRL.warm_up
         patch.setattr(irl.IRL, "warm_up", lambda self: asked.append("warm-up") or real(self))
-        assert train.main(RESUME) == 0
-    assert len(asked) == (1 if name == "warm_up" else 0)
+        at_call(patch, irl.IRL, "step", 3, raises(Killed()))
+        with pytest.raises(Killed):
+            train.main(RESUME)
+        assert len(asked) == 1
+        assert train.main(RESUME) == 0 and len(asked) == 1
     assert contents(RUN) == finished(*flags.split())
 
 
@@ -270,7 +278,7 @@ def test_of_adapters_nothing_frozen_is_kept(here, monkeypatch):
     names = [name for name in state["trainer"]["policy_model"] if not name.endswith((".A", ".B"))]
     assert names == ["model.norm.weight"]  # which the policy has of its own
     tensors = numbered_tensors(RUN / "checkpoints")
-    assert tensors.stat().st_size < Path(policy.BASE, "model.safetensors").stat().st_size / 2
+    assert tensors.stat().st_size < Path(loading.BASE, "model.safetensors").stat().st_size / 2
 
 
 def numbered_tensors(folder: Path) -> Path:
@@ -334,7 +342,7 @@ def test_no_pickle(here, monkeypatch):
     interrupt(monkeypatch)
     files = {file.name for file in (RUN / "checkpoints").rglob("*") if file.is_file()}
     assert files == {"tensors.safetensors", "state.json", "checksums.json"}
-    code = "".join((Path(train.__file__).parent / name).read_text() for name in ("checkpoint.py", "train.py"))
+    code = "".join((Path(train.__file__).parent / name).read_text() for name in ("engine/checkpoint.py", "train.py"))
     assert "torch.save" not in code and "torch.load" not in code and "import pickle" not in code
 
 
@@ -360,12 +368,12 @@ def test_during_evaluation_a_signal_does_not_wait(here, finished, monkeypatch, c
 
 def test_a_step_is_finished_first_and_a_second_signal_does_not_wait(monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
-    with checkpoint.Signals() as signals:
+    with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)  # nothing happens in the middle of a step
-        with pytest.raises(checkpoint.Stopped) as stopped:
+        with pytest.raises(Stopped) as stopped:
             signals.check()
-        assert stopped.value.status == 143
+        assert stopped.value.args[0] == 143
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -381,7 +389,7 @@ FULL = [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "
 @pytest.mark.parametrize("owner, name, number, error", [
     *((checkpoint, "save_file", 4, error) for error in FULL), (checkpoint, "sync", 12, FULL[0]),
     (checkpoint.os, "rename", 3, OSError(errno.EACCES, "Permission denied")),
-    (train.Log, "size", 4, FULL[0]),
+    (Log, "size", 4, FULL[0]),
 ])  # fmt: skip
 def test_when_the_disk_is_full_the_old_checkpoint_stands(
     here, finished, monkeypatch, capsys, owner, name, number, error
@@ -404,14 +412,13 @@ def test_a_file_that_the_system_refuses_to_grow(here, finished, capsys, bytes, f
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if file == "metrics.jsonl":
         RUN.mkdir(parents=True)
-        log = train.Log(RUN / file)
+        log = Log(RUN / file)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, limits[1]))
     try:
         if file == "metrics.jsonl":
-            with checkpoint.in_one_line(RUN, "make room", ""), pytest.raises(data.UserError, match="cannot write to"):
-                with checkpoint.in_one_line(RUN, "make room", ""):
-                    for step in range(100):
-                        log.write("irl", step, {"policy": {"loss": 0.5}}, train.tqdm(disable=True))
+            with pytest.raises(UserError, match="cannot write to"), in_one_line(parse_settings(IRL)):
+                for step in range(100):
+                    log.write("irl", step, {"policy": {"loss": 0.5}}, keeper.tqdm(disable=True))
             return
         assert train.main(IRL) == 2
     finally:
@@ -463,10 +470,12 @@ def test_an_update_that_is_not_finite_changes_nothing(loss, gradient):
 
 def make_nan(patch, steps, stage="policy"):
     """Let the loss of these steps of IRL be NaN."""
-    owner, name = (irl.IRL, "policy_loss") if stage == "policy" else (train.reward, "comparison_loss")
-    real, real_step, now = getattr(owner, name), irl.IRL.step, []
+    real_step, now = irl.IRL.step, []
     patch.setattr(irl.IRL, "step", lambda self: now.append(self.done + 1) or real_step(self))
-    patch.setattr(owner, name, lambda *args: real(*args) * (float("nan") if now and now[-1] in steps else 1.0))
+    policy_losses = ((irl.IRL, "policy_loss"), (irl.IRL, "exact_loss"))
+    for owner, name in policy_losses if stage == "policy" else ((train.reward, "comparison_loss"),):
+        real = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, real=real: real(*args) * (float("nan") if now and now[-1] in steps else 1.0))
 
 
 def test_two_bad_steps_are_counted_and_survived(here, monkeypatch):
@@ -488,7 +497,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
         assert train.main([*RESUME, "--checkpoint-every", "1000"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: irl: the {stage}'s loss or gradient was not finite in three steps in a row (step 3")
-    half = f"{train.flag(rate)} {getattr(train.parse_settings(IRL), rate) / 2:g}" + " --reward-clip 10" * bool(flags)
+    half = f"{flag(rate)} {getattr(parse_settings(IRL), rate) / 2:g}" + " --reward-clip 10" * bool(flags)
     assert told.endswith(f"python train.py --resume --name demo {half}")
     state, _ = checkpoint.load(RUN / "checkpoints")
     saved = state["trainer"]["policy_model" if stage == "policy" else "discriminator.reward_model"]
@@ -501,14 +510,14 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
 
 @pytest.mark.parametrize("flags, message", [
     ("--group 4", "--group 4 contradicts runs/demo/settings.json, which says 2"),
-    ("--policy-loss best", "--policy-loss best contradicts runs/demo/settings.json, which says exact"),
+    ("--policy-loss ppo", "--policy-loss ppo contradicts runs/demo/settings.json, which says exact"),
     ("--freeze-reward", "--freeze-reward True contradicts"), ("--gamma 0.5", "--gamma 0.5 contradicts"),
     ("--name elsewhere", "nothing to resume: there is no runs/elsewhere/settings.json"),
     ("--micro-batch 0", "--micro-batch must be from 1 to"), ("--resmue", "did you mean '--resume'?"),
 ])  # fmt: skip
 def test_flags_that_cannot_be_resumed_with(here, monkeypatch, capsys, flags, message):
     RUN.mkdir(parents=True)
-    settings = train.parse_settings(IRL)
+    settings = parse_settings(IRL)
     (RUN / "settings.json").write_text(json.dumps(vars(settings)))
     assert train.main([*RESUME, *flags.split()]) == 2
     error = capsys.readouterr().err
@@ -517,15 +526,15 @@ def test_flags_that_cannot_be_resumed_with(here, monkeypatch, capsys, flags, mes
 
 def test_a_run_keeps_its_date(here, monkeypatch):
     """What a chat template tells about today is the day of the run's start, however late it goes on."""
-    given = train.parse_flags(["--name", "dated", "--date", "2001-02-03"])
+    given = parse_flags(["--name", "dated", "--date", "2001-02-03"])
     Path("runs/dated").mkdir(parents=True)
-    Path("runs/dated/settings.json").write_text(json.dumps(asdict(train.complete(given))))
-    assert train.saved_settings({"name": "dated"}).date == "2001-02-03"
-    assert train.complete({}).date == datetime.date.today().isoformat()
+    Path("runs/dated/settings.json").write_text(json.dumps(asdict(complete(given))))
+    assert saved_settings({"name": "dated"}).date == "2001-02-03"
+    assert complete({}).date == datetime.date.today().isoformat()
 
 
 def test_zero_is_a_value():
-    assert train.parse_flags(["--gamma", "0", "--extra-questions", "0"]) == {"gamma": 0.0, "extra_questions": 0}
+    assert parse_flags(["--gamma", "0", "--extra-questions", "0"]) == {"gamma": 0.0, "extra_questions": 0}
 
 
 def test_an_unfinished_run_is_not_started_again_and_a_finished_one_not_resumed(here, monkeypatch, capsys):
@@ -535,9 +544,28 @@ def test_an_unfinished_run_is_not_started_again_and_a_finished_one_not_resumed(h
     assert "already holds a run: go on with it (python train.py --resume --name demo)" in capsys.readouterr().err
     assert train.main([*RESUME, *IRL]) == 0  # the same flags again contradict nothing
     capsys.readouterr()
-    assert train.main(RESUME) == 0 and "runs/demo is finished" in capsys.readouterr().out
+    assert train.main(RESUME) == 0
+    told = capsys.readouterr().out
+    assert "runs/demo is finished: its report is runs/demo/report.html" in told and "To run anew" in told
     assert train.main(IRL) == 2
     assert "go on with it" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+def test_make_demo_goes_on_where_it_was(tmp_path):
+    """Its commands, as make prints them: a run is begun where none is, else it goes on (or tells that it is finished)."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(Path(train.__file__).parent / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "ready").touch()
+    begin = ["train.py", "train.py --data countdown --name countdown"]
+    for there in ((), ("demo",), ("demo", "countdown")):
+        for name in there:
+            (tmp_path / "runs" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "runs" / name / "settings.json").touch()
+        told = subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        expected = [f"{flags}{' --resume' * (name in there)}" for flags, name in zip(begin, ("demo", "countdown"))]
+        assert [line.strip() for line in told.splitlines()] == [f".venv/bin/python {flags}" for flags in expected]
 
 
 @pytest.mark.skipif(checkpoint.fcntl is None, reason="this system has no locks on folders")
@@ -587,10 +615,10 @@ def test_a_folder_is_there_complete_or_not_at_all(tmp_path):
 
 
 def test_saving_by_the_clock_takes_a_fiftieth_of_the_time(monkeypatch):
-    run = object.__new__(train.Run)
-    run.s, run.saved_at, run.save_seconds = train.parse_settings([]), 100.0, 2.0
+    run = object.__new__(Keeper)
+    run.s, run.saved_at, run.save_seconds = parse_settings([]), 100.0, 2.0
     for now, due in ((116.0, False), (199.0, False), (201.0, True)):
-        monkeypatch.setattr(train.time, "monotonic", lambda now=now: now)
+        monkeypatch.setattr(keeper.time, "monotonic", lambda now=now: now)
         assert run.save_is_due(1) is due
     run.save_seconds = 0.01
     assert run.save_is_due(1)

@@ -16,23 +16,26 @@ from transformers import (
 )
 
 import baselines
-import checkpoint
 import data
 import irl
-import lora
-import policy
-import reward
 import train
-from data import UserError
+from engine import loading, lora, sampler
+from engine.errors import UserError, exit_status
+from engine.runs import load_run
+from engine.settings import Settings, parse_settings
+from show import trace as trace_of
 
-TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 12 --rerank-questions 12 "
-        "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --fair-steps 3 --warm-up 2 --validate-every 1 "
+TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 8 --rerank-questions 8 "
+        "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --fair-steps 3 --warm-up 2 --validate-every 2 "
         "--device cpu").split()  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def in_a_new_folder(tmp_path, monkeypatch):
+def in_a_new_folder(tmp_path, monkeypatch, request):
+    """And without the report's figures, which take longer than a tiny run, but for one run of all methods."""
     monkeypatch.chdir(tmp_path)
+    if request.function is not test_the_demo_writes_everything:
+        monkeypatch.setattr(train.report, "draw", lambda name, *_: f"<svg><title>{name}</title></svg>")
 
 
 def test_the_demo_writes_everything(capsys):
@@ -52,7 +55,7 @@ def test_the_demo_writes_everything(capsys):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = {"sft": 3, "sft_fair": 3, "likelihood warm-up": 2, "likelihood": 2, "warm-up": 2, "irl": 2, "grpo": 2}
     assert [line["method"] for line in lines] == [method for method, count in steps.items() for _ in range(count)]
-    assert "<html" in (run / "report.html").read_text() and json.loads((run / "traces.json").read_text())
+    assert (run / "report.html").read_text().count("<svg") > 5 and json.loads((run / "traces.json").read_text())
     for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):  # loadable by anybody
         AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
     printed = capsys.readouterr().out
@@ -65,20 +68,20 @@ def test_the_demo_writes_everything(capsys):
 @pytest.mark.parametrize("flags", [
     "--method sft", "--method grpo", "--method irl --start sft --extra-questions 4",
     "--method irl --reward head --logit gail --policy-loss ppo --granularity sparse --gamma 0.9",
-    "--method irl --granularity interval --interval 5 --policy-loss reinforce --discriminator-loss bt --kl-coef 0.01",
+    "--method irl --granularity interval --interval 5 --policy-loss reinforce --kl-coef 0.01",
     "--method irl --freeze-reward", "--method irl --reward random --policy-loss ppo --gamma 0.9",
     "--method sft,grpo --test-split validation --wrong-demonstrations 0.5",
-    "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 8",
+    "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 20",
     "--method irl --start sft --lora-rank 2 --reward head --policy-loss ppo --weights bf16",
-    "--method irl --weights bf16 --gradient-checkpointing --micro-tokens 500",
+    "--method irl --gradient-checkpointing --micro-tokens 500",
     "--method irl --lora-rank 2 --reward random --policy-loss ppo --gamma 0.9", "--method sft_fair,irl --fair-average 0",
-    "--method likelihood --start sft --granularity sparse --policy-loss ppo --discriminator-loss bt",
+    "--method likelihood --start sft --granularity sparse --policy-loss ppo",
     "--method all --reward head --policy-loss ppo --gamma 0.9",  # without the method likelihood
 ])  # fmt: skip
 def test_other_methods_and_variants(flags):
     assert train.main([*TINY, *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
-    methods = train.parse_settings([*TINY, *flags.split()]).methods
+    methods = parse_settings([*TINY, *flags.split()]).methods
     assert set(methods) <= set(results["methods"])
     assert "likelihood" not in results["methods"] or "reward head" not in flags
     head = any(f"--reward {kind}" in flags for kind in ("head", "random"))
@@ -107,7 +110,7 @@ def test_fair_sft_without_its_tricks_is_sft():
 def test_fair_sft_is_averaged_with_the_base_and_sharpened(adapters):
     flags = "--method sft,sft_fair --fair-average 0.25 --fair-temperature 0.2 --fair-lr 1e-2 --sft-lr 1e-2".split()
     assert train.main([*TINY, *flags, *adapters]) == 0
-    start, learnt, fair = policy.load_policy(policy.BASE)[0].state_dict(), weights("demo/sft"), weights("demo/sft_fair")
+    start, learnt, fair = loading.load_policy(loading.BASE)[0].state_dict(), weights("demo/sft"), weights("demo/sft_fair")
     assert not torch.equal(start["model.layers.0.mlp.up_proj.weight"], learnt["model.layers.0.mlp.up_proj.weight"])
     for name in start:
         by = 0.2 if name == "model.norm.weight" else 1.0
@@ -115,7 +118,7 @@ def test_fair_sft_is_averaged_with_the_base_and_sharpened(adapters):
 
 
 def make_run(*flags) -> train.Run:
-    return train.Run(train.parse_settings([*TINY, *flags]), checkpoint.Signals())
+    return train.Run(parse_settings([*TINY, *flags]))
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "head"])
@@ -151,17 +154,18 @@ def test_adapters_start_alike_whatever_was_drawn_before():
 
 
 def test_rates_of_adapters():
-    plain, adapted = (train.parse_settings([*TINY, *flags]) for flags in ([], ["--lora-rank", "8", "--sft-lr", "0.5"]))
+    plain, adapted = (parse_settings([*TINY, *flags]) for flags in ([], ["--lora-rank", "8", "--sft-lr", "0.5"]))
     for rate in ("policy_lr", "reward_lr", "warm_up_lr", "grpo_lr"):
         assert getattr(adapted, rate) == pytest.approx(10 * getattr(plain, rate))
     assert adapted.sft_lr == 0.5
 
 
 def test_as_many_rows_are_sampled_at_once_as_asked_for(monkeypatch):
-    seen, real = [], policy._sample_chunk
-    monkeypatch.setattr(policy, "_sample_chunk", lambda model, prompts, end, new, group, *rest: seen.append(
+    seen, real = [], sampler.sample_chunk
+    monkeypatch.setattr(sampler, "sample_chunk", lambda model, prompts, end, new, group, *rest: seen.append(
         len(prompts) * group) or real(model, prompts, end, new, group, *rest))  # fmt: skip
-    assert train.main([*TINY, "--sample-rows", "8"]) == 0
+    flags = "--method sft,irl --eval-questions 4 --rerank-questions 3 --sample-rows 8".split()
+    assert train.main([*TINY, *flags]) == 0
     assert max(seen) == 8
 
 
@@ -173,7 +177,7 @@ def test_the_same_seed_gives_the_same_metrics():
 
 
 def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
-    monkeypatch.setattr(data, "same_answer", lambda predicted, truth, options=(): False)
+    monkeypatch.setattr(data, "is_correct", lambda example, response: False)
     assert train.main([*TINY, "--method", "irl"]) == 0
     assert json.loads(Path("runs/demo/results.json").read_text())["reward"]["auroc"] is None
     shown = capsys.readouterr().out
@@ -183,12 +187,12 @@ def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
 
 def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     assert train.main([*TINY, "--method", "irl"]) == 0
-    discriminator, tokenizer, settings = reward.load_run(Path("runs/demo"))
+    discriminator, tokenizer, settings = load_run(Path("runs/demo"))
     assert settings["reward"] == "likelihood" and discriminator.granularity == "dense"
     question = ["--question", "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"]
     for trace in (["3+12=15\\n24+15=39\\n39-9=30"], ["3*12=36\\n24+36=60\\n60-9=51", "--answer", "51"]):
-        monkeypatch.setattr("sys.argv", ["reward.py", "--run", "runs/demo", *question, "--trace", *trace])
-        assert data.exit_status(reward.main) == 0
+        monkeypatch.setattr("sys.argv", ["trace", "--run", "runs/demo", *question, "--trace", *trace])
+        assert exit_status(trace_of.main) == 0
     assert "suspicious" in capsys.readouterr().out
 
 
@@ -204,18 +208,18 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--method ppo", "no method 'ppo'"),
     ("--reward head --policy-loss exact", "--policy-loss exact sums"),
     ("--granularity sparse --policy-loss exact", "--policy-loss exact sums"),
-    ("--granularity sparse --baseline exact", "--baseline exact sums"),
     *((f"--start reward {flags}", "--start reward takes --reward likelihood") for flags in (
-        "--gamma 0.5", "--discriminator-loss bt", "--granularity sparse --gamma 0", "--granularity interval --gamma 0",
+        "--gamma 0.5", "--granularity sparse --gamma 0", "--granularity interval --gamma 0",
         "--reward-nll 0", "--entropy-coef 0", "--logit gail", "--reward head")),
     ("--words-largest 3", "from 8 to 1,000,000"),
     ("--max-new-tokens 9999", "fits the model's context"),
-    ("--device tpu", "no device 'tpu'"),
+    ("--device tpu", "invalid choice: 'tpu'"),
     ("--name ../elsewhere", "--name"),
     ("--lora-rank -1", "--lora-rank must be from 0 to"),
     ("--micro-tokens -5", "--micro-tokens must be from 0 to"),
-    ("--discriminator-loss wgan", "invalid choice: 'wgan'"),
+    ("--policy-loss wgan", "invalid choice: 'wgan'"),
     ("--weights bf17", "invalid choice: 'bf17'"),
+    ("--weights bf16", "--weights bf16 is for a frozen base, with --lora-rank"),
     ("--fair-average 1.5", "--fair-average must be from 0 to 1"),
     ("--fair-temperature 0", "--fair-temperature must be from 0.01 to"),
     ("--method likelihood --reward head --policy-loss ppo", "--method likelihood leaves the likelihood alone, which takes"),
@@ -234,7 +238,7 @@ OUT = {"temperature": "0 -1", "gamma": "2 -0.1", "label_smoothing": "3", "kl_coe
        "policy_lr": "-1e-4", "reward_nll": "-1", "perturbed": "-2", "discriminator_updates": "0", "words_steps": "101",
        "lora_alpha": "0", "interval": "-3", "seed": "-1", "validate_every": "-1"}  # fmt: skip
 OUT_OF_RANGE = [(name, value) for name, values in OUT.items() for value in values.split()]
-OUT_OF_RANGE += [(f.name, value) for f in fields(train.Settings) if f.type is float for value in ("nan", "inf")]
+OUT_OF_RANGE += [(f.name, value) for f in fields(Settings) if f.type is float for value in ("nan", "inf")]
 
 
 @pytest.mark.parametrize("name, value", OUT_OF_RANGE)
@@ -272,11 +276,11 @@ def test_examples_that_do_not_fit_are_counted(capsys):
 def test_different_tokenizers_are_refused(capsys, shipped):
     Path("other").mkdir()
     shipped[0].save_pretrained("other")
-    other = policy.PreTrainedTokenizerFast.from_pretrained(policy.BASE)
+    other = loading.PreTrainedTokenizerFast.from_pretrained(loading.BASE)
     other.add_tokens(["extra"])
     other.save_pretrained("other")
     with pytest.raises(UserError, match="the tokenizer of .* differs"):
-        policy.check_same_tokenizer(shipped[1], "other")
+        loading.check_same_tokenizer(shipped[1], "other")
 
 
 def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
@@ -288,9 +292,8 @@ def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
     Qwen2ForCausalLM(config).save_pretrained("model")
     qwen_tokenizer.save_pretrained("model")
     flags = "--demonstrations 8 --questions 2 --group 2 --eval-questions 3 --rerank-questions 2 --rerank-n 2 "
-    flags += (
-        "--eval-samples 1 --max-steps 1 --sft-steps 1 --warm-up 1 --max-new-tokens 12 --micro-batch 2 --validate-every 0 --device cpu"
-    )
+    flags += "--eval-samples 1 --max-steps 1 --sft-steps 1 --sft-batch 4 --warm-up 1 --max-new-tokens 12 --micro-batch 2 "
+    flags += "--validate-every 0 --device cpu"
     assert train.main(["--model", "model", "--data", str(SHARED / "data" / "gsm8k"), *flags.split()]) == 0
     results = json.loads(Path("runs/demo/results.json").read_text())
     assert set(results["methods"]) == {"base", "sft", "irl"} and results["localise"] == {}
@@ -303,7 +306,7 @@ def test_gsm8k_through_the_real_tokenizer(qwen_tokenizer):
 )
 def test_the_warm_up_takes_four_passes_over_the_demonstrations_60_updates_at_least(flags, updates):
     flags += " --policy-loss ppo" if "random" in flags else ""
-    assert train.parse_settings(flags.split()).warm_up == updates
+    assert parse_settings(flags.split()).warm_up == updates
 
 
 def test_grpo_learns_from_unbroken_examples(monkeypatch):
@@ -315,7 +318,7 @@ def test_grpo_learns_from_unbroken_examples(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("", ("reward", "exact", 0.0)), ("--gamma 0.9", ("base", "exact", 0.9)), ("--discriminator-loss bt", ("base", "exact", 0.0)),
+    ("", ("reward", "exact", 0.0)), ("--gamma 0.9", ("base", "exact", 0.9)),
     ("--reward-nll 0", ("base", "exact", 0.0)), ("--reward head", ("base", "ppo", 0.0)),
     ("--logit gail", ("base", "ppo", 0.0)), ("--granularity sparse", ("base", "ppo", 1.0)),
     ("--granularity interval", ("base", "ppo", 1.0)), ("--granularity sparse --gamma 0.5", ("base", "ppo", 0.5)),
@@ -324,7 +327,7 @@ def test_grpo_learns_from_unbroken_examples(monkeypatch):
 ])  # fmt: skip
 def test_defaults_follow_what_the_reward_can_do(flags, expected):
     """Start, loss and gamma: where only some tokens have a reward, the others learn from what follows."""
-    s = train.parse_settings(flags.split())
+    s = parse_settings(flags.split())
     assert (s.start, s.policy_loss, s.gamma) == expected
 
 

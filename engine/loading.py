@@ -1,0 +1,149 @@
+"""Models and tokenizers by name, from safetensors only; what cannot work is refused while it is loaded."""
+
+import json
+import os.path
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from engine.errors import UserError, nearest
+from engine.logprob import output_layer
+
+TASKS = Path(__file__).parents[1] / "tasks"
+# the small bases that ship with this repository, for words and for countdown (tasks/pretrain.py made them)
+SHIPPED = {"base": str(TASKS / "words-base"), "countdown-base": str(TASKS / "countdown-base")}
+BASE = SHIPPED["base"]
+_QWEN25 = [f"Qwen2.5-{size}{kind}" for size in ("0.5B", "1.5B", "3B", "7B", "14B") for kind in ("", "-Instruct")]
+_QWEN3 = [f"Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")]
+_LLAMA = [f"Llama-{size}{kind}" for size in ("3.2-1B", "3.2-3B", "3.1-8B") for kind in ("", "-Instruct")]
+SHORT_NAMES = {name: f"Qwen/{name}" for name in _QWEN25 + _QWEN3} | {name: f"meta-llama/{name}" for name in _LLAMA}
+
+
+def resolve_model(name: str) -> str:
+    """'base' and 'countdown-base' ship here, a folder stays, a short name gets its owner, an owner/name goes to the hub as it is.
+
+    >>> resolve_model("Qwen2.5-0.5B")
+    'Qwen/Qwen2.5-0.5B'
+    """
+    if name in SHIPPED:
+        return SHIPPED[name]
+    if os.path.isdir(name):  # unlike Path.is_dir, False for a name that no folder can have
+        if not (Path(name) / "config.json").exists():
+            raise UserError(f"folder {name} holds no model: config.json is missing")
+        return name
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise UserError(f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, or one of "
+                    + ", ".join(SHORT_NAMES))  # fmt: skip
+
+
+def load_policy(name: str, device="cpu", dtype=torch.float32):
+    """(model, tokenizer). Weights come from safetensors files only, and no code of the model's author is run.
+
+    The tokenizer is what tokenizer.json says. AutoTokenizer would rebuild it by the model's architecture, and give any
+    Qwen2 model the pre-tokenizer of Qwen2, ours included.
+    """
+    path, tokenizer = resolve_model(name), load_tokenizer(name)
+    with in_one_line(name):
+        check_weights(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    check_tokenizer(tokenizer, model, name)
+    check_output_layer(model.to(device), name)
+    return model, tokenizer
+
+
+def check_weights(folder: str) -> None:
+    """Refuse a model folder whose weights are not safetensors: a pickle (.bin, .pt) can run code when it is opened.
+
+    An index is read too, since transformers opens whatever file it names. A hub name is not looked at here.
+    """
+    if not os.path.isdir(folder):
+        return
+    index = Path(folder, "model.safetensors.index.json")
+    if not index.is_file():
+        if not Path(folder, "model.safetensors").is_file():
+            raise UserError(f"folder {folder} holds no model.safetensors: other weights (.bin, .pt) are not opened, they "
+                            "can run code. Save them anew with transformers: save_pretrained")  # fmt: skip
+        return
+    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    for file in files:
+        if not str(file).endswith(".safetensors") or os.path.basename(file) != file:
+            raise UserError(f"{index} names {file!r}: weights must be .safetensors files beside it")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, by the same names."""
+    with in_one_line(name):
+        return PreTrainedTokenizerFast.from_pretrained(resolve_model(name))
+
+
+@contextmanager
+def in_one_line(name: str):
+    """Whatever goes wrong while loading `name` becomes one line that says how to mend it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError; tokenizers raises bare ones
+        first_line = str(error).strip().split("\n")[0]
+        hint = "" if os.path.isdir(resolve_model(name)) else ". Without a network, give a folder: --model DIR"
+        raise UserError(f"cannot load model '{name}': {first_line}{hint}") from None
+
+
+def check_same_tokenizer(tokenizer, other: str) -> None:
+    """The reward scores the very token ids that the policy sampled: text that is tokenised anew shifts by a token."""
+    vocabulary = load_tokenizer(other).get_vocab()
+    if vocabulary != tokenizer.get_vocab():
+        raise UserError(f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
+                        f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family. What another model "
+                        "wrote can be judged as text: rerank.py --candidates FILE")  # fmt: skip
+
+
+def check_tokenizer(tokenizer, model, name: str) -> None:
+    """Refuse what would go wrong silently later: no end token, or tokens that the model has no embedding for."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows} embeddings")
+
+
+@torch.no_grad()
+def check_output_layer(model, name: str) -> None:
+    """Refuse a model whose logits are not softcap(W h), which is all that logprob.py knows: a bias or a scale after W
+    would make every log-probability wrong, silently."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    weight, softcap = output_layer(model)
+    logits = model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = model(tokens).logits.float()
+    if logits.shape != expected.shape or (logits - expected).norm() > 0.05 * expected.norm():
+        raise UserError(f"the output layer of '{name}' is not of the kind known here, a matrix without bias or scale")
+
+
+def context_length(model) -> int:
+    """The longest sequence the model was made for."""
+    return int(getattr(model.config, "max_position_embeddings", 1 << 30))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """'auto' is CUDA where there is one, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        mps = getattr(torch.backends, "mps", None)
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"device '{name}' cannot be used here ({why}): --device auto takes what there is") from None
+    return torch.device(name)
+
+
+def quiet() -> None:
+    """Silence the libraries' progress bars and advice, which would bury our own lines."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""What shows: the report, one iteration in numbers, a trace in colours, tables."""

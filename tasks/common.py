@@ -1,0 +1,50 @@
+"""What every task needs: a split for each question, slips, and a walk along a response for as long as it is right."""
+
+import random
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Solution(NamedTuple):
+    """An expert's: what data.Example is made of, without its task."""
+
+    question: str
+    trace: str
+    answer: str
+    options: tuple[str, ...] = ()
+
+
+def split_of(question: str) -> str:
+    """'train', 'validation' or 'test' (80/10/10), decided by the question's own bytes: disjoint whatever the seed."""
+    return {8: "validation", 9: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
+
+
+def wrong_digit(number: int, rng: random.Random) -> int:
+    """A slip of the pen: `number` with one digit wrong."""
+    digits = list(str(number))
+    place = rng.randrange(len(digits))
+    digits[place] = rng.choice([digit for digit in "123456789" if digit != digits[place]])
+    return int("".join(digits))
+
+
+def first_difference(a, b) -> int:
+    """Index of the first place where two sequences differ (the shorter one's length if it is a prefix)."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def first_wrong(response: str, state, forms: Callable[[object], dict]) -> int | None:
+    """Where a response leaves all right ones: the offset of the first character that none of them has; its length if it
+    stops too early; None if it is right.
+    forms(state) -> {a right piece of text: the state after it}, {} where a right response ends.
+
+    >>> first_wrong("ac", 0, [{"a": 1}, {"b": 2}, {}].__getitem__)
+    1
+    """
+    at = 0
+    while pieces := forms(state):
+        found = next((piece for piece in pieces if response.startswith(piece, at)), None)
+        if found is None:
+            return at + max(first_difference(piece, response[at : at + len(piece)]) for piece in pieces)
+        at, state = at + len(found), pieces[found]
+    return None if at == len(response) else at

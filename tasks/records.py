@@ -1,0 +1,128 @@
+"""Demonstrations from elsewhere: JSON lines, a folder of them, GSM8K and MedReason from the hub. Bad ones are one clear line."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+from engine.chat import check_text
+from engine.errors import UserError
+from tasks.common import Solution, split_of
+
+HUB = {"gsm8k": ("openai/gsm8k", "main"), "medreason": ("UCSC-VLAA/MedReason", None)}  # name on the hub, configuration
+
+
+def from_files(path: Path, split: str) -> list[Solution]:
+    """One split of a JSON-lines file, or of a folder with train.jsonl and, if there is one, test.jsonl."""
+    if path.is_file():
+        return of_split(read_jsonl(path), split)
+    train, test = path / "train.jsonl", path / "test.jsonl"
+    if not train.exists():
+        raise UserError(f"no train.jsonl in folder {path}")
+    if split == "test" and test.exists():
+        return read_jsonl(test)
+    return of_split(read_jsonl(train), split, test.exists())
+
+
+def from_hub(source: str, split: str) -> list[Solution]:
+    """One split of GSM8K or MedReason, through `datasets`."""
+    import datasets
+
+    (name, config), has_test = HUB[source], source == "gsm8k"
+    hub_split = "test" if has_test and split == "test" else "train"
+    try:
+        rows = list(datasets.load_dataset(name, config, split=hub_split))
+    except Exception as error:  # datasets raises a dozen kinds: offline, proxy, gated, renamed
+        raise UserError(f"cannot fetch {name} from the hub ({type(error).__name__}). Without a network, give a folder "
+                        "that holds train.jsonl and test.jsonl: --data DIR") from None  # fmt: skip
+    try:
+        found = [from_medreason(row) if source == "medreason" else from_record(row) for row in rows]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{name} on the hub is not what it was: {error}") from None
+    return found if hub_split == "test" else of_split(found, split, has_test)
+
+
+def of_split(found: list[Solution], split: str, has_test: bool = False) -> list[Solution]:
+    """Those of one split. A source that has a test split of its own keeps for train what would be `split_of`'s test share."""
+    shares = ("train", "test") if has_test and split == "train" else (split,)
+    return [solution for solution in found if split_of(solution.question) in shares]
+
+
+def read_jsonl(path: Path) -> list[Solution]:
+    """Every record of a JSON-lines file. Broken lines and missing fields are named by file and line number."""
+    found = []
+    for number, line in text_lines(path):
+        try:
+            found.append(from_record(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+    if not found:
+        raise UserError(f"{path} is empty: it needs one JSON object per line, with question, trace and answer")
+    return found
+
+
+def text_lines(path: Path) -> list[tuple[int, str]]:
+    """(line number, line) of each line of a UTF-8 file that is not empty. A byte order mark, as Windows writes, is no text."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+        raise UserError(f"cannot read {path}: {error}") from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def field(record: dict, name: str) -> str | None:
+    """One field of a record as text, without the space around it: a string or a finite number; None if it is missing."""
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"field '{name}' must be a string, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"field '{name}' is {value}, not a finite number")
+    try:
+        return check_text(str(value)).strip()
+    except ValueError as error:
+        raise ValueError(f"field '{name}': {error}") from None
+
+
+def from_record(record) -> Solution:
+    """A JSON object as a Solution. GSM8K's own form, whose answer holds the trace before '####', is understood too.
+
+    >>> from_record({"question": "1+2?", "answer": "It is 1+2 = <<1+2=3>>3.\\n#### 3"})
+    Solution(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=())
+    """
+    if not isinstance(record, dict):
+        raise ValueError('not a JSON object: each line needs {"question": .., "trace": .., "answer": ..}')
+    question, trace, answer = (field(record, name) for name in ("question", "trace", "answer"))
+    for name, value in (("question", question), ("answer", answer)):
+        if not value:
+            raise ValueError(f"field '{name}' is missing or empty")
+    if trace is None and "####" in answer:
+        trace, answer = answer.rsplit("####", 1)
+        if not answer.strip():
+            raise ValueError("field 'answer' has nothing after its '####'")
+    if trace is None:
+        raise ValueError("field 'trace' is missing (the reasoning, without the answer)")
+    options = record.get("options") or []
+    if not isinstance(options, list):
+        raise ValueError(f"field 'options' must be a list of strings, not {type(options).__name__}")
+    trace = re.sub(r"<<[^<>]{0,200}>>", "", trace).strip()  # GSM8K's calculator annotations go; a lone '<<' stays
+    options = tuple(field({"options": option}, "options") or "" for option in options)
+    return Solution(question, trace, answer.strip(), options)
+
+
+def from_medreason(row: dict) -> Solution:
+    """A MedReason row: the options join the question, the answer loses its letter and its explanation.
+
+    >>> tuple(from_medreason({"question": "Which vitamin?", "options": "Answer Choices:\\nA. B12\\nB. C\\nC. D",
+    ...                       "answer": "B. C. Explanation: scurvy.", "reasoning": "Scurvy is lack of C."}))
+    ('Which vitamin?\\nA. B12\\nB. C\\nC. D', 'Scurvy is lack of C.', 'C', ('B12', 'C', 'D'))
+    """
+    listed = [line.strip() for line in str(row.get("options") or "").split("\n")]
+    options = tuple(line[2:].strip() for line in listed if re.match(r"[A-Z][.)]\s*\S", line))
+    listed = "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(options))
+    answer = re.split(r"\bExplanation:", str(row["answer"]), maxsplit=1)[0].strip()
+    answer = re.sub(r"^[A-Z][.)]\s+", "", answer).strip().rstrip(".")
+    return Solution(str(row["question"]).strip() + listed, str(row["reasoning"]).strip(), answer, options)
