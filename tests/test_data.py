@@ -55,10 +55,10 @@ def test_expert_traces_are_right_and_as_long_as_asked(steps):
 
 
 def test_pupil_misconceptions_are_the_documented_ones_and_propagate():
-    problem = words.Problem(EXPERT.question, 24, (words.Event("packs", "", 3, 12), words.Event("loss", "", 9)))
+    problem = words.Problem(EXPERT.question, 24, [("packs", 3, 12), ("loss", 9, 0)])
     pupil = words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0))
     assert pupil.trace == "3+12=15\n24+15=39\n39-9=30" and pupil.answer == "30"
-    problem = words.Problem("", 50, (words.Event("loss", "", 9), words.Event("gain", "", 1)))
+    problem = words.Problem("", 50, [("loss", 9, 0), ("gain", 1, 0)])
     assert words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0)).trace == "50-9=59\n59+1=60"
 
 
