@@ -116,7 +116,7 @@ def test_broken_copies_of_experts_are_wrong():
     for example in data.load_examples("countdown", "train", 100):
         broken = data.perturb(example, rng)
         if broken:
-            assert not data.is_correct(example, data.response_text(broken[0].trace, broken[0].answer))
+            assert not data.is_correct(example, data.response_text(broken.trace, broken.answer))
 
 
 def test_grades_in_the_corpus_are_true_and_writers_are_sound():
