@@ -121,9 +121,9 @@ def test_demonstration_files(survives, file):
 
 def test_records(survives):
     @inputs(300)
-    @given(st.dictionaries(st.sampled_from(["question", "trace", "answer", "options"]), values | texts) | values)
+    @given(st.dictionaries(st.sampled_from(["question", "trace", "answer", "options"]), values | texts))
     def check(record):
-        survives(records.from_record, record, allowed=ValueError)  # read_jsonl adds file and line
+        survives(records.from_record, record, allowed=ValueError)  # read_objects adds file and line
 
     check()
 
