@@ -210,10 +210,8 @@ def test_perturbations(survives):
     def check(example, seed, kind):
         found = survives(data.perturb, example, random.Random(seed), kind)
         if found:
-            before, after = (data.response_text(e.trace, e.answer) for e in (example, found[0]))
-            assert before != after and before[: found[1]] == after[: found[1]]
-            assert before[found[1] :][:1] != after[found[1] :][:1]
-            assert found[0].question == example.question
+            before, after = (data.response_text(e.trace, e.answer) for e in (example, found))
+            assert before != after and found.question == example.question
 
     check()
 
