@@ -14,7 +14,7 @@ tokens, and negatives that cost no sampling. The true answers, which it must not
     D_E                             load_examples         splits_are_disjoint_and_reproducible
     a_t for all t of the response   Batch.response_mask   masks_come_from_lengths_and_hold_the_end_token
     no verifier in training         no_verifier           the_verifier_can_be_locked
-    perturbed negatives             perturb               perturbations_change_something_and_say_where
+    perturbed negatives             perturb               perturbations_change_something_and_are_wrong
     the first wrong token           first_error           first_error_is_exact, token_at_names_the_token_that_..
 
 Tasks and file formats are in tasks/, chat templates in engine/chat.py. Run `python data.py` to see one example of each.
@@ -147,11 +147,9 @@ def token_at(tokenizer, ids, offset: int) -> int:
 
 
 def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: int = 0) -> tuple[list[Example], int]:
-    """Drop what does not fit the model's context: (examples that fit, number dropped).
-
-    An example fits if its prompt with its own trace, and its prompt with `new_tokens` sampled ones, are at most
-    `context` tokens long. Cutting a trace instead would teach the reward that experts stop in mid-sentence.
-    """
+    """Drop what does not fit the model's context: (examples that fit, number dropped). An example fits if its prompt with its
+    own trace, and its prompt with `new_tokens` sampled ones, are at most `context` tokens long. Cutting a trace instead
+    would teach the reward that experts stop in mid-sentence."""
     kept = []
     for example in examples:
         prompt = len(prompt_ids(tokenizer, example.question))
@@ -170,14 +168,11 @@ def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: in
 
 @dataclass
 class Batch:
-    """Prompts with their responses, padded on the right.
+    """Prompts with their responses, padded on the right."""
 
-    tokens [B, T], prompt_lengths [B], lengths [B] (prompt and response together, end token included).
-    """
-
-    tokens: torch.Tensor
-    prompt_lengths: torch.Tensor
-    lengths: torch.Tensor
+    tokens: torch.Tensor  # [B, T]
+    prompt_lengths: torch.Tensor  # [B]
+    lengths: torch.Tensor  # [B], prompt and response together, end token included
 
     @property
     def attention_mask(self) -> torch.Tensor:
@@ -273,22 +268,20 @@ def first_error(expert: Example, response: str) -> int | None:
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*", "×": "÷", "÷": "×"}
 
 
-def perturb(example: Example, rng: random.Random, kind: str | None = None) -> tuple[Example, int] | None:
-    """Break one thing in a trace. Returns the broken example and the first changed character of its response text.
+def perturb(example: Example, rng: random.Random, kind: str | None = None) -> Example | None:
+    """The example with one thing broken; None if it offers nothing to break.
 
     kind: 'number' (one number of the trace), 'operator' (its inverse), 'answer' (another number, or another option),
     'swap' (two numbers change places); drawn at random if None. A change that would change nothing, or only the order
-    of a sum, is not made; None if the example offers nothing to break.
+    of a sum, is not made.
 
-    >>> broken, at = perturb(Example("?", "3*12=36", "36"), random.Random(0), "operator")
-    >>> broken.trace, at
-    ('3/12=36', 9)
+    >>> perturb(Example("?", "3*12=36", "36"), random.Random(0), "operator").trace
+    '3/12=36'
     """
     for one in [kind] if kind else rng.sample(list(PERTURBATIONS), len(PERTURBATIONS)):
         broken = PERTURBATIONS[one](example, rng)
         if broken is not None and broken != example:
-            before, after = (response_text(e.trace, e.answer) for e in (example, broken))
-            return broken, first_difference(before, after)
+            return broken
     return None
 
 
@@ -339,37 +332,27 @@ def swap_numbers(example: Example, rng: random.Random) -> Example | None:
 
 
 def other_number(digits: str, rng: random.Random) -> str:
-    """A different number with as many digits: near (one digit off by one) or far, with equal chance.
-
-    Compared as text, since Python makes no integer of more than 4,300 digits."""
+    """A different number with as many digits: near (one digit off by one) or far, with equal chance. Compared as text, since
+    Python makes no integer of more than 4,300 digits."""
     if rng.random() < 0.5:
         place = rng.randrange(len(digits))
         near = (int(digits[place]) + rng.choice((1, 9))) % 10
         changed = digits[:place] + str(near) + digits[place + 1 :]
     else:
         changed = "".join(rng.choice("0123456789") for _ in digits)
-    same = changed == digits
     leading_zero = len(changed) > 1 and changed[0] == "0" and digits[0] != "0"
-    return other_number(digits, rng) if same or leading_zero else changed
+    return other_number(digits, rng) if changed == digits or leading_zero else changed
 
 
 PERTURBATIONS = {"number": break_number, "operator": break_operator, "answer": break_answer, "swap": swap_numbers}
 
 
 def perturbed_negatives(tokenizer, example: Example, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
-    """`count` broken copies of an expert's trace: (response tokens, index of the first changed token).
-
-    The index comes from comparing token ids. A copy that equals the expert's is dropped: a no-op is no negative.
-    """
-    expert = response_ids(tokenizer, response_text(example.trace, example.answer))
-    negatives = []
-    for _ in range(count):
-        found = perturb(example, rng)
-        if found is not None:
-            broken = response_ids(tokenizer, response_text(found[0].trace, found[0].answer))
-            if broken != expert:
-                negatives.append((broken, first_difference(broken, expert)))
-    return negatives
+    """At most `count` broken copies of an expert's trace: (response tokens, index of the first changed token). A copy
+    whose tokens equal the expert's is dropped: a no-op is no negative."""
+    made = [example, *(perturb(example, rng) for _ in range(count))]
+    expert, *broken = [response_ids(tokenizer, response_text(e.trace, e.answer)) for e in made if e is not None]
+    return [(ids, first_difference(ids, expert)) for ids in broken if ids != expert]
 
 
 def main() -> None:
@@ -382,9 +365,9 @@ def main() -> None:
     wrong = first_error(expert, response_text(pupil.trace, pupil.answer))
     print("a pupil    ", pupil.trace.replace("\n", " | "), "->", pupil.answer, f"(first wrong character: {wrong})")
     for kind in PERTURBATIONS:
-        found = perturb(expert, rng, kind)
-        if found:
-            print(f"{kind:11s}", found[0].trace.replace("\n", " | "), "->", found[0].answer, f"(differs at {found[1]})")
+        if broken := perturb(expert, rng, kind):
+            at = first_difference(*(response_text(e.trace, e.answer) for e in (expert, broken)))
+            print(f"{kind:11s}", broken.trace.replace("\n", " | "), "->", broken.answer, f"(differs at {at})")
 
 
 if __name__ == "__main__":

@@ -90,16 +90,12 @@ def sample(
     of the unchanged logits). top-p only narrows the choice; it is not part of the policy's density.
     """
     model.eval()
-    per_chunk = max(1, rows // group)
+    per_chunk, how = max(1, rows // group), (ends, max_new_tokens, group, temperature, top_p, generator, choose)
     responses, logprobs = [], []
     for start in range(0, len(prompts), per_chunk):
-        chunk = prompts[start : start + per_chunk]
         with logprob.half_precision(model.device):
-            chunk_responses, chunk_logprobs = sampler.sample_chunk(
-                model, chunk, ends, max_new_tokens, group, temperature, top_p, generator, choose
-            )
-        responses += chunk_responses
-        logprobs += chunk_logprobs
+            written, of_written = sampler.sample_chunk(model, prompts[start : start + per_chunk], *how)
+        responses, logprobs = responses + written, logprobs + of_written
     repeated = [prompt for prompt in prompts for _ in range(group)]
     batch = make_batch(repeated, responses, model.device)
     values = torch.zeros(batch.tokens.shape)
@@ -316,8 +312,7 @@ def set_rate(optimizer, peak: float, done: int, steps: int, warm_up: float = 0.1
 
     Without the decay a small policy ends wherever the last noisy step has left it: several points lower.
     """
-    rise = (done + 1) / max(1, warm_up * steps)
-    fall = 1 - done / steps
+    rise, fall = (done + 1) / max(1, warm_up * steps), 1 - done / steps
     set_constant_rate(optimizer, peak * max(0.0, min(1.0, rise, fall)))
 
 
@@ -328,12 +323,10 @@ def set_constant_rate(optimizer, rate: float) -> None:
 
 
 def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
-    """Sum the gradients of all processes, clip their norm, step, clear. Returns {"loss", "grad_norm" (before clipping),
-    "skipped"}.
+    """Sum the gradients of all processes, clip their norm, step, clear. Returns {"loss", "grad_norm" (before), "skipped"}.
 
-    If the loss or the gradient is not finite, no step is made: one NaN in AdamW's averages would stay there for ever.
-    "skipped" counts such steps since the optimizer was made; train.py stops the run when they come in a row. `loss` is
-    that of all processes, and so are the gradients by then: either all of them step or none.
+    If the loss, that of all processes, or the gradient is not finite, nobody steps: one NaN in AdamW's averages would stay
+    there for ever. "skipped" counts such steps since the optimizer was made; train.py stops the run when they come in a row.
     """
     first = optimizer.param_groups[0]
     first.setdefault("skipped", 0)
@@ -367,9 +360,8 @@ def descend(model, optimizer, batch: Batch, loss: Callable[[torch.Tensor], torch
             rows: torch.Tensor | None = None) -> dict:  # fmt: skip
     """`epochs` optimizer steps on the mean of loss(row numbers), a sum over response tokens. Returns the last one's metrics.
     rows: those that have a gradient, if not all; the mean is over the tokens of all of them."""
-    lengths = batch.lengths if rows is None else batch.lengths[rows]
-    parts = memory.micro_batches(lengths, settings.micro_batch, settings.micro_tokens)
-    parts = parts if rows is None else [rows[part] for part in parts]
+    rows = torch.arange(len(batch), device=batch.lengths.device) if rows is None else rows
+    parts = [rows[part] for part in memory.micro_batches(batch.lengths[rows], settings.micro_batch, settings.micro_tokens)]
     model.train()
     for _ in range(epochs):
         value = accumulate(loss, parts, float(batch.response_mask.sum()))
@@ -388,11 +380,8 @@ def main() -> None:
     rollout = sample(model, [prompt], data.end_tokens(tokenizer, model), max_new_tokens=64, group=4, generator=generator)
     print(example.question, "\n")
     for row in range(4):
-        text = data.decode(tokenizer, rollout.batch.response(row))
-        print(
-            f"{text.replace(chr(10), ' ')}   log pi = {rollout.logprobs[row].sum():.2f}",
-            "right" * data.is_correct(example, text),
-        )
+        text, log_pi = data.decode(tokenizer, rollout.batch.response(row)), rollout.logprobs[row].sum()
+        print(f"{text.replace(chr(10), ' ')}   log pi = {log_pi:.2f}", "right" * data.is_correct(example, text))
     again = in_chunks(lambda b: token_logprobs(model, b), rollout.batch)
     print(f"\nlargest difference from a fresh forward pass: {(again - rollout.logprobs).abs().max():.1e}")
 

@@ -363,27 +363,21 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example]
     """JSON lines with question, candidates and, if known, answer -> (examples, texts, n). All lines hold as many candidates
     as the first one, and an answer if it does; of more than `n`, the first n are used."""
     rows: list[tuple[data.Example, list[str]]] = []
-    for number, line in records.text_lines(path):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError('not a JSON object: each line needs {"question": .., "candidates": [..]}')
-            question, answer, texts = records.field(record, "question"), records.field(record, "answer"), record.get("candidates")
-            if not question:
-                raise ValueError("field 'question' is missing or empty")
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError("field 'candidates' is missing: a list of one or more response texts")
-            rows.append((data.Example(question, "", answer or ""), [check_text(text) for text in texts]))
-            if len(texts) != len(rows[0][1]):
-                raise ValueError(f"{len(texts)} candidates, but the lines before have {len(rows[0][1])}")
-            if bool(answer) != bool(rows[0][0].answer):
-                raise ValueError("field 'answer' must be in every line or in none")
-            if len(texts) < (n or 1):
-                raise ValueError(f"{len(texts)} candidates are fewer than --n {n}")
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-    if not rows:
-        raise UserError(f"{path} is empty: it needs one JSON object per line, with question and candidates")
+
+    def read(record: dict) -> None:
+        question, answer = records.field(record, "question", needed=True), records.field(record, "answer") or ""
+        texts = record.get("candidates")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError("field 'candidates' is missing: a list of one or more response texts")
+        rows.append((data.Example(question, "", answer), [check_text(text) for text in texts]))
+        if len(texts) != len(rows[0][1]):
+            raise ValueError(f"{len(texts)} candidates, but the lines before have {len(rows[0][1])}")
+        if bool(answer) != bool(rows[0][0].answer):
+            raise ValueError("field 'answer' must be in every line or in none")
+        if len(texts) < (n or 1):
+            raise ValueError(f"{len(texts)} candidates are fewer than --n {n}")
+
+    records.read_objects(path, records.text_lines(path), read, "question and candidates")
     return [example for example, _ in rows], [text for _, texts in rows for text in texts[:n]], n or len(rows[0][1])
 
 

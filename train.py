@@ -96,8 +96,7 @@ class Run:
         train, self.validation, self.test = parts
         experts, extra = train[: s.demonstrations], train[s.demonstrations :]
         rng, wrong = random.Random(f"wrong {s.seed}"), round(s.wrong_demonstrations * len(experts))
-        broken = [data.perturb(example, rng) for example in experts[:wrong]]
-        experts[:wrong] = [found[0] if found else example for found, example in zip(broken, experts)]
+        experts[:wrong] = [data.perturb(example, rng) or example for example in experts[:wrong]]
         if len(experts) < s.demonstrations and parallel.rank() == 0:
             print(f"only {len(experts)} demonstrations are there, not {s.demonstrations}")
         if dropped and parallel.rank() == 0:

@@ -20,15 +20,14 @@ Reading = tuple[torch.Tensor, torch.Tensor]  # a model's values [B, T], and 1 on
 
 @dataclass
 class Candidates:
-    """n responses to each question: consecutive rows of batch, which stays on the CPU, and of texts. Of those that were
-    sampled here, log pi of each token, [B, T], and whether each ended by itself, [B]."""
+    """n responses to each question: consecutive rows of batch, which stays on the CPU, and of texts."""
 
     examples: list[Example]
     batch: Batch
     texts: list[str]
     n: int
-    logprobs: torch.Tensor | None = None
-    finished: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None  # of those that were sampled here: log pi of each token [B, T]
+    finished: torch.Tensor | None = None  # and whether each ended by itself [B]
 
     @cached_property
     def answers(self) -> list[list[str | None]]:
@@ -45,8 +44,7 @@ class Candidates:
 
 def collect(model, tokenizer, examples: list[Example], n: int, max_new_tokens: int, temperature: float = 1.0,
             generator: torch.Generator | None = None, rows: int = 512, prompts=None) -> Candidates:  # fmt: skip
-    """Sample n candidates for each example's question, at most `rows` at a time. prompts: other tokens to ask it with than
-    data.prompt_ids."""
+    """Sample n candidates for each example's question, at most `rows` at a time, asked with `prompts` (data.prompt_ids)."""
     prompts = prompts or [data.prompt_ids(tokenizer, example.question) for example in examples]
     rollout = policy.sample(model, prompts, data.end_tokens(tokenizer, model), max_new_tokens, group=n,
                             temperature=temperature, generator=generator, rows=rows)  # fmt: skip
@@ -56,8 +54,8 @@ def collect(model, tokenizer, examples: list[Example], n: int, max_new_tokens: i
 
 
 def from_texts(tokenizer, examples: list[Example], texts: list[str], n: int, context: int | None = None) -> Candidates:
-    """Candidates that somebody else wrote, as text, each up to its first end token. Raises if one with its question is
-    longer than the models' context."""
+    """Candidates that somebody else wrote, each up to its first end token. UserError if one is, with its question, longer than
+    the models' context."""
     texts = [data.until_end(tokenizer, text) for text in texts]
     prompts = [data.prompt_ids(tokenizer, example.question) for example in examples for _ in range(n)]
     responses = [data.response_ids(tokenizer, text) for text in texts]
@@ -73,15 +71,12 @@ def from_texts(tokenizer, examples: list[Example], texts: list[str], n: int, con
 def signals(batch: Batch, discriminator, policy_model, judges: dict | None = None) -> dict[str, Reading]:
     """What each model says about the response tokens: {name: its reading}, on the CPU.
 
-    logprob      log pi(a_t|s_t) of the policy that wrote them
+    logprob      log pi(a_t|s_t) of the policy that wrote them; under their names, of the models in `judges`
     entropy      of that policy's choice of token t
-    reward       f, where the discriminator reads it (none without one); a likelihood's is summed over its segment, as in
-                 training
-    and log pi by the models in `judges`, under their names.
+    reward       f, where the discriminator (if any) reads it; a likelihood's is summed over its segment, as in training
     """
-    mask = batch.response_mask
 
-    def read(name: str, model, function, where=mask) -> Reading:
+    def read(name: str, model, function, where=batch.response_mask) -> Reading:
         model.eval()
         values = policy.in_chunks(lambda part: function(model, part.to(model.device)).cpu(), batch)
         if not values.isfinite().all():
@@ -113,11 +108,8 @@ def per_token_likelihood(discriminator: reward.Discriminator) -> bool:
 
 
 def natural_errors(candidates: Candidates, tokenizer, ends: tuple[int, ...]) -> torch.Tensor:
-    """[B]: column of the first wrong token of each candidate for an embedded problem, -1 where there is none.
-
-    Only traces with a wrong answer count. One that the length limit cut off (no token of `ends` last) before any error
-    has none.
-    """
+    """[B]: column of the first wrong token of each candidate for an embedded problem, -1 where there is none: where the
+    answer is right, or the length limit cut the trace off (no token of `ends` last) before any error."""
     places = torch.full((len(candidates.texts),), -1)
     for row, text in enumerate(candidates.texts):
         example, ids = candidates.examples[row // candidates.n], candidates.batch.response(row)

@@ -1,8 +1,9 @@
 """log pi as fused CUDA kernels (Triton): a tile of logits lives in a multiprocessor and never reaches memory.
 
-Off (`ON`) until `python -m experiments.bench` has shown on a GPU that it pays: the kernels are tested in Triton's interpreter,
-which has no bf16 products, and compile for NVIDIA's 9.0 without spilling registers; they have neither run nor been timed on
-a GPU. What they do is engine/logprob.py's `logprobs`: log pi(a) = x_a - lse(x), and d log pi(a) / dx_v = 1[v = a] - p_v.
+Off (`ON`) until `python -m experiments.bench` has shown on a GPU that it pays: the kernels are tested in Triton's
+interpreter, which has no bf16 products, and compile for NVIDIA's 9.0, where the backward one spills some registers; they have
+neither run nor been timed on a GPU. What they compute is `logprobs` of engine/logprob.py: log pi(a) = x_a - lse(x), and
+d log pi(a) / dx_v = 1[v = a] - p_v.
 """
 
 import torch
@@ -142,8 +143,8 @@ class _Logprobs(torch.autograd.Function):
 
 
 def logprobs(hidden, weight, tokens, temperature=1.0, softcap=0.0, kind=torch.bfloat16, programs=256):
-    """log pi(tokens) on CUDA, [N] float32, from hidden states and matrix rounded to `kind`: tensor cores want bf16. `programs`:
-    how many blocks of work to aim for."""
+    """log pi(tokens) on CUDA, [N] float32, from hidden states and matrix rounded to `kind`: tensor cores want bf16.
+    `programs`: how many blocks of work to aim for."""
     with torch.cuda.device_of(hidden):
         return _Logprobs.apply(hidden.to(kind).contiguous(), weight.to(kind).contiguous(), tokens.contiguous(), temperature,
                                softcap, programs)  # fmt: skip

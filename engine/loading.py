@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engine.errors import UserError, nearest
-from engine.logprob import output_layer
+from engine.logprob import output_layer, scaled
 
 TASKS = Path(__file__).parents[1] / "tasks"
 # the small bases that ship with this repository, for words and for countdown (tasks/pretrain.py made them)
@@ -23,11 +23,7 @@ SHORT_NAMES = {name: f"Qwen/{name}" for name in _QWEN25 + _QWEN3} | {name: f"met
 
 
 def resolve_model(name: str) -> str:
-    """'base' and 'countdown-base' ship here, a folder stays, a short name gets its owner, an owner/name goes to the hub as it is.
-
-    >>> resolve_model("Qwen2.5-0.5B")
-    'Qwen/Qwen2.5-0.5B'
-    """
+    """'base' and 'countdown-base' ship here, a short name gets its owner, a folder or an owner/name for the hub stays."""
     if name in SHIPPED:
         return SHIPPED[name]
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name that no folder can have
@@ -43,41 +39,35 @@ def resolve_model(name: str) -> str:
 
 
 def load_policy(name: str, device="cpu", dtype=torch.float32):
-    """(model, tokenizer). Weights come from safetensors files only, and no code of the model's author is run.
-
-    The tokenizer is what tokenizer.json says. AutoTokenizer would rebuild it by the model's architecture, and give any
-    Qwen2 model the pre-tokenizer of Qwen2, ours included.
-    """
+    """(model, tokenizer). Weights come from safetensors files only, and no code of the model's author is run. Refused is
+    what would go wrong silently later: no end token, tokens without an embedding, an output layer that we do not know."""
     path, tokenizer = resolve_model(name), load_tokenizer(name)
     with in_one_line(name):
         check_weights(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    check_tokenizer(tokenizer, model, name)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows} embeddings")
     check_output_layer(model.to(device), name)
     return model, tokenizer
 
 
 def check_weights(folder: str) -> None:
-    """Refuse a model folder whose weights are not safetensors: a pickle (.bin, .pt) can run code when it is opened.
-
-    An index is read too, since transformers opens whatever file it names. A hub name is not looked at here.
-    """
-    if not os.path.isdir(folder):
-        return
-    index = Path(folder, "model.safetensors.index.json")
-    if not index.is_file():
-        if not Path(folder, "model.safetensors").is_file():
-            raise UserError(f"folder {folder} holds no model.safetensors: other weights (.bin, .pt) are not opened, they "
-                            "can run code. Save them anew with transformers: save_pretrained")  # fmt: skip
-        return
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    for file in files:
-        if not str(file).endswith(".safetensors") or os.path.basename(file) != file:
-            raise UserError(f"{index} names {file!r}: weights must be .safetensors files beside it")
+    """Refuse a folder (not a hub's name) whose weights are not safetensors: a pickle (.bin, .pt) can run code when it is
+    opened. An index is read too, since transformers opens whatever file it names."""
+    index, weights = (Path(folder, f"model.safetensors{ending}") for ending in (".index.json", ""))
+    if os.path.isfile(index):
+        for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+            if not str(file).endswith(".safetensors") or os.path.basename(file) != file:
+                raise UserError(f"{index} names {file!r}: weights must be .safetensors files beside it")
+    elif os.path.isdir(folder) and not weights.is_file():
+        raise UserError(f"folder {folder} holds no model.safetensors: other weights (.bin, .pt) are not opened, they can run "
+                        "code. Save them anew with transformers: save_pretrained")  # fmt: skip
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, by the same names."""
+    """What tokenizer.json says. AutoTokenizer would give any Qwen2 model, ours included, the pre-tokenizer of Qwen2."""
     with in_one_line(name):
         return PreTrainedTokenizerFast.from_pretrained(resolve_model(name))
 
@@ -104,22 +94,13 @@ def check_same_tokenizer(tokenizer, other: str) -> None:
                         "wrote can be judged as text: rerank.py --candidates FILE")  # fmt: skip
 
 
-def check_tokenizer(tokenizer, model, name: str) -> None:
-    """Refuse what would go wrong silently later: no end token, or tokens that the model has no embedding for."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
-    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-        raise UserError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows} embeddings")
-
-
 @torch.no_grad()
 def check_output_layer(model, name: str) -> None:
     """Refuse a model whose logits are not softcap(W h), which is all that logprob.py knows: a bias or a scale after W
     would make every log-probability wrong, silently."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     weight, softcap = output_layer(model)
-    logits = model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T
-    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    logits = scaled(model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T, softcap=softcap)
     expected = model(tokens).logits.float()
     if logits.shape != expected.shape or (logits - expected).norm() > 0.05 * expected.norm():
         raise UserError(f"the output layer of '{name}' is not of the kind known here, a matrix without bias or scale")
@@ -133,8 +114,7 @@ def context_length(model) -> int:
 def pick_device(name: str = "auto") -> torch.device:
     """'auto' is CUDA where there is one, else Apple's MPS, else the CPU."""
     if name == "auto":
-        mps = getattr(torch.backends, "mps", None)
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -9,12 +9,11 @@ Full fine-tuning of policy and reward holds each of them four times in float32: 
 An adapter of rank r trains r (in + out) numbers per matrix instead of in * out, and the base is there once, in bf16:
 
     base = loading.load_policy("Qwen2.5-0.5B", "cuda", torch.bfloat16)[0]
-    policy_model = adapt(base, rank=16, alpha=32)
-    reward_model = adapt(base, rank=16, alpha=32)     # the same base tensors, an adapter of its own
-    reference = share(policy_model)                   # and this one's adapter as it is now
+    policy_model, reward_model = adapt(base, 16, 32), adapt(base, 16, 32)     # the same base, adapters of their own
+    reference = share(policy_model)                                           # and this one's adapter as it is now
 
-These are three ordinary models in three trees of modules. Nothing is switched on and off between them, so gradient
-checkpointing, which runs a model's forward pass once more in the middle of backward, cannot meet the wrong adapter.
+These are three trees of modules. Nothing is switched on and off between them, so gradient checkpointing, which runs a
+model's forward pass once more in the middle of backward, cannot meet the wrong adapter.
 """
 
 import copy
@@ -54,10 +53,9 @@ class LoRALinear(nn.Module):
 
 def adapt(base: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> nn.Module:
     """A model that computes what `base` computes, plus an adapter on every attention and MLP matrix. All that is frozen
-    is `base`'s own tensors, not copies. Embeddings and output matrix, which are often one, have no adapter.
-
-    Freezes `base`. A head (with_head) keeps its own weights, trained in full, in float32. The last norm's weight is not
-    trained, but a copy, for policy.divide_logits. `generator` (a CPU's) draws every A.
+    is `base`'s own tensors, not copies: it freezes `base`. Embeddings and output matrix, often one, have no adapter. A head
+    (with_head) keeps its own weights, trained in full, in float32. The last norm's weight is not trained, but a copy, for
+    policy.divide_logits. `generator` (a CPU's) draws every A.
     """
     if rank < 1:
         raise UserError(f"an adapter's rank must be at least 1, not {rank}")
@@ -72,37 +70,28 @@ def adapt(base: nn.Module, rank: int, alpha: float, generator: torch.Generator |
         norm.register_buffer("weight", weight)
     if hasattr(model, "score"):  # float32 whatever the base is, as all that trains
         model.score.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    found = 0
-    for parent in list(model.base_model.modules()):  # a list: the loop below changes the tree
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, LoRALinear(child, rank, alpha, generator))
-                found += 1
-    if not found:
+    matrices = [(name, module) for name, module in model.base_model.named_modules() if isinstance(module, nn.Linear)]
+    if not matrices:
         raise UserError(f"no nn.Linear in a {type(base).__name__}: LoRA has nothing to adapt, train with --lora-rank 0")
+    for name, matrix in matrices:
+        model.base_model.set_submodule(name, LoRALinear(matrix, rank, alpha, generator))
     return model
 
 
 def share(model: nn.Module) -> nn.Module:
-    """A copy of the tree of modules around the very same frozen parameters; what trains is copied.
-
-    copy.deepcopy asks its memo, {id: copy}, before it copies anything: a frozen parameter is entered as its own copy.
-    """
+    """A copy of the tree of modules around the very same frozen parameters; what trains is copied."""
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, frozen)
+    return copy.deepcopy(model, frozen)  # its memo, {id: copy}: these are their own copies
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimizer moves: all of them, or adapters (and a head)."""
+    """What an optimizer moves: all parameters, or adapters (and a head)."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def to_average(model: nn.Module) -> list[nn.Parameter]:
-    """Those of `trained` whose mean makes the mean of two models' weights, where the second has grown out of the first.
-
-    Of an adapter it is B alone. It starts at 0, so with the share s of the start the mean W + (1 - s) (alpha / r) B A has
-    (1 - s) B and the same A; a mean of A as well would shrink the product twice.
-    """
+    """Those of `trained` whose mean with their start is the mean of the models' weights. Of an adapter it is B alone, which
+    starts at 0: with the start's share s that is W + (alpha / r) (1 - s) B A, and a mean of A too would shrink it twice."""
     of_adapters = {id(module.A) for module in model.modules() if isinstance(module, LoRALinear)}
     return [p for p in trained(model) if id(p) not in of_adapters]
 
@@ -114,11 +103,8 @@ def start_of(model: nn.Module) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def average(model: nn.Module, start: list[torch.Tensor], share: float) -> None:
-    """Give the weights of before training, `start_of`, this share in the model's: (1 - share) learnt + share start.
-
-    A model that has learnt from few demonstrations has paid for it with skills of its start. The mean of its weights
-    before and after keeps most of both (Wortsman et al. 2021, arXiv 2109.01903).
-    """
+    """In place, (1 - share) learnt + share start. What few demonstrations taught a model has cost it skills of its start, and
+    the mean of its weights before and after keeps most of both (Wortsman et al. 2021, arXiv 2109.01903)."""
     for parameter, before in zip(to_average(model), start):
         parameter.lerp_(before, share)
 
@@ -142,10 +128,9 @@ def merged(model: nn.Module) -> nn.Module:
     most of what was learnt: an adapter's share of a weight is far below bf16's 1/256."""
     copies = {id(p): nn.Parameter(p.detach().to("cpu", torch.float32, copy=True)) for p in model.parameters()}
     plain = copy.deepcopy(model, copies).to("cpu", torch.float32)
-    for parent in list(plain.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(parent, name, child.merge())
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, LoRALinear):
+            plain.set_submodule(name, module.merge())
     return plain
 
 

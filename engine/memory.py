@@ -1,5 +1,5 @@
-"""How training needs less memory; none of it changes a gradient beyond rounding. (What fits on which card:
-experiments/cards.py. Adapters, which save most, are in lora.py. Checkpoints of a run are another thing: checkpoint.py.)"""
+"""How training needs less memory, with the same gradients up to rounding. (Adapters, lora.py, save most. What fits on which
+card: experiments/cards.py. Checkpoints of a run are another thing: checkpoint.py.)"""
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,18 +16,14 @@ def weight_type(weights: str, lora_rank: int, device: torch.device) -> torch.dty
 
 
 def recompute_layers(model) -> None:
-    """Gradient checkpointing. From now on `model` keeps only each layer's input for backward, and runs the
-    layer again there (Chen et al. 2016, arXiv 1604.06174): a third more time for a fraction of the memory.
-
-    transformers checkpoints layers in training mode alone. That is set on the layer itself, not on what is inside it,
-    so that the reward, which stays in evaluation mode, has no dropout here either.
-    """
+    """Gradient checkpointing: from now on `model` keeps only each layer's input for backward, and runs the layer again there
+    (Chen et al. 2016, arXiv 1604.06174): a third more time for a fraction of the memory."""
     # the name since transformers 5.2x, and the one before
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+            module.training = True  # transformers asks for it; what is inside the layer stays without dropout
 
 
 def recomputes(model) -> bool:
@@ -37,9 +33,7 @@ def recomputes(model) -> bool:
 
 def micro_batches(lengths: torch.Tensor, rows: int, tokens: int = 0) -> list[torch.Tensor]:
     """Row numbers, part by part; each row is in one part. `rows` at a time in their order; or, with tokens > 0, rows of
-    similar length together, as many as have at most `tokens` tokens once they are padded to the longest.
-
-    A single row that is longer than `tokens` is a part of its own.
+    similar length together, as many as have at most `tokens` tokens once they are padded to the longest (at least one).
 
     >>> micro_batches(torch.tensor([9, 3, 8, 2, 3]), rows=2)
     [tensor([0, 1]), tensor([2, 3]), tensor([4])]
@@ -49,10 +43,7 @@ def micro_batches(lengths: torch.Tensor, rows: int, tokens: int = 0) -> list[tor
     if not tokens:
         return list(torch.arange(len(lengths), device=lengths.device).split(rows)) if len(lengths) else []
     order = lengths.argsort(descending=True, stable=True)
-    parts, sizes = [], lengths[order].tolist()
-    start = 0
-    while start < len(sizes):  # sizes[start] is the longest of its part
-        count = max(1, tokens // max(1, sizes[start]))
-        parts.append(order[start : start + count])
-        start += count
-    return parts
+    sizes, counts = lengths[order].tolist(), []
+    while (start := sum(counts)) < len(sizes):  # sizes[start] is the longest of its part
+        counts.append(min(max(1, tokens // max(1, sizes[start])), len(sizes) - start))
+    return list(order.split(counts))

@@ -1,18 +1,16 @@
 """Many GPUs of one machine: torchrun --nproc-per-node=N train.py ...
 
 Every process ("rank") holds whole models and answers its own share of the questions: it keeps their demonstrations and
-their replay, and samples with its own random numbers. The ranks meet in four places, each a call of torch.distributed:
+their replay, and samples with its own random numbers. The ranks meet in four places:
 
-    total, total_of      what a loss is divided by is counted over all ranks, so that the ranks' losses sum to the loss
-                         that one process would have on all rows (policy.accumulate, reward.update)
-    sum_gradients        gradients are summed, once per optimizer step (policy.optimizer_step)
-    make_optimizer       PyTorch's ZeroRedundancyOptimizer: each rank keeps AdamW's states for 1/N of the weights
-    rows, mean           evaluation, and the metrics that are logged
+    total, total_of    what a loss is divided by is counted over all ranks: their losses sum to one process's on all rows
+    sum_gradients      once per optimizer step
+    make_optimizer     each rank keeps AdamW's states for 1/N of the weights
+    rows, mean         evaluation, and the metrics that are logged
 
-Neither DistributedDataParallel nor FSDP2 would do: they hang communication on a module's forward and backward, of which all
-ranks must then make the same number. Here a rank samples until its own longest response has ended, and losses go around the
-model's forward (policy.hidden_states); one sum per optimizer step moves as many bytes. Weights are not sharded, and nothing
-is saved before the end (engine/keeper.py). Without torchrun every function here returns what it was given.
+DistributedDataParallel and FSDP2 hang communication on a module's forward and backward, of which all ranks must then make
+the same number. Here a rank samples until its own longest response has ended, and losses go around the model's forward
+(policy.hidden_states). Nothing is saved before the end. Without torchrun every function returns what it was given.
 """
 
 import os
@@ -46,7 +44,7 @@ def leave() -> None:
 
 
 def world() -> int:
-    """How many processes there are."""
+    """N, how many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -128,8 +126,8 @@ def make_optimizer(kind: type, parameters: list, **options) -> torch.optim.Optim
     Rajbhandari et al. 2019, arXiv 1910.02054). All ranks start from rank 0's parameters."""
     if world() == 1:
         return kind(parameters, **options)
-    for parameter in parameters:
-        dist.broadcast(parameter.data, 0)
     from torch.distributed.optim import ZeroRedundancyOptimizer  # here, because it takes a second
 
+    for parameter in parameters:
+        dist.broadcast(parameter.data, 0)
     return ZeroRedundancyOptimizer(parameters, optimizer_class=kind, **options)

@@ -11,11 +11,8 @@ LOOK_EVERY = {"cpu": 1}  # tokens; to ask a GPU how many rows have ended makes t
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values, [B, heads, L, D], with room for the tokens to come.
-
-    transformers' own layer copies everything it holds to add a column. This one writes the column into free room and
-    hands out a view; it copies only when the room is used up, every ROOM columns.
-    """
+    """One layer's keys and values, [B, heads, L, D], with room for the tokens to come: transformers' own layer copies all it
+    holds to add a column; this one writes it into free room, hands out a view, and copies once in ROOM columns."""
 
     ROOM = 32
 
@@ -23,10 +20,8 @@ class RoomyLayer(DynamicLayer):
         """Add the columns of keys and values; returns all of them, old and new."""
         start, new = self.keys.shape[-2], keys.shape[-2]
         if start + new > self.store[0].shape[-2]:
-            self.store = [
-                torch.cat([x, x.new_empty(*x.shape[:2], new + self.ROOM, x.shape[-1])], -2)
-                for x in (self.keys, self.values)
-            ]
+            room = lambda x: x.new_empty(*x.shape[:2], new + self.ROOM, x.shape[-1])
+            self.store = [torch.cat([x, room(x)], -2) for x in (self.keys, self.values)]
         for store, x in zip(self.store, (keys, values)):
             store[:, :, start : start + new] = x
         self.keys, self.values = (store[:, :, : start + new] for store in self.store)
@@ -40,8 +35,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def make_roomy(cache) -> bool:
-    """Give every growing layer of a filled cache room. Returns whether all of them grow: a sliding window does not, it
-    keeps the layer that it has."""
+    """Give every growing layer of a filled cache room. Returns whether all of them grow: a sliding window does not."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__, layer.store = RoomyLayer, [layer.keys, layer.values]
@@ -93,26 +87,21 @@ def sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p
             cache.batch_select_indices(going)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
         position = position + 1
-        hidden = decoder(
-            input_ids=token[:, None],
-            attention_mask=mask[:, None, None] if sees_all else mask,
-            position_ids=position[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-    lengths = lengths.tolist()
-    responses, logprobs = responses.tolist(), logprobs.cpu()
-    return [r[:n] for r, n in zip(responses, lengths)], [logprobs[i, :n] for i, n in enumerate(lengths)]
+        hidden = decoder(input_ids=token[:, None], attention_mask=mask[:, None, None] if sees_all else mask,
+                         position_ids=position[:, None], past_key_values=cache,
+                         use_cache=True).last_hidden_state[:, -1]  # fmt: skip
+    responses, logprobs, lengths = responses.tolist(), logprobs.cpu(), lengths.tolist()
+    return [r[:n] for r, n in zip(responses, lengths)], [x[:n] for x, n in zip(logprobs, lengths)]
 
 
 def response_hidden(model, batch: Batch) -> torch.Tensor:
     """The hidden states after the prompt and after each response token: [B, 1 + R, H], R the longest response.
 
-    State t chose response token t; state t + 1 has read it. Rows that share a prompt (a question's G samples, its
-    expert, its broken copies) have it read once: with G = 8, half of the tokens of a short problem.
+    Number t chose response token t; t + 1 has read it. Rows that share a prompt (a question's G samples, its expert, its
+    broken copies) have it read once: with G = 8, half of the tokens of a short problem.
     """
-    responses, columns = _response_columns(batch)  # [B, R]
-    decoder = model.get_decoder()
+    decoder, longest = model.get_decoder(), int((batch.lengths - batch.prompt_lengths).max())
+    columns = batch.prompt_lengths[:, None] + torch.arange(longest, device=batch.tokens.device)  # of the responses, [B, R]
     with logprob.half_precision(batch.tokens.device):
         prompts, mask, which = _distinct_prompts(batch)  # [P, L], [P, L], [B]
         if len(prompts) == len(batch) or memory.recomputes(decoder):  # nothing to share, or no cache to share it in
@@ -124,16 +113,10 @@ def response_hidden(model, batch: Batch) -> torch.Tensor:
         cache = prompt.past_key_values
         cache.batch_select_indices(which)  # the prompt's keys and values, once per row; gradients add up
         mask = torch.cat([mask[which], (columns < batch.lengths[:, None]).long()], 1)  # [B, L + R]
+        responses = batch.tokens.gather(1, columns.clamp(max=batch.tokens.shape[1] - 1))  # moved to the left edge, [B, R]
         rest = decoder(input_ids=responses, attention_mask=mask, position_ids=columns, past_key_values=cache,
                        use_cache=True).last_hidden_state  # fmt: skip
         return torch.cat([prompt.last_hidden_state[which, -1:], rest], 1)
-
-
-def _response_columns(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Responses moved to the left edge, [B, R], and the columns of batch.tokens they come from."""
-    longest = int((batch.lengths - batch.prompt_lengths).max())
-    columns = batch.prompt_lengths[:, None] + torch.arange(longest, device=batch.tokens.device)
-    return batch.tokens.gather(1, columns.clamp(max=batch.tokens.shape[1] - 1)), columns
 
 
 def _distinct_prompts(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

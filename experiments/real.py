@@ -393,7 +393,7 @@ class RewardTrainer:
         """One update: some experts, each with a response of every writer and broken copies."""
         s = self.settings
         with data.no_verifier():
-            rows = irl.draw(list(range(len(self.experts))), s.questions, self.rng)
+            rows = data.draw(list(range(len(self.experts))), s.questions, self.rng)
             chosen = [[self.rng.choice(written) for written in self.pool[i].values()] for i in rows]
             comparison = reward.compare(self.tokenizer, [self.experts[i] for i in rows], chosen, s.perturbed, self.rng,
                                         self.discriminator.reward_model.model.device)  # fmt: skip

@@ -58,34 +58,22 @@ def read_solutions(path: str, count: int | None = None) -> list[Solution]:
         whole = json.loads("\n".join(text for _, text in lines)) if lines and lines[0][1].lstrip().startswith("[") else None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
-    places = enumerate(whole, 1) if whole is not None else lines
-    solutions = []
-    for number, record in places:
-        try:
-            solutions.append(from_record(json.loads(record) if whole is None else record))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-    if not solutions:
-        raise UserError(f"{path} is empty: it needs objects with question, steps and label")
-    return solutions[:count]
+    lines = lines if whole is None else list(enumerate(map(json.dumps, whole), 1))
+    return records.read_objects(path, lines, from_record, "question, steps and label")[:count]
 
 
-def from_record(record) -> Solution:
+def from_record(record: dict) -> Solution:
     """A record of either form. MR-GSM8K's "Step 3: " and its calculator's annotations go: no policy here writes them.
 
     >>> from_record({"question": "?", "model_output_steps": ["Step 1:  2+3=<<2+3=6>>6", "Step 2: #### 6"],
     ...              "model_output_solution_first_error_step": 1})
     Solution(question='?', steps=('2+3=6', '#### 6'), label=0)
     """
-    if not isinstance(record, dict):
-        raise ValueError('not a JSON object: {"question": .., "steps": [..], "label": ..} is needed')
     name, labelled, first = "steps", "label", 0
     if "model_output_steps" in record:
         name, labelled, first = "model_output_steps", "model_output_solution_first_error_step", 1
-    question = records.field(record, "problem" if "problem" in record else "question")
+    question = records.field(record, "problem" if "problem" in record else "question", needed=True)
     steps, label = record.get(name), record.get(labelled)
-    if not question:
-        raise ValueError("field 'question' is missing or empty")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s.strip() for s in steps):
         raise ValueError(f"field '{name}' must be a list of one or more texts")
     if first and label in (None, "", "N/A") and record.get("model_output_solution_correctness") == "correct":

@@ -24,7 +24,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NAMES = {"base": "base", "sft": "SFT, best at T = 1", "sft_fair": "SFT, averaged and sharpened, best at T = 1",
          "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
          "likelihood_only": "IRL without its discriminator", "irl": "**IRL, no verifier**",
-         "irl_tuned": "**IRL, steps and KL chosen on validation**",
+         "irl_tuned": "IRL, 800 steps, no KL: best on validation with other demonstrations",
          "grpo": "GRPO, true answers"}  # fmt: skip
 RULES = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "reward_lowest", "reward_last",
          "reward_discounted", "weighted_majority", "oracle")  # fmt: skip
@@ -391,8 +391,6 @@ def readme_tables(summary: dict) -> str:
 
     def accuracy(task: str, size: str, method: str, key: str) -> str:  # fair SFT as it was best for the column
         other = "sft_fair_greedy" if (method, key) == ("sft_fair", "greedy") else method
-        if method == "irl" and (summary[task]["main"][size].get("irl_tuned") or {}).get(key):
-            other = "irl_tuned"  # GRPO, beside it, is tuned, too
         return short(summary[task]["main"][size].get(other, {}).get(key))
 
     def best(task: str, rule: str) -> str:

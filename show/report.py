@@ -323,7 +323,8 @@ def write_report(run: Path) -> Path:
     """Write <run>/report.html from what is in the folder `run`, and return its path."""
     path = Path(run) / "report.html"
     try:
-        page = page_of(path.parent.resolve().name, read_run(path.parent))
+        found = read_run(path.parent)  # first: of a name that no file can have, it says so
+        page = page_of(path.parent.resolve().name, found)
         path.write_bytes(page.encode("utf-8", "replace"))  # a trace may hold half a surrogate pair
     except RecursionError:
         raise UserError(f"{run}: its JSON is nested too deeply to show") from None

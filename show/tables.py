@@ -21,8 +21,7 @@ def aligned(rows: list[list], widths: list[int], digits: int = 2) -> str:
             return "{} [{}, {}]".format(*map(text, cell))
         return cell if isinstance(cell, str) else "-" if cell is None else f"{cell:.{digits}f}"
 
-    first, *others = widths
-    lines = [[row[0].ljust(first), *(text(cell).rjust(n) for cell, n in zip(row[1:], others))] for row in rows]
+    lines = ([row[0].ljust(widths[0]), *(text(cell).rjust(n) for cell, n in zip(row[1:], widths[1:]))] for row in rows)
     return "\n".join(map("".join, lines))
 
 
@@ -35,19 +34,17 @@ def table(results: dict) -> str:
         shares = [[r[how], *r[f"{how}_interval"]] for how in ("t1", "greedy")]
         methods.append([names[method], *shares, f"{r.get('seconds', 0):.0f}"])
     worth: dict[str, dict] = {}  # what it is: name -> value
-    for n in (n for n in ("4", "16") if n in results["rerank"]):
-        row = results["rerank"][n]
-        logprobs = (name for name in row if name.endswith("logprob"))
-        ways = ("random", "longest", "shortest", "majority", *logprobs, "reward", "oracle")
+    for n in ("4", "16"):
+        row = results["rerank"].get(n, {})
+        ways = ["random", "longest", "shortest", "majority", *(way for way in row if way.endswith("logprob")), "reward", "oracle"]
         worth[f"best of {n} samples of the base"] = {way: row[way][0] for way in ways if way in row}
     worth["AUROC, right against wrong"] = {"reward": results["reward"].get("auroc")}
     for kind in ("wrong", "right"):
-        alarms = results.get("alarms", {}).items()
-        worth[f"{kind} traces with a token below -1"] = {name: rates[kind] for name, rates in alarms}
+        worth[f"{kind} traces with a token below -1"] = {name: r[kind] for name, r in results.get("alarms", {}).items()}
     for kind, name in (("natural", "its own errors"), ("single", "one planted error")):
         hits = results["localise"].get(kind, {}).get("hit0", {})
-        best = [key for key in hits if key.endswith("_first") or (key == "reward" and "reward_first" not in hits)]
-        worth[f"first wrong token, {name}"] = {key: hits[key][0] for key in best}
+        best = lambda key: key.endswith("_first") or (key == "reward" and "reward_first" not in hits)
+        worth[f"first wrong token, {name}"] = {key: hits[key][0] for key in hits if best(key)}
     rows = []
     for what, found in worth.items():
         known = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)
@@ -59,10 +56,10 @@ def show_results(results: dict) -> str:
     """The results of rerank.py: `rerank.rerank_results` under "rerank" and, if it is there, "localise"."""
     ranking = results["rerank"]
     ns = [key for key in ranking if key.isdigit()]
-    parts = [[["best of n =", *ns]] + [[way, *(ranking[n][way] for n in ns)] for way in ranking[ns[0]]]]
-    parts += [[["k =", *ns]] + [[at, *ranking[at].values()] for at in ("pass@k", "success@k") if at in ranking]]
-    parts += [[["right from wrong", "AUROC"], *map(list, ranking["auroc"].items())]]
-    texts = [aligned(rows, [18] * len(rows[0])) for rows in parts]
+    ways = [["best of n =", *ns], *([way, *(ranking[n][way] for n in ns)] for way in ranking[ns[0]])]
+    ks = [["k =", *ns], *([at, *ranking[at].values()] for at in ("pass@k", "success@k") if at in ranking)]
+    areas = [["right from wrong", "AUROC"], *map(list, ranking["auroc"].items())]
+    texts = [aligned(rows, [18] * len(rows[0])) for rows in (ways, ks, areas)]
     titles = {"natural": "the policy's own errors", "single": "expert traces with a single thing broken"}
     for kind, found in results.get("localise", {}).items():
         rows = [["", "Hit@0", "Hit@1", "same step"]]
@@ -92,8 +89,7 @@ def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, 
     readings = signals(shown.batch, discriminator, policy_model)
     (f, ends), (log_pi, _) = readings["reward"], readings["logprob"]
     batch = shown.batch.to(policy_model.device)
-    scores = discriminator.reward_model.scores(batch)
-    logits = discriminator.logits(batch, scores, log_pi.to(scores.device)).cpu()
+    logits = discriminator.logits(batch, discriminator.reward_model.scores(batch), log_pi.to(batch.tokens.device)).cpu()
     wrong = natural_errors(shown, tokenizer, data.end_tokens(tokenizer, policy_model)).tolist()
     traces, likelihood = [], per_token_likelihood(discriminator)
     for i, example in enumerate(examples):

@@ -27,12 +27,10 @@ def colour(text: str, value: float, scale: float) -> str:
 
 def token_scores(reward_model, tokenizer, question: str, response: str) -> list[tuple[str, float]]:
     """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
-    prompt = data.prompt_ids(tokenizer, question)
-    ids = token_ids(tokenizer, response)
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in prompt + ids and unknown != tokenizer.eos_token_id:
-        known = "the words of `python data.py`'s problems, digits, + - * / = and newlines"
-        raise UserError(f"the question or trace holds something this model's vocabulary lacks; it knows {known}")
+    prompt, ids = data.prompt_ids(tokenizer, question), token_ids(tokenizer, response)
+    if tokenizer.unk_token_id in prompt + ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
+        raise UserError("the question or trace holds something this model's vocabulary lacks; it knows the words of "
+                        "`python data.py`'s problems, digits, + - * / = and newlines")  # fmt: skip
     if not ids:
         raise UserError("the trace is empty")
     context = loading.context_length(reward_model.model)
@@ -47,20 +45,18 @@ def token_scores(reward_model, tokenizer, question: str, response: str) -> list[
 def show(scored: list[tuple[str, float]], likelihood: bool = True) -> str:
     """The trace in colours, and where it goes wrong by this reward: at the first token whose likelihood is suspicious. The
     lowest may be a later one, which does not fit the error. A head knows no such bound: there it is the lowest."""
-    scale, values = max(1.0, max(abs(score) for _, score in scored)), [score for _, score in scored]
-    painted = "".join(colour(token, score, scale) for token, score in scored)
+    tokens, values = zip(*scored)
+    scale = max(1.0, *map(abs, values))
     first = next((i for i, f in enumerate(values) if likelihood and f < reward.SUSPICIOUS), None)
     found = "nothing suspicious; lowest" if likelihood and first is None else "most suspicious"
     place = values.index(min(values)) if first is None else first
-    before = "".join(token for token, _ in scored[:place])[-30:]
-    return (
-        f"{painted}\n\n{found}: token {place + 1} of {len(scored)}, {scored[place][0]!r} after {before!r}, "
-        f"f = {values[place]:.2f} (mean of the trace {sum(values) / len(values):.2f})"
-    )
+    return (f"{''.join(colour(token, f, scale) for token, f in scored)}\n\n{found}: token {place + 1} of {len(scored)}, "
+            f"{tokens[place]!r} after {''.join(tokens[:place])[-30:]!r}, f = {values[place]:.2f} "
+            f"(mean of the trace {sum(values) / len(values):.2f})")  # fmt: skip
 
 
 def main() -> None:
-    parser = Parser("Colour a trace by its token rewards.")
+    parser = Parser(__doc__)
     parser.add_argument("--run", required=True, help="a folder written by train.py")
     parser.add_argument("--question", required=True)
     parser.add_argument("--trace", required=True, help="the reasoning (\\n for a new line), or a whole response with its tags")

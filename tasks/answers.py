@@ -30,8 +30,7 @@ def extract_answer(response: str) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The one number that `text` states, with sign, commas, decimals, fraction, currency, unit or trailing dot. A bound
-    states none.
+    """The one number that `text` states: sign, commas, decimals, fraction, currency, unit, trailing dot. A bound states none.
 
     >>> [str(parse_number(t)) for t in ("-1,234.50", "$3/4.", "12 apples", "two", "= 7 %", "< 5")]
     ['-2469/2', '3/4', '12', 'None', '7', 'None']
@@ -39,8 +38,7 @@ def parse_number(text: str) -> Fraction | None:
     found = re.findall(NUMBER, text[:1000])
     if len(found) != 1 or re.search(COMPARATOR, text[:1000]):
         return None
-    plain = re.sub(r"[$€£,\s]", "", found[0]).replace("−", "-")
-    top, _, bottom = plain.partition("/")
+    top, _, bottom = re.sub(r"[$€£,\s]", "", found[0]).replace("−", "-").partition("/")
     try:
         return Fraction(top) / Fraction(bottom or 1)
     except ZeroDivisionError:
@@ -100,7 +98,6 @@ def normalise_text(text: str) -> str:
 
 def plain_words(text: str) -> str:
     """`normalise_text` without a look at option letters."""
-    text = text[:10_000].lower()
-    words = re.findall(rf"{COMPARATOR}|{SIGN}|\w+", text)
+    words = re.findall(rf"{COMPARATOR}|{SIGN}|\w+", text := text[:10_000].lower())
     kept = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(kept or words or text.split()).translate(ONE_SPELLING)

@@ -3,13 +3,13 @@
     7 12 4 > 15         12+7=19
                         19-4=15
 
-A trace is right if every line is true, takes numbers that are still there, and the last one left is the target. To check
-that is easy. To find it is not: which number has to be taken away must be seen before the first line is written. So a
-reward that judges finished traces can know more than a policy that writes them; on `words` it cannot.
+A trace is right if every line is true, takes numbers that are still there, and the last one left is the target. That is
+easy to check and hard to find: which number to take away must be seen before the first line is written. So a reward that
+judges finished traces can know more than a policy that writes them; on `words` it cannot.
 
-The base that ships with this task has read *attempts*, each with a grade behind its end: "right" or "wrong". It calculates
-soundly, can tell right from wrong, and cannot plan: one attempt in ten aims at the target. That stands for a language
-model, which has read graded work, too, and is a better judge than author. Nothing tells it which grade is to be wished for.
+The base that ships with this task has read *attempts*, each with its grade behind its end: "right" or "wrong". It calculates
+soundly, can judge, and cannot plan: one attempt in ten aims at the target. That stands for a language model, a better judge
+than author. Nothing tells it which grade is to be wished for.
 """
 
 import itertools
@@ -18,7 +18,7 @@ import random
 from tasks import common
 from tasks.common import Solution, first_wrong, wrong_digit
 
-NUMBERS, LARGEST, OPERATORS = 3, 20, "+-"  # what a base this small calculates without slips
+NUMBERS, LARGEST = 3, 20  # what a base this small calculates without slips
 AIMED = 0.1  # share of the attempts in the base's corpus that aim at the target
 STRANGERS, SLIPS = 0.3, 0.3  # share that are by somebody else, who is careless: lines with a wrong result
 
@@ -34,8 +34,7 @@ def moves(numbers: Numbers) -> dict[str, Numbers]:
     found = {}
     for i, j in itertools.permutations(range(len(numbers)), 2):
         rest = tuple(number for k, number in enumerate(numbers) if k not in (i, j))
-        for operator in OPERATORS:
-            result = numbers[i] + numbers[j] if operator == "+" else numbers[i] - numbers[j]
+        for operator, result in (("+", numbers[i] + numbers[j]), ("-", numbers[i] - numbers[j])):
             if result >= 0:
                 found[f"{numbers[i]}{operator}{numbers[j]}={result}"] = (*rest, result)
     return found
@@ -67,11 +66,7 @@ def question_of(numbers: Numbers, target: int) -> str:
 
 
 def problem_of(question: str) -> tuple[Numbers, int]:
-    """question_of, backwards.
-
-    >>> problem_of("7 12 4 > 15")
-    ((7, 12, 4), 15)
-    """
+    """question_of, backwards: '7 12 4 > 15' -> ((7, 12, 4), 15)."""
     numbers, target = question.split(" > ")
     return tuple(map(int, numbers.split())), int(target)
 
@@ -82,8 +77,8 @@ def split_of(numbers: Numbers, target: int) -> str:
 
 
 def attempt(numbers: Numbers, target: int, rng: random.Random, aims: bool = True, slips: float = 0.0) -> tuple[str, int, bool]:
-    """(trace, last result, whether right). Who aims writes only lines after which the target can be reached; who does not
-    writes any. A slip is a wrong digit or, by somebody who knows where to end, the target itself."""
+    """(trace, last result, whether right). Who aims writes only lines after which the target can be reached. A slip is a wrong
+    digit or, by somebody who knows where to end, the target itself."""
     lines, true = [], True
     while len(numbers) > 1:
         choices = (aims and good_moves(numbers, target)) or moves(numbers)
@@ -96,8 +91,9 @@ def attempt(numbers: Numbers, target: int, rng: random.Random, aims: bool = True
     return "\n".join(lines), numbers[0], true and numbers[0] == target
 
 
-def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]:
-    """At most `count` different problems of one split; fewer if there are no more. The same arguments, the same problems."""
+def solutions(split: str, count: int, seed: int = 0, **unused) -> list[Solution]:
+    """An expert's solutions of at most `count` different problems of one split; fewer if there are no more. The same
+    arguments, the same problems."""
     rng, found = random.Random(f"countdown {split} {seed}"), {}
     for _ in range(100 * count):
         numbers, target = make_problem(rng)
@@ -105,14 +101,8 @@ def problems(split: str, count: int, seed: int = 0) -> list[tuple[Numbers, int]]
             found.setdefault((tuple(sorted(numbers)), target), (numbers, target))
         if len(found) == count:
             break
-    return list(found.values())
-
-
-def solutions(split: str, count: int, seed: int = 0, **_) -> list[Solution]:
-    """An expert's solutions of `problems`."""
     rng = random.Random(f"countdown experts {split} {seed}")
-    made = problems(split, count, seed)
-    return [Solution(question_of(*problem), attempt(*problem, rng)[0], str(problem[1])) for problem in made]
+    return [Solution(question_of(*problem), attempt(*problem, rng)[0], str(problem[1])) for problem in found.values()]
 
 
 def first_error(expert, response: str) -> int | None:

@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import data
 from tasks import countdown, words
-from tasks.common import Solution, split_of
+from tasks.common import split_of
 
-# A piece is a tag, a word with its spaces, one digit, one operator or one newline. Pieces joined give the text back
-# exactly, so that what is scored is what was sampled.
+# A tag, a word with its spaces, a digit, an operator or a newline. Joined they give the text back: what is scored was sampled.
 PIECE = r"</?think>\n?|</?answer>| ?[A-Za-z]+ ?|\d|[.?] ?|[-+*/=]|>|\n"
 END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 DEFAULTS = {"steps": 4500, "batch": 128, "lr": 3e-3, "width": 64, "layers": 3, "seed": 0} | asdict(words.Pupil())
@@ -35,24 +34,16 @@ def build_tokenizer(task: str) -> PreTrainedTokenizerFast:
     pieces = {*"0123456789+-*/=\n", *(("right", "wrong") if task == "countdown" else ())}
     for number in range(5000):
         if task == "words":
-            solution = words.solve(words.make_problem(rng, steps=1 + number % 4))
+            question = words.make_problem(rng, steps=1 + number % 4).question
         else:
-            solution = Solution(countdown.question_of(*countdown.make_problem(rng)), "", "0")
-        text = solution.question + "\n" + data.response_text(solution.trace, solution.answer)
+            question = countdown.question_of(*countdown.make_problem(rng))
+        text = question + "\n" + data.response_text("", "0")
         pieces.update(piece for piece, _ in split.pre_tokenize_str(text))
     vocabulary = {piece: i for i, piece in enumerate([END, PAD, UNKNOWN] + sorted(pieces))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN,
                                    clean_up_tokenization_spaces=False)  # fmt: skip
-
-
-def build_model(tokenizer, width: int, layers: int) -> Qwen2ForCausalLM:
-    """Qwen2.5's architecture, small: the same code path as the 0.5B model, tied embeddings too."""
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))  # fmt: skip
 
 
 def pupil_corpus(tokenizer, count: int, seed: int, pupil: words.Pupil) -> data.Batch:
@@ -85,7 +76,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(args.task)
-    model = build_model(tokenizer, args.width, args.layers)
+    model = Qwen2ForCausalLM(Qwen2Config(  # the same code path as Qwen2.5-0.5B, tied embeddings too
+        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))  # fmt: skip
     how, pupil = (tokenizer, args.steps * args.batch, args.seed), words.Pupil(args.groups, args.borrow, args.slip)
     corpus = pupil_corpus(*how, pupil) if args.task == "words" else graded_corpus(*how)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)

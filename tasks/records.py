@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.chat import check_text
@@ -14,14 +15,13 @@ HUB = {"gsm8k": ("openai/gsm8k", "main"), "medreason": ("UCSC-VLAA/MedReason", N
 
 def from_files(path: Path, split: str) -> list[Solution]:
     """One split of a JSON-lines file, or of a folder with train.jsonl and, if there is one, test.jsonl."""
-    if path.is_file():
-        return of_split(read_jsonl(path), split)
-    train, test = path / "train.jsonl", path / "test.jsonl"
+    train, test = (path, path) if path.is_file() else (path / "train.jsonl", path / "test.jsonl")
+    has_test = test != train and test.exists()
     if not train.exists():
         raise UserError(f"no train.jsonl in folder {path}")
-    if split == "test" and test.exists():
+    if split == "test" and has_test:
         return read_jsonl(test)
-    return of_split(read_jsonl(train), split, test.exists())
+    return of_split(read_jsonl(train), split, has_test)
 
 
 def from_hub(source: str, split: str) -> list[Solution]:
@@ -49,15 +49,23 @@ def of_split(found: list[Solution], split: str, has_test: bool = False) -> list[
 
 
 def read_jsonl(path: Path) -> list[Solution]:
-    """Every record of a JSON-lines file. Broken lines and missing fields are named by file and line number."""
+    """Every record of a JSON-lines file."""
+    return read_objects(path, text_lines(path), from_record, "question, trace and answer")
+
+
+def read_objects(path: Path | str, lines: list[tuple[int, str]], read: Callable[[dict], object], fields: str) -> list:
+    """read(object) of the JSON object on each (numbered) line of a file. What is wrong with one is said with its place."""
     found = []
-    for number, line in text_lines(path):
+    for number, line in lines:
         try:
-            found.append(from_record(json.loads(line)))
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"not a JSON object: each line needs one with {fields}")
+            found.append(read(record))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: {error}") from None
     if not found:
-        raise UserError(f"{path} is empty: it needs one JSON object per line, with question, trace and answer")
+        raise UserError(f"{path} is empty: it needs one JSON object per line, with {fields}")
     return found
 
 
@@ -72,45 +80,39 @@ def text_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def field(record: dict, name: str) -> str | None:
+def field(record: dict, name: str, needed: bool = False) -> str | None:
     """One field of a record as text, without the space around it: a string or a finite number; None if it is missing."""
     value = record.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"field '{name}' must be a string, not {type(value).__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"field '{name}' is {value}, not a finite number")
+    number = type(value) is int or type(value) is float and math.isfinite(value)  # a bool is none
+    if not (value is None or isinstance(value, str) or number):
+        raise ValueError(f"field '{name}' must be a string or a finite number, not {str(value)[:40]}")
     try:
-        return check_text(str(value)).strip()
+        text = None if value is None else check_text(str(value)).strip()
     except ValueError as error:
         raise ValueError(f"field '{name}': {error}") from None
+    if needed and not text:
+        raise ValueError(f"field '{name}' is missing or empty")
+    return text
 
 
-def from_record(record) -> Solution:
+def from_record(record: dict) -> Solution:
     """A JSON object as a Solution. GSM8K's own form, whose answer holds the trace before '####', is understood too.
 
     >>> from_record({"question": "1+2?", "answer": "It is 1+2 = <<1+2=3>>3.\\n#### 3"})
     Solution(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=())
     """
-    if not isinstance(record, dict):
-        raise ValueError('not a JSON object: each line needs {"question": .., "trace": .., "answer": ..}')
-    question, trace, answer = (field(record, name) for name in ("question", "trace", "answer"))
-    for name, value in (("question", question), ("answer", answer)):
-        if not value:
-            raise ValueError(f"field '{name}' is missing or empty")
+    question, answer = field(record, "question", needed=True), field(record, "answer", needed=True)
+    trace, options = field(record, "trace"), record.get("options") or []
     if trace is None and "####" in answer:
         trace, answer = answer.rsplit("####", 1)
         if not answer.strip():
             raise ValueError("field 'answer' has nothing after its '####'")
     if trace is None:
         raise ValueError("field 'trace' is missing (the reasoning, without the answer)")
-    options = record.get("options") or []
     if not isinstance(options, list):
         raise ValueError(f"field 'options' must be a list of strings, not {type(options).__name__}")
     trace = re.sub(r"<<[^<>]{0,200}>>", "", trace).strip()  # GSM8K's calculator annotations go; a lone '<<' stays
-    options = tuple(field({"options": option}, "options") or "" for option in options)
-    return Solution(question, trace, answer.strip(), options)
+    return Solution(question, trace, answer.strip(), tuple(field({"options": one}, "options") or "" for one in options))
 
 
 def from_medreason(row: dict) -> Solution:

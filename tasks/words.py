@@ -7,6 +7,7 @@
 import random
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.errors import UserError
 from tasks.answers import extract_answer, same_answer
@@ -14,30 +15,14 @@ from tasks.common import Solution, first_wrong, split_of, wrong_digit
 
 NAMES = ("Ava", "Ben", "Cho", "Dan", "Eve", "Gus", "Ida", "Lee")
 ITEMS = ("pens", "eggs", "cards", "coins", "nuts", "beads", "shells", "pins")
-GAINS = ("finds", "gets", "picks")
-LOSSES = ("loses", "sells", "eats")
-PACKS = ("bags", "boxes", "packs")
+GAINS, LOSSES, PACKS = ("finds", "gets", "picks"), ("loses", "sells", "eats"), ("bags", "boxes", "packs")
+STEPS = {"gain": 1, "loss": 1, "packs": 2, "shares": 2}  # kind of event -> steps of arithmetic that it takes
 
 
-@dataclass(frozen=True)
-class Event:
-    """One sentence of a problem. kind: 'gain' or 'loss' (one step of arithmetic), 'packs' or 'shares' (two)."""
-
-    kind: str
-    text: str
-    a: int
-    b: int = 0
-
-    @property
-    def steps(self) -> int:
-        return 2 if self.kind in ("packs", "shares") else 1
-
-
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     question: str
     start: int
-    events: tuple[Event, ...]
+    events: list[tuple[str, int, int]]  # the kind of each sentence and its numbers a and b; b counts where there are two steps
 
 
 def make_problem(rng: random.Random, steps: int = 3, largest: int = 40) -> Problem:
@@ -51,27 +36,23 @@ def make_problem(rng: random.Random, steps: int = 3, largest: int = 40) -> Probl
     """
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     start = have = rng.randint(max(2, largest // 4), largest)
-    sentences, events, left = [f"{name} has {start} {item}."], [], steps
+    question, events, left = f"{name} has {start} {item}.", [], steps
     while left:
-        kinds = ["gain", "loss"] if left == 1 else ["gain", "loss", "packs", "packs", "shares", "shares"]
-        kind = rng.choice(kinds)
+        kind = rng.choice(["gain", "loss"] if left == 1 else ["gain", "loss", "packs", "packs", "shares", "shares"])
         a, b = rng.randint(2, 5), rng.randint(2, max(2, largest // 3))
-        if kind in ("gain", "loss"):
-            a = rng.randint(2, largest)
-        spent = {"loss": a, "shares": a * b}.get(kind, 0)
-        if spent >= have:  # nobody gives away more than she has
-            continue
-        have += {"gain": a, "packs": a * b}.get(kind, 0) - spent
-        text = {
-            "gain": f"{name} {rng.choice(GAINS)} {a}.",
-            "loss": f"{name} {rng.choice(LOSSES)} {a}.",
-            "packs": f"{name} buys {a} {rng.choice(PACKS)} of {b}.",
-            "shares": f"{name} gives {a} friends {b} each.",
-        }[kind]
-        events.append(Event(kind, text, a, b))
-        sentences.append(text)
-        left -= events[-1].steps
-    return Problem(" ".join(sentences) + f" How many {item}?", start, tuple(events))
+        a = a if STEPS[kind] == 2 else rng.randint(2, largest)
+        change = {"gain": a, "loss": -a, "packs": a * b, "shares": -a * b}[kind]
+        if have + change > 0:  # nobody gives away all she has, or more
+            have, left = have + change, left - STEPS[kind]
+            events.append((kind, a, b))
+            sentences = {
+                "gain": f" {name} {rng.choice(GAINS)} {a}.",
+                "loss": f" {name} {rng.choice(LOSSES)} {a}.",
+                "packs": f" {name} buys {a} {rng.choice(PACKS)} of {b}.",
+                "shares": f" {name} gives {a} friends {b} each.",
+            }
+            question += sentences[kind]
+    return Problem(question + f" How many {item}?", start, events)
 
 
 def subtract_by_column(a: int, b: int) -> int:
@@ -86,16 +67,12 @@ def subtract_by_column(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Pupil:
-    """How often a pupil goes wrong at a step where it can.
+    """How often a pupil goes wrong at a step where it can. Who is wrong more often than right is *confidently* wrong:
+    greedy decoding and majority vote make it worse, and its own log-probability cannot tell."""
 
-    groups: '3 bags of 12' is added instead of multiplied. borrow: a subtraction goes column by column without
-    borrowing. slip: one digit of any other result comes out wrong. A pupil who is wrong more often than right is
-    *confidently* wrong: greedy decoding and majority vote make it worse, and its own log-probability cannot tell.
-    """
-
-    groups: float = 0.6
-    borrow: float = 0.3
-    slip: float = 0.1
+    groups: float = 0.6  # '3 bags of 12' is added instead of multiplied
+    borrow: float = 0.3  # a subtraction goes column by column without borrowing
+    slip: float = 0.1  # one digit of any other result comes out wrong
 
 
 def solve(problem: Problem, pupil: Pupil | None = None, rng: random.Random | None = None) -> Solution:
@@ -108,17 +85,15 @@ def solve(problem: Problem, pupil: Pupil | None = None, rng: random.Random | Non
             result = subtract_by_column(a, b)
         elif pupil and rng.random() < pupil.slip:
             result = wrong_digit(abs(result), rng)
-        result = abs(result)  # once a pupil has erred, more may be given away than is left; pupils drop the sign
-        lines.append(f"{a}{op}{b}={result}")
-        return result
+        lines.append(f"{a}{op}{b}={abs(result)}")  # after an error more may be given than is left; pupils drop the sign
+        return abs(result)
 
     have = problem.start
-    for event in problem.events:
-        amount = event.a
-        if event.steps == 2:
+    for kind, amount, each in problem.events:
+        if STEPS[kind] == 2:
             confused = pupil is not None and rng.random() < pupil.groups
-            amount = step(event.a, "+" if confused else "*", event.b)
-        have = step(have, "+" if event.kind in ("gain", "packs") else "-", amount)
+            amount = step(amount, "+" if confused else "*", each)
+        have = step(have, "+" if kind in ("gain", "packs") else "-", amount)
     return Solution(problem.question, "\n".join(lines), str(have))
 
 
@@ -141,10 +116,8 @@ def solutions(split: str, count: int, seed: int = 0, steps: int = 3, largest: in
 
 
 def first_error(expert, response: str) -> int | None:
-    """Where a response first goes wrong: a character offset into it, None if it is right.
-
-    The expert's trace holds one equation per line, and a step is right if it is that equation; a sum or a product may have
-    its two operands the other way round.
+    """Where a response first goes wrong: a character offset into it, None if it is right. A step is right if it is the
+    equation on that line of the expert's trace; a sum or a product may have its two operands the other way round.
 
     >>> expert = Solution("...", "3*12=36\\n14+36=50", "50")
     >>> first_error(expert, "<think>\\n12*3=36\\n36+14=50\\n</think>\\n<answer>50</answer>") is None
@@ -152,11 +125,9 @@ def first_error(expert, response: str) -> int | None:
     >>> first_error(expert, "<think>\\n3+12=15\\n14+15=29\\n</think>\\n<answer>29</answer>")
     9
     """
-    pieces = [["<think>\n"]]
-    for line in expert.trace.split("\n"):
-        turned = re.sub(r"^(\d+)([+*])(\d+)(=\d+)$", r"\3\2\1\4", line)
-        pieces.append([line + "\n", turned + "\n"])
-    pieces.append([f"</think>\n<answer>{expert.answer}</answer>"])
+    turned = lambda line: re.sub(r"^(\d+)([+*])(\d+)(=\d+)$", r"\3\2\1\4", line)
+    steps = [[line + "\n", turned(line) + "\n"] for line in expert.trace.split("\n")]
+    pieces = [["<think>\n"], *steps, [f"</think>\n<answer>{expert.answer}</answer>"]]
     return first_wrong(response, 0, lambda i: dict.fromkeys(pieces[i], i + 1) if i < len(pieces) else {})
 
 

@@ -55,10 +55,10 @@ def test_expert_traces_are_right_and_as_long_as_asked(steps):
 
 
 def test_pupil_misconceptions_are_the_documented_ones_and_propagate():
-    problem = words.Problem(EXPERT.question, 24, (words.Event("packs", "", 3, 12), words.Event("loss", "", 9)))
+    problem = words.Problem(EXPERT.question, 24, [("packs", 3, 12), ("loss", 9, 0)])
     pupil = words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0))
     assert pupil.trace == "3+12=15\n24+15=39\n39-9=30" and pupil.answer == "30"
-    problem = words.Problem("", 50, (words.Event("loss", "", 9), words.Event("gain", "", 1)))
+    problem = words.Problem("", 50, [("loss", 9, 0), ("gain", 1, 0)])
     assert words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0)).trace == "50-9=59\n59+1=60"
 
 
@@ -185,20 +185,17 @@ def test_a_wrong_answer_is_another_option_in_the_same_form():
     rng, written = random.Random(0), {"B": {"A", "C"}, "(b)": {"(a)", "(c)"}, "the aortic valve": {VALVES[0], VALVES[2]}}
     for answer, others in written.items():
         example = Example("Which?", "", answer, VALVES)
-        assert {data.perturb(example, rng, "answer")[0].answer for _ in range(20)} == others
+        assert {data.perturb(example, rng, "answer").answer for _ in range(20)} == others
 
 
-def test_perturbations_change_something_and_say_where():
+def test_perturbations_change_something_and_are_wrong():
     rng = random.Random(0)
     for example in data.load_examples("words", "train", 200):
         for kind in data.PERTURBATIONS:
-            found = data.perturb(example, rng, kind)
-            if found is None:
+            broken = data.perturb(example, rng, kind)
+            if broken is None:
                 continue
-            broken, at = found
-            before, after = wrap(example.trace, example.answer), wrap(broken.trace, broken.answer)
-            assert before[:at] == after[:at] and before[at] != after[at]
-            assert data.first_error(example, after) is not None  # truly wrong, not only different
+            assert data.first_error(example, wrap(broken.trace, broken.answer)) is not None  # wrong, not only different
             assert (broken.answer != example.answer) == (kind == "answer")
 
 
@@ -206,8 +203,7 @@ def test_no_perturbation_imitates_the_pupil():
     """'*' to '+', the pupil's first mistake, is never made: the reward must find it in samples."""
     rng = random.Random(0)
     for example in data.load_examples("words", "train", 300):
-        found = data.perturb(example, rng, "operator")
-        before, after = example.trace, found[0].trace
+        before, after = example.trace, data.perturb(example, rng, "operator").trace
         changed = first_difference(before, after)
         assert (before[changed], after[changed]) in {("+", "-"), ("-", "+"), ("*", "/"), ("/", "*")}
 
@@ -215,7 +211,7 @@ def test_no_perturbation_imitates_the_pupil():
 def test_perturbing_text_answers_takes_another_option_and_nothing_else_to_break_is_none():
     rng = random.Random(0)
     example = Example("Which?", "Because so.", "Vitamin C", ("Vitamin C", "Vitamin D"))
-    assert data.perturb(example, rng)[0].answer == "Vitamin D"
+    assert data.perturb(example, rng).answer == "Vitamin D"
     assert data.perturb(Example("Which?", "Because so.", "Vitamin C"), rng) is None
     assert data.perturb(Example("?", "5", "no"), rng, "swap") is None
 

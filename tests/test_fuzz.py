@@ -121,9 +121,9 @@ def test_demonstration_files(survives, file):
 
 def test_records(survives):
     @inputs(300)
-    @given(st.dictionaries(st.sampled_from(["question", "trace", "answer", "options"]), values | texts) | values)
+    @given(st.dictionaries(st.sampled_from(["question", "trace", "answer", "options"]), values | texts))
     def check(record):
-        survives(records.from_record, record, allowed=ValueError)  # read_jsonl adds file and line
+        survives(records.from_record, record, allowed=ValueError)  # read_objects adds file and line
 
     check()
 
@@ -210,10 +210,8 @@ def test_perturbations(survives):
     def check(example, seed, kind):
         found = survives(data.perturb, example, random.Random(seed), kind)
         if found:
-            before, after = (data.response_text(e.trace, e.answer) for e in (example, found[0]))
-            assert before != after and before[: found[1]] == after[: found[1]]
-            assert before[found[1] :][:1] != after[found[1] :][:1]
-            assert found[0].question == example.question
+            before, after = (data.response_text(e.trace, e.answer) for e in (example, found))
+            assert before != after and found.question == example.question
 
     check()
 

@@ -198,9 +198,8 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(undisturbed, runners
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A new working folder, and no figures, which take longer than the rest."""
+    """A new working folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.report, "draw", lambda name, *_: f"<svg><title>{name}</title></svg>")
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,8 @@ TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-
 
 
 @pytest.fixture(autouse=True)
-def in_a_new_folder(tmp_path, monkeypatch, request):
-    """And without the report's figures, which take longer than a tiny run, but for one run of all methods."""
+def in_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if request.function is not test_the_demo_writes_everything:
-        monkeypatch.setattr(train.report, "draw", lambda name, *_: f"<svg><title>{name}</title></svg>")
 
 
 def test_the_demo_writes_everything(capsys):
@@ -164,16 +161,9 @@ def test_as_many_rows_are_sampled_at_once_as_asked_for(monkeypatch):
     seen, real = [], sampler.sample_chunk
     monkeypatch.setattr(sampler, "sample_chunk", lambda model, prompts, end, new, group, *rest: seen.append(
         len(prompts) * group) or real(model, prompts, end, new, group, *rest))  # fmt: skip
-    flags = "--method sft,irl --eval-questions 4 --rerank-questions 3 --sample-rows 8".split()
+    flags = "--method irl --eval-questions 5 --rerank-questions 3 --validate-every 0 --sample-rows 8".split()
     assert train.main([*TINY, *flags]) == 0
     assert max(seen) == 8
-
-
-def test_the_same_seed_gives_the_same_metrics():
-    for name in ("a", "b"):
-        assert train.main([*TINY, "--name", name, "--method", "irl"]) == 0
-    a, b = (Path(f"runs/{name}/metrics.jsonl").read_text() for name in "ab")
-    assert a == b
 
 
 def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
@@ -336,5 +326,6 @@ def test_defaults_follow_what_the_reward_can_do(flags, expected):
 def test_a_base_that_never_begins_as_the_demonstrations_is_told(flags, first, told, capsys, monkeypatch):
     if first:
         monkeypatch.setattr(irl, "first_logprob", lambda *_: first)
-    assert train.main([*TINY, "--method", "irl", *flags.split()]) == 0
+    few = "--method irl --max-steps 1 --eval-questions 2 --eval-samples 1 --rerank-questions 2 --validate-every 0".split()
+    assert train.main([*TINY, *few, *flags.split()]) == 0
     assert ("--start sft can" in capsys.readouterr().out) == told
