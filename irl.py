@@ -15,7 +15,7 @@ and GRPO, are in baselines.py. GRPO may look.)
     equation                                               where                          test, in tests/test_irl.py
     Algorithm 1                                            IRL.step                       a_policy_improves_from_demonstrations_..
     pi ~ exp(f / alpha) is best for r at gamma = 0         IRL.end_warm_up                the_policy_starts_at_the_averaged_reward
-    max E_{a~pi}[f - alpha log pi], gamma = 0 (ours)       IRL.update_policy              exact_loss_equals_the_plain_loop
+    max E_{a~pi}[f - alpha log pi], gamma = 0 (ours)       IRL.exact_loss                 exact_loss_equals_the_plain_loop
     A_t = G_t - b_t, or F_t - its mean (method of v1, v2)  IRL.advantages                 sums_over_actions_and_..
     no verifier in training                                data.no_verifier               training_raises_if_..
 
@@ -227,8 +227,7 @@ def main() -> None:
     loading.quiet()
     settings = parse_settings("--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu".split())
     model, tokenizer = loading.load_policy("base")
-    ends_step = reward.step_end_tokens(tokenizer, len(tokenizer))
-    discriminator = reward.Discriminator(reward.load_reward("likelihood", "base"), "airl", "dense", 0, ends_step)
+    discriminator = reward.make_discriminator(reward.load_reward("likelihood", "base"), tokenizer)
     loop = IRL(settings, tokenizer, model, discriminator, data.load_examples("words", "train", 64))
     print(f"{len(loop.experts)} demonstrations, for instance\n{loop.experts[0].question}\n{loop.experts[0].trace}\n")
     for _ in range(10):

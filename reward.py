@@ -225,6 +225,14 @@ def step_end_tokens(tokenizer, size: int) -> torch.Tensor:
     return ends
 
 
+def make_discriminator(reward_model: LikelihoodReward | HeadReward, tokenizer, logit: str = "airl", granularity: str = "dense",
+                       interval: int = 0, clip: float = 0.0) -> Discriminator:  # fmt: skip
+    """A discriminator on a reward model; steps end where this tokenizer writes a newline."""
+    vocabulary = reward_model.model.get_input_embeddings().num_embeddings
+    ends_step = step_end_tokens(tokenizer, vocabulary).to(reward_model.model.device)
+    return Discriminator(reward_model, logit, granularity, interval, ends_step, clip)
+
+
 # 3. Negatives --------------------------------------------------------------------------------------------------------
 
 
@@ -357,8 +365,7 @@ def main() -> None:
     """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's mistake."""
     loading.quiet()
     base, tokenizer = loading.load_policy("base")
-    ends_step, ends = step_end_tokens(tokenizer, len(tokenizer)), data.end_tokens(tokenizer, base)
-    discriminator = Discriminator(load_reward("likelihood", "base"), "airl", "dense", 0, ends_step)
+    ends, discriminator = data.end_tokens(tokenizer, base), make_discriminator(load_reward("likelihood", "base"), tokenizer)
     optimizer, rng = policy.make_optimizer(discriminator.reward_model, 3e-4), random.Random(0)
     experts = data.load_examples("words", "train", 64)
     for number in range(1, 21):

@@ -270,10 +270,9 @@ class Run:
 
     def load_discriminator(self, trained: str | None = None) -> reward.Discriminator:
         """The discriminator on a reward model: the one to train, or what this run has trained."""
-        s, reward_model = self.s, self.load_reward(trained)
-        vocabulary = reward_model.model.get_input_embeddings().num_embeddings
-        ends_step = reward.step_end_tokens(self.tokenizer, vocabulary).to(self.device)
-        return reward.Discriminator(reward_model, s.logit, s.granularity, s.interval, ends_step, s.reward_clip)
+        s = self.s
+        kind = s.logit, s.granularity, s.interval, s.reward_clip
+        return reward.make_discriminator(self.load_reward(trained), self.tokenizer, *kind)
 
     def save_model(self, model, name: str) -> None:
         """A folder that from_pretrained loads: complete, or not there. One process writes, the others wait: they may load

@@ -81,6 +81,5 @@ def load_run(run: Path, device="cpu") -> tuple[reward.Discriminator, object, dic
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
-    ends = reward.step_end_tokens(tokenizer, vocabulary).to(device)
     kind = (settings[name] for name in ("logit", "granularity", "interval"))
-    return reward.Discriminator(model, *kind, ends), tokenizer, settings
+    return reward.make_discriminator(model, tokenizer, *kind), tokenizer, settings

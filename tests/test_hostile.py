@@ -47,7 +47,7 @@ ADVERSARIES = [unit * (SIZE // len(unit)) for unit in UNITS]
 ADVERSARIES += [end + text + end for text in ("1" * SIZE, " " * SIZE, "1 " * (SIZE // 2)) for end in ("x", "1", "!")]
 ADVERSARIES += ["A. " + "x " * (SIZE // 2) + "\x00", "1" + " " * SIZE + "x", "A. x" + " " * SIZE + "y", "<<" + "1" * SIZE,
                 "1,111" + ",111" * (SIZE // 4) + "1", "\n".join(["A. x" + " " * 300 + "y"] * (SIZE // 300))]  # fmt: skip
-LIMIT = 0.25  # seconds of processor time
+LIMIT = 0.1  # seconds of processor time
 
 
 def seconds(function, text: str) -> float:
