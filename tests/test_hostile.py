@@ -133,9 +133,8 @@ def medreason(text):
     return records.from_medreason({"question": "?", "options": text, "reasoning": "", "answer": text})
 
 
-def broken(text):
-    for kind in data.PERTURBATIONS:
-        data.perturb(Example("?", text, text), random.Random(0), kind)
+def broken(kind):
+    return lambda text: data.perturb(Example("?", text, text), random.Random(0), kind)
 
 
 USES = {
@@ -149,7 +148,7 @@ USES = {
     "from_record": lambda text: records.from_record({"question": "?", "trace": text, "answer": f"1{text}"}),
     "from_gsm8k": lambda text: records.from_record({"question": "?", "answer": f"{text}#### 1"}),
     "from_medreason": medreason,
-    "perturb": broken,
+    **{f"perturb: {kind}": broken(kind) for kind in data.PERTURBATIONS},
     "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2", task="words"), text),
     "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),
     "printable": printable,
