@@ -18,11 +18,11 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
-from engine import fused
+# None, or a function that takes what `logprobs` does, for CUDA: the Triton kernels of experiments/fused.py wait there until
+# experiments.bench has shown on a GPU that they pay.
+FUSED: Callable | None = None
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Equations
-# ---------------------------------------------------------------------------------------------------------------
+# 1. Equations ---------------------------------------------------------------------------------------------------
 
 
 def scaled(x: torch.Tensor, temperature: float = 1.0, softcap: float = 0.0) -> torch.Tensor:
@@ -58,9 +58,7 @@ def all_logprobs(hidden: torch.Tensor, weight: torch.Tensor, temperature=1.0, so
     return scaled(product(hidden, weight), temperature, softcap).log_softmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. By rows
-# ---------------------------------------------------------------------------------------------------------------
+# 2. By rows -----------------------------------------------------------------------------------------------------
 
 SMALL = 2**22  # N * V up to which plain is as fast, on two CPU cores; it is 16 MB a tensor
 ROWS = 256  # of [N, V] that are held at once: with fewer, the matrix would be read too often
@@ -155,9 +153,7 @@ def evaluate(function: Callable, total: bool, hidden, weight, *other) -> torch.T
     return values.sum() if total else values
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. What is called
-# ---------------------------------------------------------------------------------------------------------------
+# 3. What is called ----------------------------------------------------------------------------------------------
 
 
 def logprobs(hidden, weight, tokens, temperature=1.0, softcap=0.0) -> torch.Tensor:
@@ -166,8 +162,8 @@ def logprobs(hidden, weight, tokens, temperature=1.0, softcap=0.0) -> torch.Tens
     >>> logprobs(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]))
     tensor([-0.6931])
     """
-    if fused.wanted(hidden, weight):
-        return fused.logprobs(hidden, weight, tokens, temperature, softcap)
+    if FUSED and hidden.is_cuda:
+        return FUSED(hidden, weight, tokens, temperature, softcap)
     return evaluate(lambda rows, x: of_tokens(x, tokens[rows], temperature, softcap), False, hidden, weight)
 
 
@@ -177,7 +173,7 @@ def loss_sum(hidden, weight, tokens, loss: Callable, temperature=1.0, softcap=0.
     >>> loss_sum(torch.zeros(1, 3), torch.ones(2, 3), torch.tensor([1]), lambda logp, rows: -2 * logp)
     tensor(1.3863)
     """
-    if fused.wanted(hidden, weight):
+    if FUSED and hidden.is_cuda:
         return loss(logprobs(hidden, weight, tokens, temperature, softcap), slice(0, len(hidden))).sum()
     return evaluate(lambda rows, x: loss(of_tokens(x, tokens[rows], temperature, softcap), rows), True, hidden, weight)
 

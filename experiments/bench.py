@@ -44,9 +44,10 @@ from pathlib import Path
 import torch
 
 import data
-from engine import fused, loading, logprob
+from engine import loading, logprob
 from engine.errors import Parser, UserError, exit_status
 from engine.settings import parse_settings
+from experiments import fused
 
 # policy, irl, baselines and train bring transformers, seconds of import: the functions that need them import them, so
 # that the processes which measure memory start quickly and small.

@@ -12,7 +12,8 @@ import torch
 from torch.testing import assert_close
 
 import policy
-from engine import fused, logprob
+from engine import logprob
+from experiments import fused
 
 # temperature and softcap: off, one, both
 SCALES = pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 0.0), (1.3, 5.0)])
@@ -337,12 +338,13 @@ def check_triton(device: str) -> None:
 
 def test_the_kernels_are_off_and_one_switch_turns_them_on(monkeypatch):
     hidden, weight, tokens = draw()
-    assert not fused.ON and not fused.wanted(hidden, weight)
-    monkeypatch.setattr(fused, "wanted", lambda *_: True)
-    monkeypatch.setattr(fused, "logprobs", lambda h, w, t, temperature, softcap: (h @ w.T).log_softmax(-1)[range(37), t])
-    values = logprob.logprobs(hidden, weight, tokens)
+    assert logprob.FUSED is None
+    monkeypatch.setattr(logprob, "FUSED", lambda h, w, t, temperature, softcap: (h @ w.T).log_softmax(-1)[range(37), t])
+    on_cuda = type("OnCuda", (torch.Tensor,), {"is_cuda": True})
+    values = logprob.logprobs(hidden.as_subclass(on_cuda), weight, tokens)
     monkeypatch.delattr(logprob, "evaluate")
-    assert torch.equal(logprob.loss_sum(hidden, weight, tokens, ppo_like), ppo_like(values, slice(0, 37)).sum())
+    total = logprob.loss_sum(hidden.as_subclass(on_cuda), weight, tokens, ppo_like)
+    assert torch.equal(total, ppo_like(values, slice(0, 37)).sum())
 
 
 def test_triton_kernels_in_the_interpreter():

@@ -1,9 +1,9 @@
 """log pi as fused CUDA kernels (Triton): a tile of logits lives in a multiprocessor and never reaches memory.
 
-Off (`ON`) until `python -m experiments.bench` has shown on a GPU that it pays: the kernels are tested in Triton's
-interpreter, which has no bf16 products, and compile for NVIDIA's 9.0, where the backward one spills some registers; they have
-neither run nor been timed on a GPU. What they compute is `logprobs` of engine/logprob.py: log pi(a) = x_a - lse(x), and
-d log pi(a) / dx_v = 1[v = a] - p_v.
+An experiment until `python -m experiments.bench` has shown on a GPU that it pays; then `logprobs` is what engine.logprob.FUSED
+is to be. The kernels are tested in Triton's interpreter, which has no bf16 products, and compile for NVIDIA's 9.0, where the
+backward one spills some registers; they have neither run nor been timed on a GPU. What they compute is `logprobs` of
+engine/logprob.py: log pi(a) = x_a - lse(x), and d log pi(a) / dx_v = 1[v = a] - p_v.
 """
 
 import torch
@@ -14,14 +14,6 @@ try:  # no Triton on Windows, macOS and most CPU installations
     import triton.language as tl
 except ImportError:
     triton = None
-
-ON = False
-
-
-def wanted(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernels are to be used, and can be."""
-    return ON and triton is not None and hidden.is_cuda and {hidden.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
-
 
 if triton is not None:
 
