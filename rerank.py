@@ -388,7 +388,7 @@ def load_judges(run: Path, tokenizer, temperature: float, device) -> dict:
     judges = {}
     for signal, name in JUDGES.items():
         if (run / name).is_dir():
-            judges[signal] = loading.load_policy(str(run / name), device)[0]
+            judges[signal] = loading.load_causal(str(run / name), device)
             loading.check_same_tokenizer(tokenizer, str(run / name))
             if name == "sft_fair":
                 policy.divide_logits(judges[signal], 1 / temperature)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification
 
 import data
 import policy
@@ -156,20 +156,13 @@ class HeadReward(torch.nn.Module):
 def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:
     """A reward model from a folder or hub name: `kind` 'likelihood', 'head' or 'random'. A head that is not in the
     checkpoint (the base has none) starts at zero, a random one anywhere."""
-    where = loading.resolve_model(path)
-    options = dict(dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    with loading.in_one_line(path):
-        loading.check_weights(where)
-        if kind == "likelihood":
-            model = AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
-            loading.check_output_layer(model, path)
-            return LikelihoodReward(model)
-        options |= dict(num_labels=1, output_loading_info=True)
-        model, info = AutoModelForTokenClassification.from_pretrained(where, **options)
+    if kind == "likelihood":
+        return LikelihoodReward(loading.load_causal(path, device, dtype))
+    model, info = loading.load_model(path, AutoModelForTokenClassification, dtype, num_labels=1, output_loading_info=True)
     if any("score" in key for key in info["missing_keys"]):
         (torch.nn.init.normal_ if kind == "random" else torch.nn.init.zeros_)(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
-    return HeadReward(model).to(device).eval()  # eval: the head of transformers has dropout, the paper's has none
+    return HeadReward(model.to(device))
 
 
 @dataclass

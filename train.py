@@ -242,7 +242,7 @@ class Run:
         if trained is None and self.base is not None:
             return self.base
         folder = str(self.folder / trained) if trained else self.s.model
-        return loading.load_policy(folder, self.device, torch.float32 if trained else self.dtype)[0]
+        return loading.load_causal(folder, self.device, torch.float32 if trained else self.dtype)
 
     def to_train(self, model=None):
         """The model, by default the base, as it is trained: with an adapter of its own if there is a --lora-rank."""

@@ -41,16 +41,27 @@ def resolve_model(name: str) -> str:
 def load_policy(name: str, device="cpu", dtype=torch.float32):
     """(model, tokenizer). Weights come from safetensors files only, and no code of the model's author is run. Refused is
     what would go wrong silently later: no end token, tokens without an embedding, an output layer that we do not know."""
-    path, tokenizer = resolve_model(name), load_tokenizer(name)
-    with in_one_line(name):
-        check_weights(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    model, tokenizer = load_causal(name, device, dtype), load_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         raise UserError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows} embeddings")
-    check_output_layer(model.to(device), name)
     return model, tokenizer
+
+
+def load_causal(name: str, device="cpu", dtype=torch.float32):
+    """The model of `load_policy` alone."""
+    model = load_model(name, AutoModelForCausalLM, dtype).to(device)
+    check_output_layer(model, name)
+    return model
+
+
+def load_model(name: str, kind: type, dtype=torch.float32, **options):
+    """What kind.from_pretrained makes of a folder or hub name. Without dropout (eval)."""
+    path = resolve_model(name)
+    with in_one_line(name):
+        check_weights(path)
+        return kind.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
 
 
 def check_weights(folder: str) -> None:

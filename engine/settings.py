@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 from engine import loading
 from engine.errors import Parser, UserError
 
-METHODS = ("sft", "sft_fair", "likelihood", "irl", "grpo")  # in the order in which they are trained
+METHODS = {"sft": "SFT", "sft_fair": "SFT, averaged and sharpened", "likelihood": "IRL without its discriminator", "irl": "IRL",
+           "grpo": "GRPO"}  # what they are called on tables, in the order in which they are trained  # fmt: skip
 DEVICES = ("auto", "cpu", "cuda", "mps")
 RULES = ("mean", "last", "lowest", "discounted")  # rerank.trace_scores
 COUNT, SHARE, POSITIVE = (1, 10**9), (0, 1), (0.01, 1000)
@@ -122,9 +123,9 @@ MAY_BE = {f.name: f.metadata["may_be"] or (0, 10**9) for f in fields(Settings) i
 # What depends on the task and on the model's size. Rates for large models are the customary ones, not tuned here.
 WORDS = dict(
     model="base", data="words", method="all", extra_questions=4000, max_new_tokens=64, eval_questions=500, eval_samples=8,
-    rerank_questions=250, micro_batch=96, questions=16, group=4, entropy_coef=0.2,
-    reward_average=0.5, warm_up_lr=3e-4, reward_lr=1e-5, max_steps=100, policy_lr=3e-5, grpo_steps=400, grpo_lr=4e-4,
-    sft_steps=480, sft_lr=3e-4, fair_steps=120, fair_lr=3e-4, fair_average=0.5, fair_temperature=0.2)  # fmt: skip
+    rerank_questions=250, micro_batch=96, questions=16, group=4, entropy_coef=0.2, reward_average=0.5, warm_up_lr=3e-4,
+    reward_lr=1e-5, max_steps=100, policy_lr=3e-5, grpo_steps=400, grpo_lr=4e-4, sft_steps=480, sft_lr=3e-4, fair_steps=120,
+    fair_lr=3e-4, fair_average=0.5, fair_temperature=0.2)  # fmt: skip
 # Finished traces are judged here: the paper's head, a score per trace
 COUNTDOWN = WORDS | dict(
     model="countdown-base", data="countdown", reward="head", logit="gail", granularity="sparse", policy_loss="ppo",

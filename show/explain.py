@@ -38,11 +38,9 @@ class Lecture(irl.IRL):
         for _ in range(updates):
             self.warm_up()
         say("ONE ITERATION OF ALGORITHM 1 (arXiv 2510.01857)",
-            f"  policy '{s.model}', data '{s.data}', {len(self.experts)} demonstrations",
-            f"  reward {s.reward}, logit {s.logit}, granularity {s.granularity}; policy loss {s.policy_loss}, "
-            f"alpha {s.entropy_coef:g}, gamma {s.gamma:g}",
-            f"  The discriminator has had {updates} updates; a run gives it {s.warm_up} before the policy's first step.",
-            "  Without any, a likelihood has D = 1/2 everywhere and a head f = 0: nothing to look at.")  # fmt: skip
+            f"  policy '{s.model}', data '{s.data}', {len(self.experts)} demonstrations; reward {s.reward}, logit {s.logit}, "
+            f"granularity {s.granularity}; policy loss {s.policy_loss}, alpha {s.entropy_coef:g}, gamma {s.gamma:g}",
+            f"  The discriminator has had {updates} updates; a run gives it {s.warm_up} before the policy's first step.")
         if s.start == "reward":
             say("  A run would now let the policy start as a copy of the reward, at f = log pi; here it stays the base.")
         self.speaking = True
@@ -65,11 +63,8 @@ class Lecture(irl.IRL):
         self.example, self.shown, first = by_question[questions[row // group]], batch, row - row % group
         self.texts = {each: data.decode(self.tokenizer, batch.response(each)) for each in range(first, first + group)}
         prompt, length, width = int(batch.prompt_lengths[row]), int(batch.lengths[row]), batch.tokens.shape[1]
-        words = "|".join(piece(self.tokenizer, token) for token in batch.tokens[row, :prompt].tolist())
         heading("THE QUESTION", f"one of {len(questions)}, with its demonstration")
-        say(f"  question   {self.example.question}",
-            f"  expert     {self.example.trace} -> {self.example.answer}",
-            f"  prompt     {prompt} tokens: {words if len(words) <= 60 else words[:60] + ' ..'}")  # fmt: skip
+        say(f"  question   {self.example.question}", f"  expert     {self.example.trace} -> {self.example.answer}")
         heading("1. ROLLOUT", "irl.IRL.rollout, policy.sample")
         say(f"  B = {len(questions)} questions x {group} samples = {len(batch)} rows, T = {width} columns")
         shape("tokens", batch.tokens, f"row {row}: its response begins with {batch.tokens[row, prompt : prompt + 8].tolist()}")
@@ -78,12 +73,9 @@ class Lecture(irl.IRL):
         parts = f"0 x {prompt} (prompt), 1 x {length - prompt} (response), 0 x {width - length} (padding)"
         shape("response_mask", batch.response_mask, f"row {row}: {parts}")
         shape("log pi", rollout.logprobs, "of each sampled token, 0 outside the response")
-        say(f"  mean length {metrics['length']:.1f}, ended by itself {metrics['finished']:.0%}, "
-            f"entropy {metrics['entropy']:.3f} per token",
-            f"  The {group} samples of the question, with log pi of the whole response:")  # fmt: skip
+        say(f"  The {group} samples of the question, with log pi of the whole response:")
         say(*(f"  row {i:3d}  {float(rollout.logprobs[i].sum()):8.3f}  {text}" for i, text in self.texts.items()))
-        say(f"  Row {row} holds the least expert-like token of all samples for questions with a demonstration: it is",
-            "  followed from here on.")  # fmt: skip
+        say(f"  Row {row}, followed from here on, holds the least expert-like token of all samples with a demonstration.")
         return rollout, metrics
 
     def update_discriminator(self, examples: list[data.Example], rollout: policy.Rollout, group: int) -> dict:
@@ -105,9 +97,9 @@ class Lecture(irl.IRL):
         after = measure()
         heading("2. DISCRIMINATOR", "irl.IRL.update_discriminator, reward.update")
         shape("experts", comparison.expert.tokens, "the demonstrations: label 1")
-        broken = len(comparison.negative) - sum(map(len, fresh))
-        shape("negatives", comparison.negative.tokens, f"{sum(map(len, fresh))} samples of the policy, "
-              f"{broken} broken demonstrations (from the change on): label 0")  # fmt: skip
+        sampled = sum(map(len, fresh))
+        shape("negatives", comparison.negative.tokens, f"label 0: {sampled} samples of the policy, "
+              f"{len(comparison.negative) - sampled} broken demonstrations (from the change on)")  # fmt: skip
         say(f"  f from {type(self.discriminator.reward_model).__name__}.scores, logit D = {self.logit.replace('logit', 'f')} "
             "(reward.discriminator_logits), D = sigmoid(logit)")  # fmt: skip
         for (name, batch, log_pi, row), (columns, ends) in zip(traces, views):
@@ -116,12 +108,8 @@ class Lecture(irl.IRL):
             self.table(batch, row, columns | {"D after": self.view(batch, log_pi)[0]["D"]}, ends)
         say(f"\n  updates: {s.discriminator_updates}, rate {self.reward_optimizer.param_groups[0]['lr']:.1e}, gradient norm "
             f"{metrics['grad_norm']:.3f}. The comparison above, before and after:")  # fmt: skip
-        low = s.label_smoothing / 2
-        loss = f"cross-entropy, labels {1 - low:g} and {low:g}"
-        if s.reward_nll and self.discriminator.reward_model.scores_all_actions:
-            loss += f", + {s.reward_nll:g} x -log p of the demonstrations"
-        notes = {"loss": loss, "d_expert": "mean D of expert tokens", "d_negative": "mean D of negative tokens",
-                 "accuracy": "share on the right side of 1/2"}  # fmt: skip
+        notes = {"loss": "reward.py has its formula", "d_expert": "mean D of expert tokens",
+                 "d_negative": "mean D of negative tokens", "accuracy": "share on the right side of 1/2"}  # fmt: skip
         say(*(f"    {name:11s}{before[name]:9.4f} -> {after[name]:9.4f}   {note}" for name, note in notes.items()))
         return metrics
 
@@ -139,15 +127,14 @@ class Lecture(irl.IRL):
         columns["advantage"] = self.shown_advantages
         heading("3. REWARD", "irl.IRL.rewards, reward.Discriminator.token_rewards")
         says = f"r_t = f - {s.entropy_coef:g} log pi" if s.logit == "airl" else "r_t = f"
-        says += f", held within +-{s.reward_clip:g}" if s.reward_clip else ""
-        shape("rewards", rewards, says + (", f frozen" if s.freeze_reward else ", f as the update has left it"))
+        shape("rewards", rewards, says + (f", held within +-{s.reward_clip:g}" if s.reward_clip else ""))
         exact = f"gamma G_(t+1), gamma {s.gamma:g}, less its mean in the group; the loss itself sums r_t over all actions"
         sampled = "return - group baseline, divided by their root mean square"
         shape("advantages", self.shown_advantages, exact if s.policy_loss == "exact" else sampled)
         say(f"  mean r_t {metrics['mean']:.4f}; mean over rows of the lowest r_t {metrics['lowest']:.4f}")
         if s.granularity != "dense":
             say(f"  {s.granularity}: f and log pi are a segment's, read on its last token; elsewhere r_t is 0, shown as a dot")
-        say(f"\n  Row {self.row}; the last line is the end token, which has an f and a reward like any other")
+        say(f"\n  Row {self.row}; the last line is the end token, which has a reward like any other")
         self.table(batch, self.row, columns, ends)
         return rewards, hidden, metrics
 
@@ -156,18 +143,14 @@ class Lecture(irl.IRL):
         s, batch, row = self.settings, rollout.batch, self.row
         first, last = int(batch.prompt_lengths[row]), int(batch.lengths[row])
         lowest = first + int(rewards[row, first:last].argmin())
-        before, pi = self.mean_loss(rollout, reward_hidden), self.all_logprobs(self.policy_model, lowest, s.temperature)
+        pi = self.all_logprobs(self.policy_model, lowest, s.temperature)
         metrics = super().update_policy(rollout, rewards, reward_hidden)
         self.policy_model.eval()
-        after = self.mean_loss(rollout, reward_hidden)
         new = policy.in_chunks(lambda b: policy.token_logprobs(self.policy_model, b, s.temperature), batch, s.micro_batch)
         heading("4. POLICY", f"irl.IRL.update_policy, policy loss '{s.policy_loss}'")
         rate = self.policy_optimizer.param_groups[0]["lr"]
         say(f"  rate {rate:.1e}, {rate / s.policy_lr:.3f} of its peak: the first of {s.max_steps} steps (policy.set_rate)",
-            f"  loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3f} (clipped to 1)",
-            f"  loss of the whole rollout, per token, before and after: {before:.5f} -> {after:.5f}")  # fmt: skip
-        if s.policy_loss == "ppo":
-            say("  Before the step PPO's ratio is 1 and its loss -mean A, close to 0. Its gradient is not.")
+            f"  loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.3f} (clipped to 1)")  # fmt: skip
         change = new - rollout.logprobs
         columns = {"log pi": rollout.logprobs, "after": new, "change": change, "r_t": rewards, "advantage": self.shown_advantages}
         say(f"\n  Row {row}: the tokens whose log pi moved most")
@@ -193,13 +176,6 @@ class Lecture(irl.IRL):
         return {"log pi": segment_log_pi, "f": f, self.logit: logits, "D": logits.sigmoid()}, ends
 
     @torch.no_grad()
-    def mean_loss(self, rollout: policy.Rollout, reward_hidden: torch.Tensor) -> float:
-        """`irl.IRL.policy_loss` of all rows, per response token."""
-        size, tensors = self.settings.micro_batch, (rollout.batch, rollout.logprobs, self.shown_advantages, reward_hidden)
-        parts = [[x[start : start + size] for x in tensors] for start in range(0, len(rollout.batch), size)]
-        return sum(float(self.policy_loss(*part)) for part in parts) / float(rollout.batch.response_mask.sum())
-
-    @torch.no_grad()
     def all_logprobs(self, model, column: int, temperature: float) -> torch.Tensor:
         """A model's log-probability of every action at the state before a token of the row: [V]."""
         one, (weight, softcap) = self.shown[self.row : self.row + 1], logprob.output_layer(model)
@@ -208,7 +184,7 @@ class Lecture(irl.IRL):
 
     def table(self, batch: data.Batch, row: int, columns: dict[str, torch.Tensor], ends: torch.Tensor, only: list = ()) -> None:
         """One line per response token of a row, or per t in `only`: t, token, and each column's value, '.' where nothing is
-        read (`ends` 0). Returns and advantages exist on the tokens between, too. A long trace has a gap."""
+        read (`ends` 0), though returns and advantages exist there, too. A long trace has a gap."""
         shown = list(only) or list(range(int(batch.prompt_lengths[row]), int(batch.lengths[row])))
         gap = max(0, len(shown) - MOST_ROWS)
         say(f"  {'t':>4s}  {'token':14s}" + "".join(f"{name:>11s}" for name in columns))

@@ -22,13 +22,12 @@ from statistics import fmean
 from string import Template
 
 from engine.errors import Parser, UserError, exit_status, printable
+from engine.settings import METHODS
 from show.figures import Line, chart, histogram
 
 FRAME = Path(__file__).with_suffix(".html")  # every word that is the same on all pages
 CSS = Path(__file__).with_suffix(".css")
-# A method has one colour on the whole page: the CSS variable of its key.
-METHODS = {"base": "Base", "sft": "SFT", "sft_fair": "SFT, averaged and sharpened", "likelihood": "IRL without its discriminator",
-           "irl": "IRL", "grpo": "GRPO"}  # fmt: skip
+METHODS = {"base": "Base"} | METHODS  # each has one colour on the whole page: the CSS variable of its key
 # Ways to choose one of N samples that are drawn: (colour, look). The others only get numbers.
 RULES = {"oracle": ("ink", "dotted"), "reward": ("irl", ""), "majority": ("other", "dashed"), "sft_logprob": ("sft", ""),
          "sft_fair_logprob": ("sft_fair", ""), "logprob": ("base", ""), "random": ("soft", "dotted")}  # fmt: skip

@@ -6,6 +6,7 @@ import data
 import reward
 from engine.candidates import Candidates, natural_errors, per_token_likelihood, signals
 from engine.errors import printable
+from engine.settings import METHODS
 
 
 def aligned(rows: list[list], widths: list[int], digits: int = 2) -> str:
@@ -27,28 +28,22 @@ def aligned(rows: list[list], widths: list[int], digits: int = 2) -> str:
 
 def table(results: dict) -> str:
     """The results of train.py: methods, then what the reward is worth at inference."""
-    names = {"base": "base", "sft": "SFT", "sft_fair": "SFT, averaged and sharpened as IRL", "irl": "IRL (no verifier)",
-             "likelihood": "IRL without its discriminator", "grpo": "GRPO (true answer)"}  # fmt: skip
     methods = [["share of test questions right", "temperature 1", "greedy", "seconds"]]
     for method, r in results["methods"].items():
         shares = [[r[how], *r[f"{how}_interval"]] for how in ("t1", "greedy")]
-        methods.append([names[method], *shares, f"{r.get('seconds', 0):.0f}"])
+        methods.append([METHODS.get(method, method), *shares, f"{r.get('seconds', 0):.0f}"])
     worth: dict[str, dict] = {}  # what it is: name -> value
+    ways = ("random", "longest", "shortest", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "reward", "oracle")
     for n in ("4", "16"):
         row = results["rerank"].get(n, {})
-        ways = ["random", "longest", "shortest", "majority", *(way for way in row if way.endswith("logprob")), "reward", "oracle"]
         worth[f"best of {n} samples of the base"] = {way: row[way][0] for way in ways if way in row}
     worth["AUROC, right against wrong"] = {"reward": results["reward"].get("auroc")}
-    for kind in ("wrong", "right"):
-        worth[f"{kind} traces with a token below -1"] = {name: r[kind] for name, r in results.get("alarms", {}).items()}
     for kind, name in (("natural", "its own errors"), ("single", "one planted error")):
         hits = results["localise"].get(kind, {}).get("hit0", {})
-        best = lambda key: key.endswith("_first") or (key == "reward" and "reward_first" not in hits)
-        worth[f"first wrong token, {name}"] = {key: hits[key][0] for key in hits if best(key)}
-    rows = []
-    for what, found in worth.items():
-        known = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)
-        rows += [[what, known]] if known else []  # nothing, where all samples were right, or all wrong
+        lowest = [] if "reward_first" in hits else ["reward"]  # a head's: it has no bound to fall below
+        worth[f"first wrong token, {name}"] = {key: hits[key][0] for key in hits if key.endswith("_first") or key in lowest}
+    found = {what: {name: value for name, value in values.items() if value is not None} for what, values in worth.items()}
+    rows = [[what, ", ".join(f"{name} {v:.3f}" for name, v in values.items())] for what, values in found.items() if values]
     return aligned(methods, [37, 22, 22, 9], 3) + "\n" * bool(rows) + aligned(rows, [37, 0])
 
 

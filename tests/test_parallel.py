@@ -146,7 +146,7 @@ def torchrun(folder, *flags):
 def test_torchrun_runs_every_method(tmp_path):
     done = torchrun(tmp_path, "--method", "all", "--lora-rank", "2", "--kl-coef", "0.01", "--name", "two")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("results: ") == 1 and done.stdout.count("IRL (no verifier)") == 1  # one process prints
+    assert done.stdout.count("results: ") == 1 and done.stdout.count("\nIRL ") == 1  # one process prints
     run = tmp_path / "runs" / "two"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["method"] for line in lines] == ["sft"] * 2 + ["sft_fair"] * 2 + [

@@ -56,7 +56,7 @@ def test_the_demo_writes_everything(capsys):
     for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):  # loadable by anybody
         AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
     printed = capsys.readouterr().out
-    assert "IRL (no verifier)" in printed and "GRPO (true answer)" in printed
+    assert "\nIRL " in printed and "\nGRPO " in printed
     # and nothing is overwritten
     assert train.main([*TINY, "--name", "demo"]) == 2
     assert "already holds a run" in capsys.readouterr().err
@@ -171,8 +171,7 @@ def test_a_policy_that_is_never_right_still_gets_its_table(capsys, monkeypatch):
     assert train.main([*TINY, "--method", "irl"]) == 0
     assert json.loads(Path("runs/demo/results.json").read_text())["reward"]["auroc"] is None
     shown = capsys.readouterr().out
-    assert "best of 4 samples of the base" in shown
-    assert "wrong traces with a token below -1" in shown and "right traces with" not in shown
+    assert "best of 4 samples of the base" in shown and "AUROC" not in shown  # of nothing but wrong traces there is none
 
 
 def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
