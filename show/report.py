@@ -1,14 +1,11 @@
-"""One page about one run: results, training curves, and the reward of every token, in a single HTML file.
+"""One page about one run: `python -m show.report runs/demo`. Results, training curves, the reward of every token, in one file.
 
-    1. read_run       settings.json, metrics.jsonl, results.json, traces.json; any of them may be missing
-    2. cells          numbers, intervals and tables as HTML
-    3. parts          what goes into the $places of report.html: results, training, choosing, the reward, traces
-    4. write_report   report.html with its places filled and report.css -> <run>/report.html
+    1. read_run       settings.json, metrics.jsonl, results.json, traces.json; any of them may be missing, or odd
+    2. chart          where points and ticks are
+    3. write_report   clean numbers and texts, in report.html: a Jinja template with all words and markup -> <run>/report.html
 
-The page loads nothing and runs nothing. Traces are text that a language model wrote: all of it is escaped,
+The page loads nothing and runs nothing. Traces are text that a language model wrote: Jinja escapes whatever comes from here,
 and a content security policy forbids scripts and the network should something slip through.
-
-Run `python -m show.report runs/demo`.
 """
 
 import json
@@ -16,38 +13,26 @@ import math
 import os.path
 import re
 import sys
-from html import escape
+from collections import Counter
+from functools import partial
+from itertools import product
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from statistics import fmean
-from string import Template
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from engine.errors import Parser, UserError, exit_status, printable
 from engine.settings import METHODS
-from show.figures import Line, chart, histogram
 
-FRAME = Path(__file__).with_suffix(".html")  # every word that is the same on all pages
-CSS = Path(__file__).with_suffix(".css")
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
 METHODS = {"base": "Base"} | METHODS  # each has one colour on the whole page: the CSS variable of its key
 # Ways to choose one of N samples that are drawn: (colour, look). The others only get numbers.
 RULES = {"oracle": ("ink", "dotted"), "reward": ("irl", ""), "majority": ("other", "dashed"), "sft_logprob": ("sft", ""),
          "sft_fair_logprob": ("sft_fair", ""), "logprob": ("base", ""), "random": ("soft", "dotted")}  # fmt: skip
-# place in report.html: (a share?, methods, metrics); a line for every method and metric that there is
-CURVES = {
-    "validation": (True, "sft sft_fair likelihood irl grpo", "validation/t1"),
-    "sft_loss": (False, "sft sft_fair", "policy/loss"),
-    "warm_up": (True, "warm-up", "discriminator/d_expert discriminator/d_negative"),
-    "discriminator": (True, "irl", "discriminator/d_expert discriminator/d_negative"),
-    "accuracy": (True, "irl", "discriminator/accuracy"),
-    "learned_reward": (False, "irl", "reward/mean"),
-    "true_reward": (True, "grpo", "reward/mean"),
-    "entropy": (False, "irl grpo", "rollout/entropy"),
-    "length": (False, "irl grpo", "rollout/length"),
-    "finished": (True, "irl grpo", "rollout/finished"),
-    "policy_loss": (False, "irl", "policy/loss"),
-    "gradient_norm": (False, "irl grpo", "policy/grad_norm"),
-}
+WIDTH, HEIGHT, BOTTOM = 290, 178, 144  # of a chart; from its bottom down is the x axis. The page scales it to its column.
 
-# 1. Reading ---------------------------------------------------------------------------------------------------
+# 1. Reading and cleaning --------------------------------------------------------------------------------------
 
 
 def read_run(run: Path) -> dict:
@@ -90,9 +75,8 @@ def dig(tree, *keys, kind: type = dict):
 
 
 def finite(value) -> float | None:
-    """`value` as a float if it is a finite number, else None."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < 1e30 else None
+    """`value` if it is a finite number, else None."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30 else None
 
 
 def numbers(values: list) -> list[float]:
@@ -114,44 +98,9 @@ def by_number(tree: dict) -> list[tuple[int, object]]:
 
 def series(metrics: list[dict], method: str, key: str, most: int = 400) -> list[tuple[float, float]]:
     """(step, value) of one metric, thinned to about `most`. Of a step logged twice the later counts."""
-    logged = [record for record in metrics if record.get("method") == method]
-    points = [(finite(record.get("step")), finite(record.get(key))) for record in logged]
+    points = [(finite(line.get("step")), finite(line.get(key))) for line in metrics if line.get("method") == method]
     known = sorted(dict(point for point in points if None not in point).items())
     return known[:: max(1, len(known) // most)]
-
-
-# 2. Cells -----------------------------------------------------------------------------------------------------
-
-
-def percent(value) -> str:
-    """An interval as a table cell: '31.0%' and, smaller, its bounds."""
-    if not interval(value):
-        return '<span class="soft">–</span>'
-    mean, low, high = (100 * share for share in interval(value))
-    return f"{mean:.1f}%" + (f" <small>{low:.1f} to {high:.1f}</small>" if low < high else "")
-
-
-def strip(value, colour: str) -> str:
-    """A small drawing of an interval on the line from 0 to 1; nothing, not a zero, of what is not known."""
-    if not interval(value):
-        return ""
-    mean, low, high = (100 * min(max(share, 0.0), 1.0) for share in interval(value))
-    return (f'<span class="strip" style="color:var(--{colour})">'
-            f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i><b style="left:{mean:.1f}%"></b></span>')  # fmt: skip
-
-
-def signed(value: float) -> str:
-    """'+0.41', with a real minus sign below zero."""
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def table(label: str, head: list[str], rows: list[list[str]]) -> str:
-    """Rows as a table in a box that scrolls where it is too narrow; nothing without rows. The first cell of a row is text,
-    the others are HTML."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(f'<tr><th scope="row">{escape(first)}</th><td>{"</td><td>".join(rest)}</td></tr>' for first, *rest in rows)
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
-            f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>") * bool(rows)  # fmt: skip
 
 
 def tidy(value) -> str:
@@ -161,161 +110,160 @@ def tidy(value) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-# 3. Parts: {place in report.html: HTML, "" where there is nothing to show} ---------------------------------------
+# 2. Charts ----------------------------------------------------------------------------------------------------
 
 
-def results_parts(results: dict) -> dict[str, str]:
-    """How well each method answers."""
+def chart(xlabel: str, lines: list[tuple], share: bool = False, powers: bool = False) -> dict:
+    """Lines in one frame, every point and tick at its place in it, for the macro in report.html; {} without points.
+
+    lines: (name, colour, look, points). Without a name it is not in the legend; colour: a CSS variable without its dashes;
+    look: a CSS class, "", dashed, dotted, pale, area or band. share: y is a share of 1, shown in percent from 0 up.
+    powers: x is a logarithm to base 2, and has its tick.
+    """
+    lines = [line for line in lines if line[-1]]
+    if not lines:
+        return {}
+    xs, ys = zip(*(point for *_, points in lines for point in points))
+    (left, right), (low, high) = limits(xs), limits(ys, share)
+    whole = all(x == int(x) for x in xs)
+    x_ticks = {x: f"{x:g}" for x in ticks(left, right) if not whole or x == int(x)}
+    x_ticks = {x: f"{2**x:.0f}" for x in xs} if powers else x_ticks
+    y_ticks = {y: f"{100 * y:.0f}%" if share else f"{y:g}" for y in ticks(low, high)}
+    edge = 10 + 6 * max(map(len, y_ticks.values()))
+    across = lambda x: round(edge + (x - left) / (right - left) * (WIDTH - 5 - edge), 1)
+    down = lambda y: round(BOTTOM - (y - low) / (high - low) * (BOTTOM - 5), 1)
+    return dict(width=WIDTH, height=HEIGHT, bottom=BOTTOM, edge=edge, xlabel=xlabel,
+                x_ticks=[(across(x), text) for x, text in x_ticks.items()],
+                y_ticks=[(down(y), text) for y, text in y_ticks.items()],
+                lines=[(*line, [(across(x), down(y)) for x, y in points]) for *line, points in lines])  # fmt: skip
+
+
+def limits(values: list[float], share: bool = False) -> tuple[float, float]:
+    """(low, high) of an axis for these values, never equal; for shares from 0 to a round number."""
+    low, high = min(values), max(values)
+    if share and low >= 0 and high <= 1:
+        return 0.0, next(top for top in (0.1, 0.2, 0.4, 0.6, 0.8, 1.0) if high <= top)
+    size = max(abs(low), abs(high))
+    size = size if size > 1e-30 else 1.0
+    margin = 0.04 * (high - low) if high - low > 1e-6 * size else size / 2
+    return low - margin, high + margin
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """The round numbers from low to high, about five: 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next((unit * factor for factor in (1, 2, 5) if unit * factor >= 0.999 * rough), 10 * unit)
+    first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def histogram(xlabel: str, groups: dict[str, list[float]], bars: int = 30) -> dict:
+    """A chart of groups over each other, each as shares of its group. groups: {name and colour: values}."""
+    pooled, lines = sorted(value for values in groups.values() for value in values), []
+    edge = len(pooled) // 200  # half a percent on either side goes into the outermost bins
+    low, high = limits(pooled[edge : len(pooled) - edge] or [0.0])
+    for name, values in groups.items():
+        bins = Counter(int(min(max((value - low) / (high - low), 0.0), 0.999) * bars) for value in values)
+        heights = [bins[i] / len(values) for i in range(-1, bars + 1) if values]
+        corners = [(low + (high - low) * i / bars, y) for i in range(bars + 1) for y in heights[i : i + 2]]
+        lines.append((f"{name} answer ({len(values)})", name, "area dashed" if lines else "area", corners))
+    return chart(xlabel, lines, share=True)
+
+
+# 3. The page --------------------------------------------------------------------------------------------------
+
+
+def method_rows(results: dict) -> list[tuple]:
+    """How well each method answers: (name, colour, right at T = 1, right greedy, seconds)."""
     methods, rows = dig(results, "methods"), []
     for key in sorted(methods, key=lambda key: [*METHODS, key].index(key)):
         method, colour = dig(methods, key), key if key in METHODS else "soft"
-        t1, greedy = ([method.get(how), *dig(method, f"{how}_interval", kind=list)] for how in ("t1", "greedy"))
-        took = "".join(f"{seconds:,.0f} s" for seconds in numbers([method.get("seconds")]))
-        rows.append([METHODS.get(key, key), percent(t1), percent(greedy), strip(t1, colour), took])
-    return {"results": table("Results", ["method", "right at T = 1", "right, greedy", "T = 1, 0 to 100%", "training time"], rows)}
+        t1, greedy = (interval([method.get(how), *dig(method, f"{how}_interval", kind=list)]) for how in ("t1", "greedy"))
+        rows.append((METHODS.get(key, key), colour, t1, greedy, finite(method.get("seconds"))))
+    return rows
 
 
-def training_parts(metrics: list[dict]) -> dict[str, str]:
-    """One small figure per metric; long lines pale, under their running mean."""
-    parts = {}
-    for place, (share, methods, keys) in CURVES.items():
-        lines = []
-        for method, key in ((method, key) for method in methods.split() for key in keys.split()):
-            points, colour = series(metrics, method, key), method if method in METHODS else "irl"
-            if len(points) > 40:
-                lines.append(Line("", colour, points, "pale"))
-                near = len(points) // 20
-                windows = [points[max(0, i - near) : i + near + 1] for i in range(len(points))]
-                points = [(step, fmean(y for _, y in window)) for (step, _), window in zip(points, windows)]
-            name = key.split("/d_")[1] if "/d_" in key else METHODS[method]
-            lines += [Line(name, colour, points, "dashed" if name == "negative" else "")] if points else []
-        parts[place] = chart(f"{place.replace('_', ' ')} against training step", "step", lines, share)
-    return parts
+def curve(metrics: list[dict], methods: str, keys: str, share: bool = False) -> dict:
+    """Some methods' metrics against the step, where they are known; long lines pale, under their running mean."""
+    lines = []
+    for method, key in product(methods.split(), keys.split()):
+        points, colour = series(metrics, method, key), method if method in METHODS else "irl"
+        name = key.split("/d_")[1] if "/d_" in key else METHODS[method]
+        if len(points) > 40:
+            lines.append(("", colour, "pale", points))
+            near = len(points) // 20
+            points = [(step, fmean(y for _, y in points[max(0, i - near) : i + near + 1])) for i, (step, _) in enumerate(points)]
+        lines.append((name, colour, "dashed" if name == "negative" else "", points))
+    return chart("step", lines, share)
 
 
-def choosing_parts(results: dict) -> dict[str, str]:
+def choices(results: dict) -> dict:
     """pass@k of every method, and how well each rule chooses one of N samples."""
-
-    def against(label: str, xlabel: str, lines: list[tuple]) -> str:
-        """Shares against 1, 2, 4, .. lines: (name, colour, look, [(n, value)]). The reward has a band."""
-        drawn, ticks = [], {}
-        for name, colour, look, values in lines:
-            ticks |= {math.log2(n): str(n) for n, value in values if interval(value)}
-            known = [(math.log2(n), *interval(value)) for n, value in values if interval(value)]
-            if known and name == "reward":
-                around = [(x, low) for x, _, low, _ in known] + [(x, high) for x, _, _, high in known[::-1]]
-                drawn.append(Line("", colour, around, "band"))
-            drawn += [Line(name, colour, [(x, mean) for x, mean, _, _ in known], look)] if known else []
-        return chart(label, xlabel, drawn, True, ticks)
-
+    sizes = {n: row for n, row in by_number(dig(results, "rerank")) if isinstance(row, dict)}
     passes = [(name, key, "", by_number(dig(results, "methods", key, "pass@k"))) for key, name in METHODS.items()]
-    sizes = [(n, row) for n, row in by_number(dig(results, "rerank")) if isinstance(row, dict)]
-    best = [(rule, *look, [(n, row.get(rule)) for n, row in sizes]) for rule, look in RULES.items()]
-    rules = dict.fromkeys(rule for _, row in sizes for rule in row)
-    rows = [[rule, *(percent(row.get(rule)) for _, row in sizes)] for rule in rules]
-    return {
-        "pass_at_k": against("pass@k of each method", "k", passes),
-        "best_of_n": against("Best of N by each rule", "N", best),
-        "rules": table("All rules", ["rule", *(f"N = {n}" for n, _ in sizes)], rows),
-    }
+    best = [(rule, *look, [(n, row.get(rule)) for n, row in sizes.items()]) for rule, look in RULES.items()]
+    rules = table({f"N = {n}": row for n, row in sizes.items()})
+    return {"pass_at_k": doubling("k", passes), "best_of_n": doubling("N", best), "rules": rules}
 
 
-def reward_parts(results: dict) -> dict[str, str]:
-    """Does the reward know right traces from wrong ones, which it was never told?"""
+def doubling(xlabel: str, shares: list[tuple]) -> dict:
+    """A chart of shares against 1, 2, 4, ..: (name, colour, look, [(n, interval)]) each. The reward has a band."""
+    lines = []
+    for name, colour, look, values in shares:
+        known = [(math.log2(n), *interval(value)) for n, value in values if interval(value)]
+        if name == "reward":
+            around = [(x, low) for x, _, low, _ in known] + [(x, high) for x, _, _, high in known[::-1]]
+            lines.append(("", colour, "band", around))
+        lines.append((name, colour, look, [(x, mean) for x, mean, _, _ in known]))
+    return chart(xlabel, lines, share=True, powers=True)
+
+
+def table(columns: dict[str, dict]) -> dict:
+    """{head: {name: interval}} as the head and the rows (name, intervals) of a table; {} without rows."""
+    columns = {head: column for head, column in columns.items() if column}
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [(name, [interval(column.get(name)) for column in columns.values()]) for name in names]
+    return {"head": list(columns), "rows": rows} if rows else {}
+
+
+def rewards(results: dict) -> dict:
+    """Does the reward know right traces from wrong ones, which it was never told? And where these go wrong?"""
     groups = {kind: numbers(dig(results, "distributions", kind, kind=list)) for kind in ("right", "wrong")}
-    areas = {key: value for key, value in dig(results, "rerank", "auroc").items() if finite(value) is not None}
-    rows = [[key, f"{areas[key]:.3f}"] for key in sorted(areas, key=areas.get, reverse=True)]
-    return {
-        "rewards": histogram("Reward of traces with a right and with a wrong answer", "reward of the trace", groups),
-        "auroc": table("AUROC", ["score of a trace", "AUROC"], rows),
-    }
-
-
-def localisation_parts(results: dict) -> dict[str, str]:
-    """How often each score points at the first wrong token."""
-    parts, heads = {}, {"hit0": "that token", "hit1": "at most 1 off", "step": "same step"}
+    areas = [(key, finite(area)) for key, area in dig(results, "rerank", "auroc").items() if finite(area) is not None]
+    parts = {"distributions": histogram("reward of the trace", groups), "auroc": sorted(areas, key=lambda row: -row[1])}
     for kind in ("natural", "single"):
-        found = {head: column for key, head in heads.items() if (column := dig(results, "localise", kind, key))}
-        pointers = dict.fromkeys(key for column in found.values() for key in column)
-        rows = [[key, *(percent(column.get(key)) for column in found.values())] for key in pointers]
-        count = numbers([dig(results, "localise", kind).get("count")])
-        parts[kind] = table("First wrong token", ["pointer", *found], rows)
-        parts[f"{kind}_count"] = f"{count[0]:,.0f}" if rows and count else ""
+        found = dig(results, "localise", kind)
+        parts[kind] = table({key: dig(found, key) for key in ("hit0", "hit1", "step")})
+        parts[f"{kind}_count"] = "".join(f"{count:,.0f}" for count in numbers([found.get("count")]))
     return parts
 
 
-def traces_parts(traces: list, shown: int = 12) -> dict[str, str]:
-    """Traces with every token coloured by its reward; all beyond `shown` wait behind a click."""
-    traces = [trace for trace in traces if isinstance(trace, dict)]
-    scale = full_colour([reward for trace in traces for reward in dig(trace, "rewards", kind=list)])
-    cards = [trace_card(trace, scale) for trace in traces]
-    lowest, highest = (signed(value) * bool(cards) for value in (-scale, scale))
-    return {"traces": "".join(cards[:shown]), "more_traces": "".join(cards[shown:]), "lowest": lowest, "highest": highest}
+def trace_cards(traces: list) -> dict:
+    """The question of each trace, where it comes from, its tokens (text, reward); and the reward that gets full colour."""
+    cards = []
+    for trace in (trace for trace in traces if isinstance(trace, dict)):
+        tokens, rewards = (dig(trace, key, kind=list) for key in ("tokens", "rewards"))
+        pairs = zip(tokens, [*map(finite, rewards), *[None] * len(tokens)])
+        card = {"correct": trace.get("correct"), "tokens": [(printable(str(token)), reward) for token, reward in pairs]}
+        card |= {key: None if trace.get(key) is None else str(trace[key]) for key in ("question", "source", "answer")}
+        cards.append(card | {key: finite(trace.get(key)) for key in ("first_wrong", "predicted")})
+    return {"cards": cards, "scale": full_colour([reward for card in cards for _, reward in card["tokens"]])}
 
 
 def full_colour(rewards: list) -> float:
     """The reward that gets full colour: the 98th percentile of |reward|. An outlier must not bleach the page."""
-    sizes = sorted(map(abs, numbers(rewards)))
-    return (sizes[round(0.98 * (len(sizes) - 1))] if sizes else 0.0) or 1.0
-
-
-def trace_card(trace: dict, scale: float) -> str:
-    """One trace: the question, where it comes from, its tokens."""
-    tokens, rewards = dig(trace, "tokens", kind=list), dig(trace, "rewards", kind=list)
-    marks = {"first wrong token": trace.get("first_wrong"), "predicted": trace.get("predicted")}
-    spans = [token_span(index, str(token), finite(reward), scale, [mark for mark, at in marks.items() if at == index])
-             for index, (token, reward) in enumerate(zip(tokens, [*rewards, *[None] * len(tokens)]))]  # fmt: skip
-    tags = [f'<span class="tag">{escape(str(trace["source"]))}</span>'] if trace.get("source") else []
-    if (right := trace.get("correct")) is not None:
-        tags.append(f'<span class="tag {"good" if right else "bad"}">{"✓ right" if right else "✗ wrong"}</span>')
-    facts = [f"answer {escape(str(trace['answer']))}"] if trace.get("answer") is not None else []
-    facts += [f"{mark} {at:.0f}" for mark, at in marks.items() if finite(at) is not None]
-    return (f'<article><p class="question">{escape(str(trace.get("question", "")))}</p>'
-            f'<p class="facts">{"".join(tags)}<span>{" · ".join(facts)}</span></p>'
-            f'<div class="trace">{"".join(spans)}</div></article>\n')  # fmt: skip
-
-
-def token_span(index: int, token: str, reward: float | None, scale: float, marks: list[str]) -> str:
-    """One token: its reward as the background, and in words in the tooltip. Newlines are a sign and a break."""
-    depth = max(-1.0, min((reward or 0.0) / scale, 1.0))
-    classes = "t" + " up" * (depth > 0) + " down" * (depth < 0)
-    classes += " first" * ("first wrong token" in marks) + " pointed" * ("predicted" in marks)
-    said = ", ".join([f"token {index}: " + ("no reward" if reward is None else f"reward {signed(reward)}"), *marks])
-    shown = escape(printable(token)).replace("\n", "⏎<br>") or "∅"
-    after = "<br>" * shown.endswith("<br>")  # outside the span: an outlined token stays in one piece
-    return f'<span class="{classes}" style="--d:{abs(depth):.2f}" title="{said}">{shown.removesuffix("<br>")}</span>{after}'
-
-
-# 4. The page --------------------------------------------------------------------------------------------------
+    sizes = sorted(map(abs, numbers(rewards))) or [0.0]
+    return sizes[round(0.98 * (len(sizes) - 1))] or 1.0
 
 
 def page_of(name: str, found: dict) -> str:
-    """report.html with its places filled by what `read_run` has found. What would stay empty is taken out."""
-    results, settings = found["results"], found["settings"] or dig(found["results"], "settings")
-    parts = results_parts(results) | training_parts(found["metrics"]) | choosing_parts(results) | reward_parts(results)
-    parts |= localisation_parts(results) | traces_parts(found["traces"])
-    rows = [[key, f"<code>{escape(tidy(value))}</code>"] for key, value in settings.items()]
-    parts["settings"] = table("Settings", ["name", "value"], rows)
-    frame = FRAME.read_text(encoding="utf-8")
-    for element in ("figure", "details", "section"):
-        frame = pruned(frame, element, parts)
-    return Template(frame).substitute(
-        parts, name=escape(name), style=CSS.read_text(encoding="utf-8"),
-        meta="".join(f"<span>{key} <b>{escape(tidy(settings[key]))}</b></span>"
-                     for key in ("model", "data", "seed") if settings.get(key) is not None),
-        missing=f"Not in this run: {', '.join(found['missing'])}." if found["missing"] else "",
-        links="".join(f'<a href="#{to}">{title}</a>' for to, title in re.findall(r'id="(\w+)"><h2>([^<]*)', frame)),
-    )  # fmt: skip
-
-
-def pruned(frame: str, element: str, parts: dict[str, str]) -> str:
-    """The frame without those elements of a kind whose places are all to be filled with nothing."""
-    kept, *pieces = frame.split(f"<{element}")
-    for piece in pieces:
-        inside, end, after = piece.partition(f"</{element}>\n")
-        filled = any(parts[place] for place in re.findall(r"\$(\w+)", inside))
-        kept += f"<{element}{inside}{end}{after}" if filled else after
-    return kept
+    """report.html with what `read_run` has found in the run of this name."""
+    results = found["results"]
+    settings = {key: tidy(value) for key, value in (found["settings"] or dig(results, "settings")).items()}
+    known = choices(results) | rewards(results) | trace_cards(found["traces"])
+    return TEMPLATES.get_template("report.html").render(known, name=name, missing=found["missing"], settings=settings,
+        methods=method_rows(results), curve=partial(curve, found["metrics"]))  # fmt: skip
 
 
 def write_report(run: Path) -> Path:

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from conftest import report_line
-from test_report import Elements, full_run, write
+from test_report import FRAME, Elements, full_run, write
 
 from show import report
 
@@ -27,7 +27,7 @@ BROWSERS = (
     "msedge",
     "microsoft-edge",
 )
-POLICY_TAG = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', report.FRAME.read_text(encoding="utf-8")).group()
+POLICY_TAG = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', FRAME).group()
 
 
 def attacks(site: str) -> list[str]:

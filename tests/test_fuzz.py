@@ -29,7 +29,7 @@ from engine.errors import UserError, exit_status
 from engine.runs import load_run, read_settings
 from experiments.picture import picture
 from show import report, trace
-from show.figures import Line, chart, histogram
+from show.report import chart, histogram
 from tasks import records, words
 from tasks.answers import extract_answer, same_answer
 
@@ -419,12 +419,12 @@ def test_figures_of_odd_numbers(survives):
     @inputs(100)
     @given(st.lists(finite, max_size=5), st.lists(finite, max_size=5))
     def check_histogram(right, wrong):
-        survives(histogram, "h", "reward", {"right": right, "wrong": wrong})
+        survives(histogram, "reward", {"right": right, "wrong": wrong})
 
     @inputs(200)
     @given(st.lists(points, min_size=1, max_size=3), st.booleans(), st.sampled_from(["", "pale", "band", "dashed"]))
     def check_chart(lines, share, look):
-        survives(chart, "c", "step", [Line("a", "irl", line, look) for line in lines], share)
+        survives(chart, "step", [("a", "irl", look, line) for line in lines], share)
 
     check_histogram(), check_chart()
 

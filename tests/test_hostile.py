@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_report import page_with
 
 import data
 import rerank
@@ -152,7 +153,7 @@ USES = {
     "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2", task="words"), text),
     "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),
     "printable": printable,
-    "token_span": lambda text: report.token_span(0, text, 0.5, 1.0, []),
+    "report": lambda text: page_with(traces=[{"question": text, "tokens": [text], "rewards": [0.5]}]),
 }
 
 

@@ -1,5 +1,6 @@
 """The report: everything in a run is shown, nothing in it can act, and nothing has to be there."""
 
+import ast
 import copy
 import json
 import math
@@ -14,8 +15,12 @@ import pytest
 
 from engine.errors import UserError
 from show import report
-from show.figures import Line, chart, histogram, limits, ticks
+from show.report import chart, histogram, limits, ticks
 
+FRAME = Path(report.__file__).with_suffix(".html").read_text(encoding="utf-8")
+CSS = Path(report.__file__).with_suffix(".css").read_text(encoding="utf-8").strip()
+METRICS = ("validation/t1", "policy/loss", "policy/grad_norm", "discriminator/d_expert", "discriminator/d_negative",
+           "discriminator/accuracy", "reward/mean", "rollout/entropy", "rollout/length", "rollout/finished")  # fmt: skip
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.com/x.png onerror=alert(2)>"
 
 
@@ -28,12 +33,11 @@ def full_run() -> dict:
     rng = random.Random(0)
     method = {"t1": 0.31, "t1_interval": [0.28, 0.34], "greedy": 0.4, "greedy_interval": [0.36, 0.44],
               "seconds": 12.3, "pass@k": {"1": 0.31, "2": 0.45, "4": 0.6}}  # fmt: skip
-    row = {key: around(0.5) for key in (*report.RULES, "weighted_majority", "reward_last", "longest")}
+    row = {key: around(0.5) for key in (*report.RULES, "weighted_majority", "reward_last", "longest", "a_new_rule")}
     places = {key: around(0.4) for key in ("reward", "reward_first", "sft_logprob_first", "entropy", "chance")}
     hits = {"hit0": places, "hit1": places, "step": places, "count": 312}
     metrics = [{"method": method, "step": step, key: rng.random()}
-               for _, methods, keys in report.CURVES.values() for method in methods.split() for key in keys.split()
-               for step in range(50)]  # fmt: skip
+               for method in (*report.METHODS, "warm-up") for key in METRICS for step in range(50)]  # fmt: skip
     trace = {"question": "What is 2*3?", "answer": "5", "correct": False, "source": "base", "first_wrong": 1,
              "predicted": 2, "tokens": ["2", "+", "3", "\n", "=5", ""],
              "rewards": [0.5, -2.0, 1.0, 0.0, None, 0.1]}  # fmt: skip
@@ -60,6 +64,16 @@ def write(folder: Path, files: dict) -> Path:
 
 def page_of(folder: Path, files: dict) -> str:
     return report.write_report(write(folder, files)).read_text(encoding="utf-8")
+
+
+def page_with(**found) -> str:
+    """The page of a run in which this was found, and nothing else."""
+    return report.page_of("run", {"settings": {}, "metrics": [], "results": {}, "traces": [], "missing": []} | found)
+
+
+def names() -> dict:
+    """What report.html calls the names in results.json."""
+    return ast.literal_eval(re.search(r"{% set names = (\{.*?\}) %}", FRAME, re.DOTALL).group(1))
 
 
 class Elements(HTMLParser):
@@ -89,16 +103,18 @@ def test_everything_of_a_full_run_is_shown(page):
     assert "31.0%</td>" not in page and "31.0% <small>28.0 to 34.0</small>" in page
     assert "GRPO alone sees the true answers" in page and "0.871" in page and "In 312 wrong traces" in page
     figures = [attributes for tag, attributes in elements.found if tag == "svg"]
-    assert len(figures) == len(report.CURVES) + 3
+    assert len(figures) == FRAME.count("curve(") + 3 == 15
     assert all(f["role"] == "img" and f["aria-label"] and "width" not in f for f in figures)
-    captions = re.findall("<figcaption>([^$]*?)</figcaption>", report.FRAME.read_text(encoding="utf-8"))
-    assert len(captions) == len(figures) + 1 and all(caption in page for caption in captions)
-    for name in ("oracle", "weighted_majority", "reward_last", "sft_logprob_first", "entropy", *report.METHODS.values()):
-        assert name in elements.text
+    captions = re.findall("<figcaption>([^<]*)</figcaption>", page)
+    assert len(captions) == len(figures) + 3 and all(captions)
+    for name in ("oracle", "weighted_majority", "reward_last", "sft_logprob_first", "entropy"):
+        assert names()[name] in elements.text
+    assert "a_new_rule" in elements.text and not any(key in elements.text for key in names() if "_" in key)
+    assert all(name in elements.text for name in report.METHODS.values())
     legends = set(re.findall("</i>([^<]*)</span>", page))
-    assert legends == {*report.METHODS.values(), "expert", "negative", *report.RULES,
+    assert legends == {*report.METHODS.values(), "expert", "negative", *(names()[rule] for rule in report.RULES),
                        "right answer (50)", "wrong answer (50)"}  # fmt: skip
-    assert "$" not in page
+    assert CSS in page and not re.search("{[{%#]|[%#}]}", page.replace(CSS, "")) and page.startswith("<!doctype html>")
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page):
@@ -122,7 +138,7 @@ def test_figures_follow_the_theme(page):
     figures = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     used = set(re.findall(r"var\(--([a-z_]+)\)", figures))
     assert used >= {*report.METHODS, "ink", "soft", "other", "right", "wrong"} and "#" not in figures
-    light, dark = report.CSS.read_text(encoding="utf-8").split("@media (prefers-color-scheme: dark)")[:2]
+    light, dark = CSS.split("@media (prefers-color-scheme: dark)")[:2]
     for colour in used:
         assert f"--{colour}:" in light and f"--{colour}:" in dark.split("} }")[0]
 
@@ -134,7 +150,7 @@ def test_the_same_run_gives_the_same_page(page, tmp_path):
 
 
 def test_tokens_are_coloured_by_their_reward(page):
-    token = r'<span class="(t[^"]*)" style="--d:([\d.]+)" title="([^"]*)">(.*?)</span>(<br>)?'
+    token = r'<span class="(t[^"]*)" style="--d:([\d.]+)" title="([^"]*)">(.*?)</span>(\n)?'
     spans = re.findall(token, page)
     assert [(classes, depth) for classes, depth, *_ in spans] == [
         ("t up", "0.25"), ("t down first", "1.00"), ("t up pointed", "0.50"), ("t", "0.00"), ("t", "0.00"),
@@ -142,7 +158,7 @@ def test_tokens_are_coloured_by_their_reward(page):
     ]  # fmt: skip
     assert spans[1][2] == "token 1: reward −2.00, first wrong token"
     assert spans[2][2] == "token 2: reward +1.00, predicted"
-    assert spans[3][3:] == ("⏎", "<br>")  # a newline is seen, and breaks the line
+    assert spans[3][3:] == ("⏎", "\n")  # a newline is seen, and breaks the line (.trace is pre-wrap)
     assert spans[4][2] == "token 4: no reward" and spans[5][3] == "∅"
 
 
@@ -175,7 +191,7 @@ def test_hostile_text_stays_text(tmp_path):
 def test_control_characters_and_half_characters_are_harmless(tmp_path):
     tokens = ["\x00", "\r", "\x1b[31m", "\ud800", "a\n\nb"]
     page = page_of(tmp_path, {"traces.json": [{"question": "?", "tokens": tokens, "rewards": [1.0]}]})
-    assert all(shown in page for shown in ("\\x00</span>", "\\x0d</span>", "\\x1b[31m<", "a⏎<br>⏎<br>b"))
+    assert all(shown in page for shown in ("\\x00</span>", "\\x0d</span>", "\\x1b[31m<", "a⏎\n⏎\nb"))
 
 
 @pytest.mark.parametrize("name", list(full_run()))
@@ -204,8 +220,21 @@ def test_an_unknown_share_is_not_drawn_as_zero(tmp_path):
     assert page.count('<span class="strip"') == 1 and "–</span>" in page
 
 
-def test_what_would_stay_empty_is_taken_out():
-    assert report.pruned("<p>$a</p>\n<p>$b $a</p>\n<q>$a</q>", "p", {"a": "", "b": "1"}) == "<p>$b $a</p>\n<q>$a</q>"
+def test_what_would_stay_empty_is_left_out():
+    def parts(page: str) -> dict[str, int]:
+        found = [attributes.get("id") if tag == "section" else tag for tag, attributes in Elements(page).found]
+        assert re.findall('href="#(.*?)"', page) == [part for part in found if f'id="{part}"' in page]
+        return {part: found.count(part) for part in found if part in ("figure", "details", "table") or f'id="{part}"' in page}
+
+    assert parts(page_with()) == {}
+    one = {"method": "sft", "step": 1, "policy/loss": 0.5}
+    assert parts(page_with(metrics=[one])) == {"training": 1, "figure": 1}
+    assert parts(page_with(results={"methods": {"sft": {"t1": 0.5}}})) == {"results": 1, "table": 1}
+    assert parts(page_with(results={"rerank": {"4": {"new": 0.5}}})) == {"choosing": 1, "details": 1, "table": 1}
+    assert parts(page_with(results={"rerank": {"4": {}, "auroc": {"reward": None}}})) == {}
+    assert parts(page_with(results={"localise": {"single": {"count": 9}}})) == {}
+    assert parts(page_with(traces=[{"tokens": ["a"]}] * 12)) == {"traces": 1}
+    assert parts(page_with(traces=[{"tokens": ["a"]}] * 13)) == {"traces": 1, "details": 1}
 
 
 def places(tree, at=()):
@@ -220,11 +249,11 @@ def places(tree, at=()):
 
 @pytest.mark.parametrize("name", ["results.json", "traces.json", "metrics.jsonl"])
 def test_any_part_missing_or_odd(name):
-    parts = {"metrics.jsonl": [report.training_parts], "traces.json": [report.traces_parts],
-             "results.json": [report.results_parts, report.choosing_parts, report.reward_parts,
-                              report.localisation_parts]}  # fmt: skip
     original = full_run()[name]
     original = original[:2] if name == "metrics.jsonl" else original
+    if name == "results.json":  # one of each kind will do
+        original["methods"] = {"sft": original["methods"]["sft"]}
+        del original["rerank"]["1"], original["rerank"]["16"], original["localise"]["single"]
     for path in places(original):
         if not path or (name == "metrics.jsonl" and len(path) == 1):  # read_run has seen to the outermost
             continue
@@ -234,18 +263,17 @@ def test_any_part_missing_or_odd(name):
             for key in path[:-1]:
                 parent = parent[key]
             parent[path[-1]] = odd
-            for part in parts[name]:
-                part(content)
+            assert "</html>" in page_with(**{name.split(".")[0]: content})
 
 
 def test_figures_of_little_data():
-    one = [Line("IRL", "irl", [(1.0, 0.0)])]
-    for share in (True, False):
-        assert chart("t", "step", one, share).count("<circle") == 1
-    assert chart("t", "N", one, True, {1.0: "2"}).startswith("<svg")
-    assert histogram("t", "r", {"right": [1.0], "wrong": []}).count("<g ") == 1
-    assert histogram("t", "r", {"right": [2.0, 2.0], "wrong": [2.0]}).count("<g ") == 2
-    assert histogram("t", "r", {"right": [], "wrong": []}) == chart("t", "N", []) == ""
+    for key in ("validation/t1", "rollout/length"):
+        assert page_with(metrics=[{"method": "irl", "step": 1, key: 0.0}]).count("<circle") == 1
+    assert page_with(results={"methods": {"irl": {"pass@k": {"2": 0.5}}}}).count("<circle") == 1
+    for right, wrong, count in ([1.0], [], 1), ([2.0, 2.0], [2.0], 2), ([], [], 0):
+        page = page_with(results={"distributions": {"right": right, "wrong": wrong}})
+        assert page.count("<g ") == count and page.count("<svg") == bool(count)
+    assert histogram("r", {"right": [], "wrong": []}) == chart("N", []) == chart("N", [("a", "irl", "", [])]) == {}
 
 
 def test_axes():
@@ -255,20 +283,23 @@ def test_axes():
 
 def test_a_figure_shows_its_numbers_where_they_are():
     """The places of points follow the axes' own numbers: the curve is at a tick's height where it has its value."""
-    figure = chart("t", "step", [Line("a", "irl", [(0, 0.25), (10, 0.5)]), Line("b", "sft", [(0, 0.0), (10, 1.0)])], True)
+    drawn = {"sft": ((0, 0.25), (10, 0.5)), "irl": ((0, 0.0), (10, 1.0))}
+    points = [(method, *point) for method, line in drawn.items() for point in line]
+    figure = page_with(metrics=[{"method": method, "step": x, "validation/t1": y} for method, x, y in points])
     circles = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', figure)]
-    heights = {text: float(y) for y, text in re.findall(r'H290"/><text [^>]* y="([\d.]+)">(\d+)%</text>', figure)}
-    across = {text: float(x) for x, text in re.findall(r'V144"/><text [^>]*x="([\d.]+)"[^>]*>(\d+)</text>', figure)}
+    heights = {text: float(y) for y, text in re.findall(r'H290"/>\s<text [^>]* y="([\d.]+)">(\d+)%</text>', figure)}
+    across = {text: float(x) for x, text in re.findall(r'V144"/>\s<text [^>]*x="([\d.]+)"[^>]*>(\d+)</text>', figure)}
     assert list(heights) == ["0", "20", "40", "60", "80", "100"] and {"0", "10"} <= set(across)
     full = heights["0"] - heights["100"]
     drawn = [(heights["0"] - 3.5 - y) / full for _, y in circles]
     assert drawn == pytest.approx([0.25, 0.5, 0.0, 1.0], abs=1e-3)
     assert [x for x, _ in circles] == pytest.approx([across["0"], across["10"]] * 2)
-    assert ">a</span>" in figure and ">b</span>" in figure  # the legend
+    assert ">SFT</span>" in figure and ">IRL</span>" in figure  # the legend
 
 
 def test_a_histogram_shows_shares_of_each_group():
-    lines = re.findall(r'<path class="line area[^"]*" d="M([^"]+)"', histogram("t", "r", {"right": [1.0] * 9, "wrong": [0.0]}))
+    page = page_with(results={"distributions": {"right": [1.0] * 9, "wrong": [0.0]}})
+    lines = re.findall(r'<path class="line area[^"]*" d="M([^"]+)"', page)
     tops = [min(float(point.split()[1]) for point in line.split("L")) for line in lines]
     assert len(tops) == 2 and tops[0] == tops[1]  # all of the nine, all of the one
 
