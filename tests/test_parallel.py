@@ -140,13 +140,14 @@ def test_without_torchrun_nothing_is_shared():
 
 def torchrun(folder, *flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    return subprocess.run([*command, str(ROOT / "train.py"), *TINY, *flags], cwd=folder, capture_output=True, text=True)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # two processes with two threads each are in each other's way on two cores
+    return subprocess.run([*command, str(ROOT / "train.py"), *TINY, *flags], cwd=folder, env=alone, capture_output=True, text=True)
 
 
 def test_torchrun_runs_every_method(tmp_path):
     done = torchrun(tmp_path, "--method", "all", "--lora-rank", "2", "--kl-coef", "0.01", "--name", "two")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("results: ") == 1 and done.stdout.count("\nIRL ") == 1  # one process prints
+    assert done.stdout.count("results: ") == 1 and done.stdout.count("greedy") == 1  # one process prints
     run = tmp_path / "runs" / "two"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["method"] for line in lines] == ["sft"] * 2 + ["sft_fair"] * 2 + [
