@@ -382,12 +382,13 @@ def short(value: list | None) -> str:
     return f"{100 * mean:.1f}" + (f"±{100 * (high - mean):.1f}" if high is not None else "")
 
 
-def readme_tables(summary: dict) -> str:
-    """Two small tables for README.md: accuracies, best of 8. Every number is in summary.json; what is missing is left out."""
+def readme_tables(summary: dict) -> dict[str, str]:
+    """README.md's two small tables by their marks: accuracies, best of 8. Every number is in summary.json; what is missing is
+    left out."""
     tasks = [task for task in ("words", "countdown") if task in summary]
     columns = [(task, size) for task in tasks for size in ("64", "256") if size in summary[task]["main"]]
     if not columns:
-        return NOTHING_YET
+        return dict.fromkeys(("results", "inference"), NOTHING_YET)
 
     def accuracy(task: str, size: str, method: str, key: str) -> str:  # fair SFT as it was best for the column
         other = "sft_fair_greedy" if (method, key) == ("sft_fair", "greedy") else method
@@ -400,17 +401,17 @@ def readme_tables(summary: dict) -> str:
     def seeds(task: str, size: str) -> str:
         return f"{(n := summary[task]['seeds'][size])} seed{'s' * (n != 1)}"
 
-    parts = []
-    for names, head, cells in (
-        (README_METHODS, ["% right: T=1 / greedy", *(f"{task} {size}, {seeds(task, size)}" for task, size in columns)],
+    parts = {}
+    for part, names, head, cells in (
+        ("results", README_METHODS, ["% right: T=1 / greedy", *(f"{task} {size}, {seeds(task, size)}" for task, size in columns)],
          lambda row: [" / ".join(accuracy(*column, row, key) for key in ("t1", "greedy")) for column in columns]),
-        (README_CHOICES, ["best of 8 of the base, chosen by", *(f"{task} {summary[task]['judged with']}" for task in tasks)],
+        ("inference", README_CHOICES, ["best of 8 of the base, chosen by", *(f"{task} {summary[task]['judged with']}" for task in tasks)],
          lambda row: [best(task, row) for task in tasks]),
     ):  # fmt: skip
         rows = [[name, *cells(row)] for row, name in names.items()]
         rows = [row for row in rows if set("".join(row[1:])) - set("– /")]
-        parts += [table(head, rows)] if rows else []
-    return "\n\n".join(parts)
+        parts[part] = table(head, rows) if rows else NOTHING_YET
+    return parts
 
 
 def full_tables(summary: dict) -> str:
@@ -457,7 +458,9 @@ def between_marks(text: str, part: str, new: str) -> str:
 
 def into_readme(text: str, summary: dict) -> str:
     """README.md with the tables of what is there."""
-    return between_marks(text, "results", readme_tables(summary))
+    for part, new in readme_tables(summary).items():
+        text = between_marks(text, part, new)
+    return text
 
 
 def into_results(text: str, summary: dict) -> str:

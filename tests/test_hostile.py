@@ -345,10 +345,10 @@ def test_the_search_for_such_calls_finds_them():
 
 def test_every_model_is_loaded_from_safetensors_without_remote_code():
     sources = {module: source_of(module).read_text(encoding="utf-8") for module in MODULES}
-    loaders = [module for module, source in sources.items() if re.search(r"AutoModel\w*\.from_pretrained", source)]
-    assert set(loaders) == {"engine.loading", "reward"}
-    for source in map(sources.get, loaders):
-        assert source.count("use_safetensors=True") == source.count("trust_remote_code=False") >= 1
+    calls = {module: re.findall(r"(\w+)\.from_pretrained\(", source) for module, source in sources.items()}
+    loaders = {module: [who for who in found if "Tokenizer" not in who] for module, found in calls.items()}
+    assert {module: found for module, found in loaders.items() if found} == {"engine.loading": ["kind"]}
+    assert all(sources["engine.loading"].count(how) == 1 for how in ("use_safetensors=True", "trust_remote_code=False"))
 
 
 # Terminals -----------------------------------------------------------------------------------------------------

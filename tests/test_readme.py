@@ -90,7 +90,8 @@ def test_every_metric_is_explained():
     lines = [{"discriminator": loop.warm_up()}, loop.step(), {"validation": {"t1": 0.5}}]
     lines += [method(s, run.tokenizer, run.load(), run.experts).step() for method in (baselines.SFT, baselines.GRPO)]
     keys = {(stage, name) for line in lines for stage, metrics in line.items() for name in metrics}
-    table = (ROOT / "docs" / "reading-a-run.md").read_text(encoding="utf-8").split("## How to read a run")[1].split("When a curve")[0]
+    page = (ROOT / "docs" / "reading-a-run.md").read_text(encoding="utf-8")
+    table = page.split("## How to read a run")[1].split("When a curve")[0]
     cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
     assert len(keys) >= 12
     for stage, name in keys:  # `stage/name`, or `stage/other`, `name`
