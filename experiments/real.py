@@ -51,6 +51,7 @@ from engine.runs import MAY_CHANGE
 from engine.settings import complete, parse_flags
 from experiments import run as runs
 from experiments import steps
+from show.report import tidy
 from tasks.answers import extract_answer
 
 try:
@@ -684,7 +685,8 @@ def wanted(args) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser_of().parse(arguments)
-    command = "python -m experiments.real " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m experiments.real", *map(tidy, given)])  # for all to read: without this machine's folders
     if args.quick:
         environ.setdefault("IRL_RESULTS", "results-quick")
         vars(args).update(QUICK)
