@@ -405,7 +405,8 @@ def readme_tables(summary: dict) -> dict[str, str]:
     for part, names, head, cells in (
         ("results", README_METHODS, ["% right: T=1 / greedy", *(f"{task} {size}, {seeds(task, size)}" for task, size in columns)],
          lambda row: [" / ".join(accuracy(*column, row, key) for key in ("t1", "greedy")) for column in columns]),
-        ("inference", README_CHOICES, ["best of 8 of the base, chosen by", *(f"{task} {summary[task]['judged with']}" for task in tasks)],
+        ("inference", README_CHOICES,
+         ["best of 8 of the base, chosen by", *(f"{task} {summary[task]['judged with']}" for task in tasks)],
          lambda row: [best(task, row) for task in tasks]),
     ):  # fmt: skip
         rows = [[name, *cells(row)] for row, name in names.items()]

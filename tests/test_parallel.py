@@ -140,8 +140,8 @@ def test_without_torchrun_nothing_is_shared():
 
 def torchrun(folder, *flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads each are slow
-    return subprocess.run([*command, str(ROOT / "train.py"), *TINY, *flags], cwd=folder, env=alone, capture_output=True, text=True)
+    alone = dict(cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})  # two threads each are slow
+    return subprocess.run([*command, str(ROOT / "train.py"), *TINY, *flags], **alone, capture_output=True, text=True)
 
 
 def test_torchrun_runs_every_method(tmp_path):
