@@ -97,9 +97,9 @@ class Run:
         experts, extra = train[: s.demonstrations], train[s.demonstrations :]
         rng, wrong = random.Random(f"wrong {s.seed}"), round(s.wrong_demonstrations * len(experts))
         experts[:wrong] = [data.perturb(example, rng) or example for example in experts[:wrong]]
-        if len(experts) < s.demonstrations and parallel.rank() == 0:
+        if len(experts) < s.demonstrations:
             print(f"only {len(experts)} demonstrations are there, not {s.demonstrations}")
-        if dropped and parallel.rank() == 0:
+        if dropped:
             print(f"{dropped} examples are longer than the model's context of {self.context} tokens: skipped")
         if min(len(experts), len(self.validation), len(self.test)) < parallel.world():
             raise UserError(f"{parallel.world()} processes need as many demonstrations, validation and test questions")
@@ -173,7 +173,7 @@ class Run:
         done = self.keeper.progress.steps.get
         if self.s.start == "base" and not done(warm_up_of(method)):
             first = irl.first_logprob(loop.policy_model, self.tokenizer, self.experts[:32])
-            if first < -8 and parallel.rank() == 0:
+            if first < -8:
                 print(f"the base all but never begins as the demonstrations do (log pi of their first token {first:.1f}): "
                       "IRL cannot teach it that, --start sft can")  # fmt: skip
         self.run_steps(warm_up_of(method), loop, self.s.warm_up)
@@ -275,13 +275,11 @@ class Run:
         return reward.make_discriminator(self.load_reward(trained), self.tokenizer, *kind)
 
     def save_model(self, model, name: str) -> None:
-        """A folder that from_pretrained loads: complete, or not there. One process writes, the others wait: they may load
-        it next."""
-        if parallel.rank() == 0:
-            with checkpoint.new_folder(self.folder / name) as folder:
+        """A folder that from_pretrained loads: complete, or not there. One process fills it, the others may load it next."""
+        with checkpoint.new_folder(self.folder / name) as folder:
+            if parallel.rank() == 0:
                 lora.save(model, folder)
                 self.tokenizer.save_pretrained(folder)
-        parallel.wait()
 
     def folder_of(self, method: str) -> str:
         """The folder's name of a trained policy: policy/ for IRL, or for the only method."""
@@ -322,7 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
             return exit_status(program)
     except Stopped as stopped:
         status, told = stopped.args
-        print(f"\nstopped by {told}", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"\nstopped by {told}", file=sys.stderr)
         return status
 
 

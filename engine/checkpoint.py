@@ -2,7 +2,8 @@
 
     files         written beside their place, then renamed: there is the old one or the new one, never half of one
     state         of what a trainer (irl.IRL, baselines.SFT, baselines.GRPO) names in `changes`: tensors and plain values
-    checkpoints   runs/<name>/checkpoints/000012/: tensors.safetensors, state.json, checksums.json; two are kept
+    checkpoints   runs/<name>/checkpoints/000012/: tensors.safetensors, state.json, checksums.json; two are kept. With torchrun
+                  -rank1 files too: its replay, random numbers, share of AdamW's states; the models are in rank 0's
 
 No pickle anywhere: a checkpoint is data, and reading one runs no code.
 """
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from engine import parallel
 from engine.errors import UserError
 
 try:
@@ -44,21 +46,23 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path):
-    """A folder to fill that appears as `path` when it is complete, and not at all if anything goes wrong.
-
-    A folder that is there already stands until then; a kill in between leaves '.<name>.new', which the next one removes.
-    """
-    temporary = path.with_name(f".{path.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """A folder to fill that appears as `path` when rank 0 has filled it, and not at all if anything goes wrong: one that is
+    there already stands until then. A kill in between leaves '.<name>.new', which the next one removes."""
+    temporary, first = path.with_name(f".{path.name}.new"), parallel.rank() == 0
     try:
-        temporary.mkdir(parents=True)
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        parallel.wait()
         yield temporary
-        for part in (*temporary.rglob("*"), temporary):
-            sync(part)
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
-        sync(path.parent)
+        if first:
+            for part in (*temporary.rglob("*"), temporary):
+                sync(part)
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(temporary, path)
+            sync(path.parent)
+        parallel.wait()
     except SafetensorError as error:  # of a full disk safetensors says "... (os error 28)"
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
@@ -70,19 +74,15 @@ def new_folder(path: Path):
 def write_text(path: Path, text: str) -> None:
     """Replace a text file at once."""
     temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
 
 
 @contextmanager
 def locked(folder: Path):
-    """Have one process at a time write to a folder. The system drops the lock with the process, however it ends. On Windows,
-    and on network disks without locks, two at once are not noticed."""
-    if fcntl is None:
+    """Have one run at a time write to a folder. The lock ends with the process; Windows and some network disks have none."""
+    if fcntl is None or parallel.rank() > 0:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -115,41 +115,38 @@ def state_of(part):
         return part.getstate()
     if isinstance(part, torch.Generator):
         return part.get_state()
-    state = part.state_dict()
-    if isinstance(part, torch.nn.Module):  # what is frozen under adapters is not changed, and loaded as at the start
-        frozen = {name for name, p in part.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        return {name: value for name, value in state.items() if name not in frozen}
-    return state
+    if not isinstance(part, torch.nn.Module):
+        return part.state_dict()
+    # what is frozen under adapters is not changed, and loaded as at the start; all ranks have the same, the first writes it
+    frozen = {name for name, p in part.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in part.state_dict().items() if name not in frozen and parallel.rank() == 0}
 
 
-def restore(part, state) -> None:
-    """Put a state back where `state_of` took it from."""
-    if isinstance(part, random.Random):
-        version, words, gauss = state
-        part.setstate((version, tuple(words), gauss))
-    elif isinstance(part, torch.Generator):
-        part.set_state(state)
-    else:
-        if isinstance(part, torch.optim.Optimizer):  # JSON has made strings of its parameters' numbers
-            state = state | {"state": {int(number): values for number, values in state["state"].items()}}
-        if isinstance(part, torch.nn.Module):
-            state = part.state_dict() | state
-        part.load_state_dict(state)
+def trainer_state(trainer=None) -> dict:
+    """All that training changes: in a trainer, if there is one, by the names in its `changes`; torch's random numbers."""
+    parts = trainer and {name: state_of(attrgetter(name)(trainer)) for name in trainer.changes}
+    return {"trainer": parts, "random": [generator.get_state() for generator in generators()]}
 
 
-def trainer_state(trainer) -> dict:
-    """All that training changes in a trainer, by the names in its `changes`."""
-    return {name: state_of(attrgetter(name)(trainer)) for name in trainer.changes}
-
-
-def load_trainer(trainer, state: dict) -> None:
-    """A trainer as it was when `trainer_state` was taken. It must have been made from the same settings."""
-    for name in trainer.changes:
-        part = attrgetter(name)(trainer)
+def load_trainer(trainer, saved: dict) -> None:
+    """All as it was when `trainer_state` was taken. The trainer must have been made from the same settings."""
+    for name in trainer.changes if saved["trainer"] else ():
+        part, state = attrgetter(name)(trainer), saved["trainer"][name]
         if isinstance(part, int):
-            setattr(trainer, name, state[name])
+            setattr(trainer, name, state)
+        elif isinstance(part, random.Random):
+            part.setstate((state[0], tuple(state[1]), state[2]))
+        elif isinstance(part, torch.Generator):
+            part.set_state(state)
+        elif isinstance(part, torch.nn.Module):
+            part.load_state_dict(part.state_dict() | state)
+            parallel.send(list(part.state_dict().values()))
         else:
-            restore(part, state[name])
+            if isinstance(part, torch.optim.Optimizer):  # JSON has made strings of its parameters' numbers
+                state = state | {"state": {int(number): values for number, values in state["state"].items()}}
+            part.load_state_dict(state)
+    for generator, state in zip(generators(), saved["random"]):  # last: loading may have drawn from them
+        generator.set_state(state)
 
 
 def generators() -> list[torch.Generator]:
@@ -160,8 +157,13 @@ def generators() -> list[torch.Generator]:
 TENSOR = "__tensor__"  # in state.json, {TENSOR: name} stands for a tensor of tensors.safetensors
 
 
+def own(path: Path) -> Path:
+    """A file of this rank's."""
+    return path.with_stem(f"{path.stem}-rank{parallel.rank()}") if parallel.rank() else path
+
+
 def write(state: dict, folder: Path) -> None:
-    """state.json, and tensors.safetensors for the tensors in it; those that share their memory (tied weights) once."""
+    """A state as JSON, and the tensors in it as safetensors; those that share their memory (tied weights) once."""
     tensors, names = {}, {}
 
     def keep(tensor: torch.Tensor) -> dict:
@@ -171,19 +173,23 @@ def write(state: dict, folder: Path) -> None:
             tensors[names[same]] = tensor.detach().cpu().contiguous()
         return {TENSOR: names[same]}
 
-    (folder / "state.json").write_text(json.dumps(state, default=keep), encoding="utf-8")
-    save_file(tensors, folder / "tensors.safetensors")
+    own(folder / "state.json").write_text(json.dumps(state, default=keep), encoding="utf-8")
+    save_file(tensors, own(folder / "tensors.safetensors"))
 
 
 def read(path: Path) -> dict:
-    """The state in one checkpoint. ValueError, OSError, KeyError or SafetensorError if it is damaged."""
-    for name, value in json.loads((path / "checksums.json").read_text(encoding="utf-8")).items():
+    """The state in a checkpoint. ValueError, OSError, KeyError, SafetensorError: it is damaged. UserError: not for so many."""
+    sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
+    for name, value in sums.items():
         if checksum(path / name) != value:
             raise ValueError(f"{name} is not what was written")
+    wrote = sum(name.startswith("state") for name in sums)
+    if wrote != parallel.world():
+        raise UserError(f"{path} is of {wrote} processes, not {parallel.world()}: use torchrun --nproc-per-node={wrote}")
     # cloned: the file is mapped into memory, and its folder will be removed while the run goes on
-    tensors = {name: tensor.clone() for name, tensor in load_file(path / "tensors.safetensors").items()}
+    tensors = {name: tensor.clone() for name, tensor in load_file(own(path / "tensors.safetensors")).items()}
     found = lambda part: tensors[part[TENSOR]] if TENSOR in part else part
-    return json.loads((path / "state.json").read_text(encoding="utf-8"), object_hook=found)
+    return json.loads(own(path / "state.json").read_text(encoding="utf-8"), object_hook=found)
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -196,8 +202,9 @@ def save(folder: Path, state: dict) -> None:
     found = numbered(folder)
     with new_folder(folder / f"{int(found[-1].name) + 1 if found else 1:06d}") as new:
         write(state, new)
-        sums = {path.name: checksum(path) for path in new.iterdir()}
-        (new / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
+        parallel.wait()  # all have
+        if parallel.rank() == 0:
+            (new / "checksums.json").write_text(json.dumps({path.name: checksum(path) for path in new.iterdir()}))
     for old in found[:-1]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -218,7 +225,6 @@ def load(folder: Path) -> tuple[dict | None, str]:
 def remove(folder: Path) -> None:
     """Remove all checkpoints at once, and what a kill may have left of removing them."""
     doomed = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)
     if folder.exists():
         os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -5,12 +5,12 @@ their replay, and samples with its own random numbers. The ranks meet in four pl
 
     total, total_of    what a loss is divided by is counted over all ranks: their losses sum to one process's on all rows
     sum_gradients      once per optimizer step
-    make_optimizer     each rank keeps AdamW's states for 1/N of the weights
-    rows, mean         evaluation, and the metrics that are logged
+    make_optimizer     each rank keeps AdamW's states for 1/N of the weights, and steps these
+    rows, mean         evaluation, and the metrics that are logged; what else a step's end has to agree on comes with them
 
-DistributedDataParallel and FSDP2 hang communication on a module's forward and backward, of which all ranks must then make
-the same number. Here a rank samples until its own longest response has ended, and losses go around the model's forward
-(policy.hidden_states). Nothing is saved before the end. Without torchrun every function returns what it was given.
+DistributedDataParallel and FSDP2 hang communication on a module's forward and backward, of which all ranks must then make the
+same number; here a rank samples until its own longest response has ended, and losses go around the model's forward.
+Without torchrun every function returns what it was given.
 """
 
 import os
@@ -32,6 +32,8 @@ def start(device: str) -> None:
     if on_gpu:
         torch.cuda.set_device(local)  # "cuda" is this one from now on
     dist.init_process_group("nccl" if on_gpu else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # one prints; errors, which may be one's alone, are on stderr
 
 
 def leave() -> None:
@@ -49,8 +51,13 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which one this is: 0 alone writes and prints."""
+    """Which one this is: 0 alone logs and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def resume_command(name: str) -> str:
+    """What a run goes on with."""
+    return f"{'python' if world() == 1 else f'torchrun --nproc-per-node={world()}'} train.py --resume --name {name}"
 
 
 def wait() -> None:
@@ -82,10 +89,7 @@ def rows(function, items: list) -> torch.Tensor:
         return function(items)
     parts = [None] * world()
     dist.all_gather_object(parts, function(share(items)).cpu())
-    result = parts[0].new_zeros(len(items), *parts[0].shape[1:])
-    for r, part in enumerate(parts):
-        result[r :: world()] = part
-    return result
+    return torch.stack([parts[i % world()][i // world()] for i in range(len(items))])
 
 
 def total_of(values: dict) -> dict:
@@ -103,11 +107,9 @@ def total(value: float) -> float:
     return total_of({"": value})[""]
 
 
-def mean(metrics: dict[str, dict]) -> dict[str, dict]:
-    """Metrics per stage, averaged over ranks. Each rank has as many rows: a mean of means."""
-    if world() == 1:
-        return metrics
-    return {stage: {k: v / world() for k, v in total_of(values).items()} for stage, values in metrics.items()}
+def mean(metrics: dict) -> dict:
+    """Metrics, averaged over ranks. Each rank has as many rows: a mean of means."""
+    return metrics if world() == 1 else {name: value / world() for name, value in total_of(metrics).items()}
 
 
 def sum_gradients(parameters: list) -> None:
@@ -121,13 +123,23 @@ def sum_gradients(parameters: list) -> None:
         work.wait()
 
 
-def make_optimizer(kind: type, parameters: list, **options) -> torch.optim.Optimizer:
-    """kind(parameters, **options); with several ranks each keeps the states of a share of the parameters (ZeRO stage 1,
-    Rajbhandari et al. 2019, arXiv 1910.02054). All ranks start from rank 0's parameters."""
-    if world() == 1:
-        return kind(parameters, **options)
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # here, because it takes a second
+def send(tensors: list, ranks: int = 1) -> None:
+    """Every tensor becomes rank 0's; or of so many ranks the i-th one's for the i-th tensor, and from the first on again."""
+    if world() > 1:
+        for work in [dist.broadcast(tensor, i % ranks, async_op=True) for i, tensor in enumerate(tensors)]:
+            work.wait()
 
-    for parameter in parameters:
-        dist.broadcast(parameter.data, 0)
-    return ZeroRedundancyOptimizer(parameters, optimizer_class=kind, **options)
+
+def make_optimizer(kind: type, parameters: list, **options) -> torch.optim.Optimizer:
+    """kind(parameters, **options); with several ranks each steps a share of the parameters, keeps the states of these alone,
+    and sends them to the others (ZeRO stage 1, Rajbhandari et al. 2019, arXiv 1910.02054). All start from rank 0's."""
+    optimizer, by_size = kind(parameters, **options), sorted(parameters, key=torch.numel)  # so that shares weigh alike
+    send([p.data for p in parameters])
+
+    def keep_share(*_):  # without a gradient a parameter is not stepped, and has no states
+        for parameter in set(by_size) - set(share(by_size)):
+            parameter.grad = None
+
+    optimizer.register_step_pre_hook(keep_share)
+    optimizer.register_step_post_hook(lambda *_: send([p.data for p in by_size], world()))
+    return optimizer

@@ -273,7 +273,7 @@ def train_steps(job: Job, name: str, trainer, count: int, minutes: float = 0.0) 
         trainer.settings = replace(trainer.settings, max_steps=steps, grpo_steps=steps)
 
     if saved:
-        checkpoint.load_trainer(trainer, saved["trainer"])
+        checkpoint.load_trainer(trainer, saved)
         log |= saved["log"]
         job.seconds += log["seconds"]
     kept = time.perf_counter()
@@ -288,7 +288,7 @@ def train_steps(job: Job, name: str, trainer, count: int, minutes: float = 0.0) 
                 plan(max(1, min(count, int(60 * minutes / log["seconds"]))))
             bar.update()
             if time.perf_counter() - kept > 600:
-                checkpoint.save(folder, {"trainer": checkpoint.trainer_state(trainer), "log": log})
+                checkpoint.save(folder, checkpoint.trainer_state(trainer) | {"log": log})
                 kept = time.perf_counter()
     return log["metrics"]
 

@@ -1,21 +1,24 @@
-"""parallel.py: two processes take the step that one process takes on all their rows; torchrun runs train.py.
+"""Two processes take the step that one process takes on all their rows; they save, stop and go on together.
 
-Communication is gloo's, on the CPU. Each test of an equality runs `step` below in one process and in two, where each of the
-two sees half of the questions.
+Communication is gloo's, on the CPU. Processes are forked from one that has imported torch and transformers; one test starts
+torchrun itself.
 """
 
 import json
+import multiprocessing
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 import data
 import irl
@@ -24,6 +27,7 @@ import reward
 import train
 from engine import loading, parallel
 from engine.errors import UserError
+from engine.keeper import Keeper
 from engine.settings import METHODS, parse_settings
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +42,7 @@ KINDS = {
     "adamw": "",
 }
 TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 7 --rerank-questions 6 --rerank-n 4 "
-        "--eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 2 --fair-steps 2 "
+        "--eval-samples 2 --max-new-tokens 24 --max-steps 2 --grpo-steps 2 --sft-steps 2 --fair-steps 2 "
         "--warm-up 2 --validate-every 2 --device cpu").split()  # fmt: skip
 
 
@@ -76,18 +80,16 @@ def step(questions: list[int], kind: str) -> dict:
     rewards = (rollout.batch.tokens * 0.1).sin() * rollout.batch.response_mask
     metrics["policy"] = loop.update_policy(rollout, rewards, loop.rewards(rollout)[1])
     weights = [p.detach().flatten() for m in (model, reward_model) for p in m.parameters()]
-    return {"weights": torch.cat(weights), "metrics": metrics, "optimizer": type(loop.policy_optimizer).__name__}
+    return {"weights": torch.cat(weights), "metrics": metrics, "states": len(loop.policy_optimizer.state)}
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, folder: Path) -> None:
     """What each of two processes does."""
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
-                   "MASTER_PORT": str(port)}  # fmt: skip
     parallel.start("cpu")
-    torch.save({kind: step(parallel.share([0, 1, 2, 3]), kind) for kind in KINDS}, f"{folder}/{rank}.pt")
+    torch.save({kind: step(parallel.share([0, 1, 2, 3]), kind) for kind in KINDS}, f"{rank}.pt")
     rows = parallel.rows(lambda items: torch.tensor(items)[:, None] * 2.0, [5, 6, 7, 8, 9])
     assert rows.tolist() == [[10.0], [12.0], [14.0], [16.0], [18.0]]
-    assert parallel.mean({"a": {"x": float(rank), "y": 4.0}}) == {"a": {"x": 0.5, "y": 4.0}}
+    assert parallel.mean({"a/x": float(rank), "a/y": 4.0, "b/x": 2 * rank}) == {"a/x": 0.5, "a/y": 4.0, "b/x": 1.0}
     try:
         parallel.share_of(5, "--questions")
     except UserError as error:
@@ -95,7 +97,6 @@ def work(rank: int, port: int, folder: str) -> None:
     else:
         raise AssertionError("5 questions were shared between 2 processes")
     assert (parallel.seed(7) == 7) == (rank == 0)
-    os.chdir(folder)
     assert train.main([*TINY, "--questions", "5", "--group", "2"]) == 2 and not Path("runs").exists()
     parallel.leave()
     assert rank == 0
@@ -107,11 +108,34 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def begin(rank: int, port: int, folder: Path, function, arguments) -> None:
+    """A process as torchrun starts it; what it prints goes to <folder>/<rank>."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(str(rank), "w", buffering=1)
+    torch.set_num_threads(1)
+    sys.exit(function(rank, *arguments))
+
+
+def in_two(folder: Path, function, *arguments) -> tuple[list[int], list[str]]:
+    """function(rank, *arguments) in two processes: their exit statuses, and what they printed."""
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["torch.distributed", "transformers.models.qwen2.modeling_qwen2"])
+    pair = [context.Process(target=begin, args=(rank, port, folder, function, arguments)) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    return [process.exitcode for process in pair], [(folder / str(rank)).read_text() for rank in (0, 1)]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two processes come to, by kind of update: once for all tests, because they take seconds to start."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (free_port(), str(folder)), nprocs=2)
+    statuses, printed = in_two(folder, work, folder)
+    assert statuses == [0, 0], printed
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -120,7 +144,7 @@ def test_two_processes_take_the_step_of_one(kind, ranks):
     one, (first, second) = step([0, 1, 2, 3], kind), (rank[kind] for rank in ranks)
     assert torch.equal(first["weights"], second["weights"])  # the ranks stay together, to the bit
     if kind == "adamw":  # ZeRO: each rank steps half of the weights, then sends them around
-        assert first["optimizer"] == "ZeroRedundancyOptimizer" and one["optimizer"] == "AdamW"
+        assert first["states"] + second["states"] == one["states"] and abs(first["states"] - second["states"]) <= 1
         start = torch.cat([p.detach().flatten() for p in loading.load_policy("base")[0].parameters()])
         moved = (one["weights"][: len(start)] != start).float().mean()
         differ = ((first["weights"] - one["weights"]).abs() > 1e-5).float().mean()  # where a gradient's sign is rounding's
@@ -138,23 +162,93 @@ def test_without_torchrun_nothing_is_shared():
     assert parallel.total(2.5) == 2.5 and parallel.share_of(5, "--questions") == 5
 
 
-def torchrun(folder, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    alone = dict(cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"})  # two threads each are slow
-    return subprocess.run([*command, str(ROOT / "train.py"), *TINY, *flags], **alone, capture_output=True, text=True)
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+ALL = [*TINY, *"--method all --lora-rank 2 --kl-coef 0.01".split()]
+RESUME = ["--resume", "--name", "demo"]
+RUN = Path("runs/demo")
 
 
-def test_torchrun_runs_every_method(tmp_path):
-    done = torchrun(tmp_path, "--method", "all", "--lora-rank", "2", "--kl-coef", "0.01", "--name", "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("results: ") == 1 and done.stdout.count("greedy") == 1  # one process prints
-    run = tmp_path / "runs" / "two"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def run(rank: int, flags: list[str], number: int = 0, asked: int = 0, ranks: tuple = (0, 1)) -> int:
+    """train.py with these flags; these ranks get the signal `asked` in the `number`-th call of IRL.step. The clock tells
+    rank 1 all the time that it is time to save, which is not its to say."""
+    calls, real = [], irl.IRL.step
+
+    def step(self):
+        calls.append(1)
+        if len(calls) == number and rank in ranks:
+            os.kill(os.getpid(), asked)
+        return real(self)
+
+    irl.IRL.step = step
+    if rank == 1:
+        Keeper.save_is_due = lambda *_: True
+    return train.main(flags)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of every method by two processes: (its folder, what they printed)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    statuses, printed = in_two(folder, run, ALL)
+    assert statuses == [0, 0], printed
+    return folder / RUN, printed
+
+
+def test_two_processes_run_every_method(undisturbed):
+    folder, printed = undisturbed
+    assert printed[0].count("results: ") == 1 and printed[0].count("\nGRPO ") == 1 and printed[1] == ""  # one prints
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["method"] for line in lines] == ["sft"] * 2 + ["sft_fair"] * 2 + [
         "likelihood warm-up"] * 2 + ["likelihood"] * 2 + ["warm-up"] * 2 + ["irl"] * 2 + ["grpo"] * 2  # fmt: skip
-    results = json.loads((run / "results.json").read_text())
-    assert set(results["methods"]) == {"base", *METHODS} and (run / "report.html").exists()
+    assert not any("asked" in name for line in lines for name in line)
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results["methods"]) == {"base", *METHODS} and (folder / "report.html").exists()
     assert results["methods"]["base"]["t1"] * 14 == pytest.approx(round(results["methods"]["base"]["t1"] * 14))
     assert results["settings"]["questions"] == 4 and results["settings"]["seed"] == 0
-    for folder in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):
-        AutoModelForCausalLM.from_pretrained(run / folder, use_safetensors=True)
+    for name in ("policy", "reward", "sft", "sft_fair", "likelihood", "grpo"):
+        loading.load_causal(str(folder / name), torch.device("cpu"))
+
+
+def test_stopped_then_killed_two_processes_go_on_bit_for_bit(undisturbed, tmp_path, monkeypatch, capsys):
+    statuses, printed = in_two(tmp_path, run, ALL, 1, signal.SIGTERM, (1,))  # one is asked, in likelihood's first step
+    assert statuses == [143, 143], printed
+    assert printed[0].endswith("stopped by SIGTERM; what was done is saved. Go on with: torchrun --nproc-per-node=2 train.py "
+                               "--resume --name demo\n")  # fmt: skip
+    newest = tmp_path / RUN / "checkpoints" / "000006"  # after five phases: by the clock rank 0 has saved nothing in between
+    assert {file.name for file in newest.iterdir()} == {
+        "state.json", "tensors.safetensors", "state-rank1.json", "tensors-rank1.safetensors", "checksums.json"}  # fmt: skip
+    states = [json.loads((newest / name).read_text()) for name in ("state.json", "state-rank1.json")]
+    assert [state["progress"]["steps"]["likelihood"] for state in states] == [1, 1]
+    assert states[0]["trainer"]["policy_model"] and not states[1]["trainer"]["policy_model"]  # the same: written once
+    assert not states[0]["trainer"]["policy_optimizer"]["state"].keys() & states[1]["trainer"]["policy_optimizer"]["state"]
+
+    monkeypatch.chdir(tmp_path)
+    assert train.main(RESUME) == 2
+    assert capsys.readouterr().err == (
+        "error: runs/demo/checkpoints/000006 is of 2 processes, not 1: use torchrun --nproc-per-node=2\n")  # fmt: skip
+
+    statuses, printed = in_two(tmp_path, run, [*RESUME, "--checkpoint-every", "1"], 3, signal.SIGKILL)
+    assert statuses == [-signal.SIGKILL, -signal.SIGKILL], printed
+    assert "goes on from checkpoint 000006 (steps done: sft 2, sft_fair 2, likelihood warm-up 2, likelihood 1)" in printed[0]
+    statuses, printed = in_two(tmp_path, run, RESUME)
+    assert statuses == [0, 0] and "warm-up 2, irl 1)" in printed[0] and printed[1] == "", printed
+    whole, parts = undisturbed[0], tmp_path / RUN
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    for model in whole.glob("*/model.safetensors"):
+        assert_close(load_file(parts / model.relative_to(whole)), load_file(model), rtol=0, atol=0)
+
+
+def test_torchrun_passes_a_signal_on(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    flags = "--method sft --validate-every 0 --sft-steps 10000 --name demo".split()
+    torchrun = subprocess.Popen([*command, str(ROOT / "train.py"), *TINY, *flags], cwd=tmp_path, text=True,
+                                stderr=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    metrics = tmp_path / RUN / "metrics.jsonl"
+    while torchrun.poll() is None and not (metrics.exists() and metrics.read_bytes()):
+        time.sleep(0.05)
+    torchrun.send_signal(signal.SIGTERM)
+    error = torchrun.communicate()[1]
+    assert error.count("stopped by SIGTERM; what was done is saved") == 1, error
+    states = [json.loads(file.read_text()) for file in max((tmp_path / RUN / "checkpoints").iterdir()).glob("state*.json")]
+    assert [state["progress"]["steps"]["sft"] for state in states] == [metrics.read_bytes().count(b"\n")] * 2

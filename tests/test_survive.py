@@ -417,7 +417,7 @@ def test_a_file_that_the_system_refuses_to_grow(here, finished, capsys, bytes, f
         if file == "metrics.jsonl":
             with pytest.raises(UserError, match="cannot write to"), in_one_line(parse_settings(IRL)):
                 for step in range(100):
-                    log.write("irl", step, {"policy": {"loss": 0.5}}, keeper.tqdm(disable=True))
+                    log.write("irl", step, {"policy/loss": 0.5}, keeper.tqdm(disable=True))
             return
         assert train.main(IRL) == 2
     finally:
