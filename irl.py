@@ -73,7 +73,7 @@ class IRL:
             examples = data.draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
             questions = [e.question for e in examples] + data.draw(self.extra, s.questions // 2, self.rng)
             rollout, metrics["rollout"] = self.rollout(questions, s.group)  # G traces per question
-            if not s.freeze_reward:
+            if s.reward_lr:
                 metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)  # D: expert or policy?
             rewards, reward_hidden, metrics["reward"] = self.rewards(rollout)  # [B, T], [B, T, H]
             metrics["policy"] = self.update_policy(rollout, rewards, reward_hidden)

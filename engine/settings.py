@@ -58,9 +58,8 @@ class Settings:
     warm_up: int = setting(None, "discriminator updates before the policy's first; if not given, 4 passes over the "
                            "demonstrations, at least 60")  # fmt: skip
     warm_up_lr: float = setting(None, "learning rate of the warm-up")
-    reward_lr: float = setting(None, "learning rate of the discriminator beside the policy")
+    reward_lr: float = setting(None, "learning rate of the discriminator beside the policy; 0: after the warm-up it stands still")
     discriminator_updates: int = setting(1, "discriminator updates per policy step", COUNT)
-    freeze_reward: bool = setting(False, "stop training the discriminator after the warm-up")
     reward_clip: float = setting(0.0, "hold rewards within [-x, x]; 0 for none (REINFORCE and PPO)")
     # Policy
     policy_loss: str = setting(None, "exact sums over the vocabulary; if not given, exact where it can, else ppo",
@@ -126,11 +125,12 @@ WORDS = dict(
     rerank_questions=250, micro_batch=96, questions=16, group=4, entropy_coef=0.2, reward_average=0.5, warm_up_lr=3e-4,
     reward_lr=1e-5, max_steps=100, policy_lr=3e-5, grpo_steps=400, grpo_lr=4e-4, sft_steps=480, sft_lr=3e-4, fair_steps=120,
     fair_lr=3e-4, fair_average=0.5, fair_temperature=0.2)  # fmt: skip
-# Finished traces are judged here: the paper's head, a score per trace
+# Finished traces are judged here: the paper's head, a score per trace. It stands still while the policy practises on it,
+# and all but its sign is clipped: what it says beyond right or wrong is noise (docs/collapses.md)
 COUNTDOWN = WORDS | dict(
     model="countdown-base", data="countdown", reward="head", logit="gail", granularity="sparse", policy_loss="ppo",
-    gamma=1.0, kl_coef=0.05, demonstrations=64, extra_questions=3000, max_new_tokens=40, perturbed=4, group=8,
-    reward_average=0.0, warm_up=40, warm_up_lr=1e-3, max_steps=300, policy_lr=6e-4, grpo_steps=300, grpo_lr=6e-4)  # fmt: skip
+    gamma=1.0, reward_clip=0.1, demonstrations=64, extra_questions=3000, max_new_tokens=40, perturbed=4, group=8, reward_lr=0.0,
+    warm_up=40, warm_up_lr=1e-3, max_steps=400, policy_lr=6e-4, grpo_steps=300, grpo_lr=6e-4)  # fmt: skip
 LARGE = dict(
     data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, eval_questions=200, eval_samples=4,
     rerank_questions=100, micro_batch=2, questions=32, group=8, entropy_coef=0.1,
@@ -186,7 +186,7 @@ def complete(given: dict) -> Settings:
     if s.warm_up is None:  # few demonstrations are learnt in 60 updates, more of them take longer
         s.warm_up = max(60, 4 * s.demonstrations // s.questions)
     if s.reward == "random":  # and it stays so
-        s.freeze_reward, s.warm_up = True, 0
+        s.reward_lr, s.warm_up = 0.0, 0
     if s.start is None:  # a pretrained model hardly ever writes the demonstrations' format; a lecture trains no SFT
         small_start = "reward" if can_start_at_reward(s) else "base"
         s.start = small_start if small else "base" if s.explain else "sft"

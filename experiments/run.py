@@ -44,19 +44,19 @@ QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --fair-steps 4 --warm-up 4 
 PPO = "--policy-loss ppo --gamma 0.9"
 # countdown's reward is a head, which has no likelihood term: there the likelihood alone is a run of its own
 LIKELIHOOD = ("--method irl --reward likelihood --logit airl --granularity dense --discriminator-coef 0 --start reward "
-              "--policy-loss exact --gamma 0 --kl-coef 0 --reward-average 0.5 --warm-up-lr 3e-4 --policy-lr 3e-5 "
-              "--max-steps 100")  # fmt: skip
-# IRL on countdown with as many steps as GRPO has there, one thing changed; the best at temperature 1 is what `main` runs too
+              "--policy-loss exact --gamma 0 --reward-clip 0 --reward-lr 1e-5 --reward-average 0.5 --warm-up-lr 3e-4 "
+              "--policy-lr 3e-5 --max-steps 100")  # fmt: skip
+# IRL on countdown: GRPO's steps and rate (experiments/choose.py), and how the reward that it practises on was chosen
 LONG = "--max-steps 800 --policy-lr 4e-4"
 LONG_CHOICES = {
-    "KL 0.05": "",
-    "KL 0.05, frozen after the warm-up": "--freeze-reward",
-    "KL 0.05, rewards within 1": "--reward-clip 1",
-    "KL 0.05, rewards within 1, frozen after the warm-up": "--reward-clip 1 --freeze-reward",
-    "no KL": "--kl-coef 0",
-    "no KL, frozen after the warm-up": "--kl-coef 0 --freeze-reward",
+    "averaged, standing still, clipped": "",
+    "not clipped": "--reward-clip 0",
+    "not averaged": "--reward-average 0",
+    "not standing still": "--reward-lr 1e-5",
+    "none of the three": "--reward-clip 0 --reward-average 0 --reward-lr 1e-5",
+    "none of the three, KL 0.05": "--reward-clip 0 --reward-average 0 --reward-lr 1e-5 --kl-coef 0.05",
 }
-TUNED = f"{LONG} --kl-coef 0"
+CHOICE_SEEDS = (100, 101, 102)
 BASE = "--start base --policy-lr 4e-4 --max-steps 200"  # a policy that has all the way to go needs more steps
 # what a linear head needs: found on validation questions of seed 100
 SLOW_HEAD = "--reward head --warm-up 300 --entropy-coef 0 --policy-lr 1e-4"
@@ -83,7 +83,7 @@ ABLATIONS = {
     "reward not averaged": f"{BASE} --reward-average 0",
     "discriminator 10 x faster": f"{BASE} --reward-lr 1e-4",
     "discriminator 30 x faster": f"{BASE} --reward-lr 3e-4",
-    "frozen after warm-up": f"{BASE} --freeze-reward",
+    "frozen after warm-up": f"{BASE} --reward-lr 0",
     "warm-up 15": f"{BASE} --warm-up 15",
     "warm-up 240": f"{BASE} --warm-up 240",
     "alpha 1": f"{BASE} --entropy-coef 1",
@@ -113,27 +113,28 @@ ABLATIONS = {
 
 # IRL on countdown, one thing changed: what a reward per trace needs, and how it goes wrong
 TRACES = {
-    "frozen after the warm-up": "--freeze-reward",
-    "no KL": "--kl-coef 0",
-    "frozen, no KL": "--freeze-reward --kl-coef 0",
-    "KL 0.3": "--kl-coef 0.3",
+    "default": "",
+    "the reward learns on": "--reward-lr 1e-5",
+    "it learns on, 10 x faster": "--reward-lr 1e-4",
+    "it learns on, 10 x faster, no replay": "--reward-lr 1e-4 --replay 0",
+    "not averaged with its start": "--reward-average 0",
+    "not clipped": "--reward-clip 0",
+    "clipped at 1": "--reward-clip 1",
+    "KL 0.05": "--kl-coef 0.05",
     "no perturbed negatives": "--perturbed 0",
     "a random head": "--reward random",
     "half of the demonstrations broken": "--wrong-demonstrations 0.5",
-    "discriminator 10 x faster": "--reward-lr 1e-4",
-    "discriminator 100 x faster": "--reward-lr 1e-3",
-    "no replay": "--replay 0",
     "warm-up 10": "--warm-up 10",
     "warm-up 160": "--warm-up 160",
     "start at SFT": "--start sft",
     "REINFORCE": "--policy-loss reinforce",
-    "AIRL logit": "--logit airl",
+    "AIRL logit": "--logit airl --reward-clip 0",
     "a score per step": "--granularity interval",
     "a score per token": "--granularity dense --gamma 1",
-    "likelihood, per trace": "--reward likelihood --logit airl",
-    "likelihood, per token, exact": "--reward likelihood --logit airl --granularity dense --policy-loss exact --gamma 0",
+    "likelihood, per trace": "--reward likelihood --logit airl --reward-clip 0",
+    "likelihood, per token, exact": "--reward likelihood --logit airl --granularity dense --policy-loss exact --gamma 0 "
+                                    "--reward-lr 1e-5 --reward-clip 0",
     "16 demonstrations": "--demonstrations 16",
-    "800 steps": "--max-steps 800",
 }
 
 
@@ -180,23 +181,25 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
             flags += " --eval-samples 4"
             methods = "sft,sft_fair," + "likelihood," * (data == "words") + "irl"
             chosen = f"{choose.sft_flags(data, size)} {choose.fair_flags(data, size)}"
-            more = f"--method {methods} --rerank-questions 250 --rerank-n 16 {chosen}"
+            more = f"--method {methods} --rerank-questions 250 --rerank-n 16 {chosen}" + f" {LONG}" * (data == "countdown")
             trials.append(Trial(f"{data}-main-{size}-{seed}", f"{flags} {more}"))
             greedy = f"--method sft_fair {choose.fair_flags(data, size, 'greedy')}"
             trials.append(Trial(f"{data}-fair-greedy-{size}-{seed}", f"{flags} {greedy}"))
             if data == "countdown":
                 trials.append(Trial(f"{data}-likelihood-{size}-{seed}", f"{flags} {LIKELIHOOD}"))
-                tuned = f"--method irl --rerank-questions 250 --rerank-n 16 {TUNED}"
-                trials.append(Trial(f"{data}-tuned-{size}-{seed}", f"{flags} {tuned}"))
     return trials
 
 
 def choose_trials(data: str) -> list[Trial]:
-    """IRL's steps and KL on countdown, on validation questions of seed 100, as choose.py has it for the others."""
-    flags = f"--data countdown --demonstrations 64 --seed {choose.SEED} --test-split validation --eval-questions 500"
-    flags += f" --eval-samples 2 --method irl --rerank-questions 60 {LONG}"
-    changes = LONG_CHOICES if data == "countdown" else {}
-    return [Trial(f"chosen-{plain(label)}-{choose.SEED}", f"{flags} {change}".strip()) for label, change in changes.items()]
+    """IRL's reward on countdown, on validation questions, as choose.py has it for the others: three sets of demonstrations, as
+    it differs more between them."""
+    flags = "--data countdown --demonstrations 64 --test-split validation --eval-questions 500 --eval-samples 2 --method irl"
+    flags += f" --rerank-questions 60 {LONG}"
+    return [
+        Trial(f"chosen-{plain(label)}-{seed}", f"{flags} --seed {seed} {change}".strip())
+        for seed in CHOICE_SEEDS
+        for label, change in (LONG_CHOICES if data == "countdown" else {}).items()
+    ]
 
 
 def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:

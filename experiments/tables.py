@@ -24,7 +24,6 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NAMES = {"base": "base", "sft": "SFT, best at T = 1", "sft_fair": "SFT, averaged and sharpened, best at T = 1",
          "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
          "likelihood_only": "IRL without its discriminator", "irl": "**IRL, no verifier**",
-         "irl_tuned": "IRL, 800 steps, no KL: best on validation with other demonstrations",
          "grpo": "GRPO, true answers"}  # fmt: skip
 RULES = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "reward_lowest", "reward_last",
          "reward_discounted", "weighted_majority", "oracle")  # fmt: skip
@@ -119,8 +118,7 @@ def main_summary() -> dict:
             "sft_fair": "updates, rate, share of the base in the weights and temperature that were best at temperature 1",
             "sft_fair_greedy": "the same, best greedy",
             "likelihood_only": "default settings, without the discriminator's loss",
-            "irl": "default settings",
-            "irl_tuned": "countdown: as many steps as GRPO, and the KL that was best on validation at temperature 1",
+            "irl": "default settings; on countdown GRPO's steps and rate",
             "grpo": "steps and rate that were best at temperature 1; one run per seed, the same for every size",
             "rerank reward": "mean of f over the tokens of a trace; longest, shortest: of response tokens",
             "localise": "log-probabilities: the first token below -1; _lowest: the lowest",
@@ -136,7 +134,6 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
         alone = seeds_of(f"{data}-likelihood-{size}")
         where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
-        where["irl_tuned"] = (seeds_of(f"{data}-tuned-{size}"), "irl")
         where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
         summary["main"][str(size)] = {
             method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
@@ -226,7 +223,7 @@ def beyond(found: list[dict], reference: list[dict], *path: str) -> list[float] 
 def changed_table(part: str, changes: dict[str, str], short: bool = False) -> str:
     """One row per change: accuracies, what they have beyond the defaults', AUROC, over how many seeds, and how many of them
     collapsed. `short` leaves out the flags, and the intervals of what is not compared."""
-    default = {"variants": "words-main-256", "ablations": "ablations-default", "traces": "countdown-main-64"}[part]
+    default = {"variants": "words-main-256", "ablations": "ablations-default", "traces": "traces-default"}[part]
     default = {found["settings"]["seed"]: found for found in seeds_of(default)}
     show = lambda value: percent(value[:1] if short else value)
     rows = []
@@ -266,12 +263,11 @@ def choice_tables() -> list[str]:
         parts.append(f"{title}, validation questions\n\n" + table(head if method == "sft" else head[:2], rows))
     rows = []
     for label, change in runs.LONG_CHOICES.items():
-        for one in read_all(f"trials/chosen-{runs.plain(label)}-{choose.SEED}.json"):
-            values = one["methods"]["irl"]
-            flags = f"{runs.LONG} {change}".strip()
-            rows.append([label, f"`{flags}`", f"{100 * values['t1']:.1f} / {100 * values['greedy']:.1f}"])
+        found = read_all(f"trials/chosen-{runs.plain(label)}-1[0-9][0-9].json")
+        values = [percent(over_seeds(found, "methods", "irl", key)) for key in ("t1", "greedy")]
+        rows += [[label, f"`{runs.LONG} {change}`".replace(" `", "`"), *values, str(len(found))]] if found else []
     title = "### countdown: how IRL was chosen, 64 demonstrations, validation questions"
-    return parts + ([f"{title}\n\n" + table(["", "flags", "T = 1 / greedy"], rows)] if rows else [])
+    return parts + ([f"{title}\n\n" + table(["", "flags", "T = 1", "greedy", "seeds"], rows)] if rows else [])
 
 
 def inference_tables(data: str) -> list[str]:

@@ -47,7 +47,7 @@ def test_the_summary_has_every_method_by_data_and_size(results):
     trial["rerank"] = {n: ways for n in ("4", "8", "16")} | {"auroc": dict.fromkeys(("longest", "reward"), 0.9)}
     for data, sizes in (("words", (64, 256, 1024)), ("countdown", (64, 256))):
         trial["localise"] = {"natural": hits, "single": hits} if data == "words" else {}
-        for name in [f"{data}-{kind}-{size}" for size in sizes for kind in ("main", "fair-greedy", "tuned")] + [f"{data}-grpo"]:
+        for name in [f"{data}-{kind}-{size}" for size in sizes for kind in ("main", "fair-greedy")] + [f"{data}-grpo"]:
             for seed in (0, 1):
                 runs.keep(results / "trials" / f"{name}-{seed}.json", json.dumps(trial | {"settings": {"seed": seed}}))
     summary = tables.main_summary()
@@ -56,7 +56,7 @@ def test_the_summary_has_every_method_by_data_and_size(results):
         main = summary[data]["main"]
         assert list(main) == sizes
         for methods in main.values():
-            assert list(methods) == ["base", "sft", "sft_fair", "sft_fair_greedy", "likelihood_only", "irl", "irl_tuned", "grpo"]
+            assert list(methods) == ["base", "sft", "sft_fair", "sft_fair_greedy", "likelihood_only", "irl", "grpo"]
             assert all(m["t1"][0] == 0.5 and m["greedy"][0] == 0.6 and m["pass@4"][0] == 0.7 for m in methods.values())
         assert {"longest", "shortest", "sft_fair_logprob", "reward", "oracle"} <= set(summary[data]["rerank"]["16"])
         assert summary[data]["auroc"]["longest"][0] == 0.9

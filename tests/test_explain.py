@@ -21,7 +21,7 @@ VARIANTS = {
     "segments": "--policy-loss ppo --granularity interval --interval 4 --gamma 0.5 --discriminator-updates 2",
     "gail": "--logit gail --policy-loss ppo",
     "adapters": "--lora-rank 4 --kl-coef 0.01 --policy-loss ppo",
-    "frozen": "--freeze-reward --kl-coef 0.01 --reward-clip 2 --policy-loss reinforce",
+    "frozen": "--reward-lr 0 --kl-coef 0.01 --reward-clip 2 --policy-loss reinforce",
 }
 
 

@@ -109,7 +109,7 @@ def test_every_variant_takes_steps_and_reports_numbers(shipped, settings, change
 
 
 def test_a_frozen_reward_does_not_move(shipped, settings):
-    loop = make_loop(shipped, settings, freeze_reward=True)
+    loop = make_loop(shipped, settings, reward_lr=0.0)
     before = [p.clone() for p in loop.discriminator.reward_model.parameters()]
     loop.step()
     assert all(torch.equal(p, b) for p, b in zip(loop.discriminator.reward_model.parameters(), before))

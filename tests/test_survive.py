@@ -249,7 +249,7 @@ def interrupt(monkeypatch, *flags, name="step", number=3) -> None:
 
 @pytest.mark.parametrize("flags", [
     "", "--start sft", "--policy-loss ppo --kl-coef 0.1 --gamma 0.9 --epochs 2",
-    "--reward head --policy-loss reinforce --logit gail --granularity sparse", "--freeze-reward",
+    "--reward head --policy-loss reinforce --logit gail --granularity sparse", "--reward-lr 0",
     "--method sft_fair,likelihood --fair-steps 2", "--lora-rank 2 --start reward --gradient-checkpointing",
     "--start reward --micro-tokens 200",
     "--lora-rank 2 --start sft --reward head --policy-loss ppo --weights bf16 --kl-coef 0.1",
@@ -510,7 +510,7 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
 @pytest.mark.parametrize("flags, message", [
     ("--group 4", "--group 4 contradicts runs/demo/settings.json, which says 2"),
     ("--policy-loss ppo", "--policy-loss ppo contradicts runs/demo/settings.json, which says exact"),
-    ("--freeze-reward", "--freeze-reward True contradicts"), ("--gamma 0.5", "--gamma 0.5 contradicts"),
+    ("--explain", "--explain True contradicts"), ("--gamma 0.5", "--gamma 0.5 contradicts"),
     ("--name elsewhere", "nothing to resume: there is no runs/elsewhere/settings.json"),
     ("--micro-batch 0", "--micro-batch must be from 1 to"), ("--resmue", "did you mean '--resume'?"),
 ])  # fmt: skip

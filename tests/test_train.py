@@ -66,7 +66,7 @@ def test_the_demo_writes_everything(capsys):
     "--method sft", "--method grpo", "--method irl --start sft --extra-questions 4",
     "--method irl --reward head --logit gail --policy-loss ppo --granularity sparse --gamma 0.9",
     "--method irl --granularity interval --interval 5 --policy-loss reinforce --kl-coef 0.01",
-    "--method irl --freeze-reward", "--method irl --reward random --policy-loss ppo --gamma 0.9",
+    "--method irl --reward-lr 0", "--method irl --reward random --policy-loss ppo --gamma 0.9",
     "--method sft,grpo --test-split validation --wrong-demonstrations 0.5",
     "--method all --lora-rank 2 --gradient-checkpointing --micro-tokens 300 --kl-coef 0.01 --sample-rows 20",
     "--method irl --start sft --lora-rank 2 --reward head --policy-loss ppo --weights bf16",
