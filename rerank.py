@@ -263,6 +263,7 @@ def place_results(batch: data.Batch, truth: torch.Tensor, questions: torch.Tenso
     wrong, mask = truth >= 0, batch.response_mask
     if not wrong.any():
         return {"count": 0}
+    readings = {name: reading for name, reading in readings.items() if reading[1].sum(1).max() > 1}  # one a trace points nowhere
     rules = {"reward": ("lowest", "drop", "first") if likelihood else ("lowest", "drop"), "entropy": ("highest",)}
     places = {}  # signal -> [B, T]: 1 on the place it points at, or on all that chance draws from
     for name in (name for name in ("reward", *LOGPROBS, "entropy") if name in readings):

@@ -430,6 +430,7 @@ def full_tables(summary: dict) -> str:
         if kinds:
             titles = {"natural": "the base's own errors", "single": "one planted error"}
             rows = [[name, *(percent(found[kind]["hit0"][s]) for kind in kinds)] for s, name in POINTED_AT.items()]
+            rows = [row for row in rows if set(row[1:]) != {"–"}]  # a head that reads whole traces points nowhere
             parts.append(table([f"{task}: exact first wrong token found, %", *(titles[kind] for kind in kinds)], rows))
         if summary[task].get("alarms", {}).get("wrong", {}).get("reward"):
             parts.append(alarm_table(summary[task]))

@@ -310,6 +310,16 @@ def test_hits_and_exact_chance():
     assert {place: of(4, place, "logprob") for place in hits} == hits
 
 
+def test_a_score_per_trace_points_nowhere():
+    batch, ends_step = three_steps()
+    values, mask = torch.zeros(batch.tokens.shape), batch.response_mask
+    last = torch.zeros_like(mask)
+    last[0, 6] = 1
+    readings = {"reward": (values, last), "logprob": (values, mask)}
+    found = rerank.place_results(batch, T([6]), T([0]), readings, ends_step)
+    assert "logprob" in found["hit0"] and not any(name.startswith(("reward", "chance_reward")) for name in found["hit0"])
+
+
 def test_place_results_by_hand():
     """Column 4 is the truth. The reward is lowest there, its largest drop is at 3; the log-probability is
     lowest and the entropy highest at 5."""
