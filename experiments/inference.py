@@ -6,11 +6,13 @@ problems with a step more, and with numbers twice as large, than any it was trai
 """
 
 import json
+from pathlib import Path
 
 import torch
 
 import data
 import rerank
+import reward
 from engine import loading
 from engine.candidates import collect
 from engine.errors import UserError
@@ -59,6 +61,18 @@ def own_grades(seed: int, quick: bool) -> dict:
     scores = (logits[:, right] - logits[:, wrong]).view(-1, candidates.n)
     found = {str(n): rerank.bootstrap(rerank.best_of_n(candidates.correct, scores, n)) for n in (4, 8, 16)}
     return found | {"auroc": rerank.auroc(scores.flatten(), candidates.correct.flatten())}
+
+
+def save_own_grade(folder: Path) -> None:
+    """The same grade as a reward model that has learnt nothing: a head w = W["right"] - W["wrong"], rows of the base's output
+    matrix. A policy can practise on it like on a learnt one."""
+    base, tokenizer = loading.load_policy("countdown-base")
+    head = reward.load_reward("head", "countdown-base").model
+    right, wrong = tokenizer.convert_tokens_to_ids(["right", "wrong"])
+    with torch.no_grad():
+        head.score.weight.copy_(base.get_output_embeddings().weight[right] - base.get_output_embeddings().weight[wrong])
+    head.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def run(name: str, seeds: int, quick: bool) -> None:

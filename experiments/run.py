@@ -122,6 +122,7 @@ TRACES = {
     "clipped at 1": "--reward-clip 1",
     "KL 0.05": "--kl-coef 0.05",
     "no perturbed negatives": "--perturbed 0",
+    "the base's own grade, no demonstrations": "--reward-model runs/own-grade --warm-up 0 --reward-average 0",
     "a random head": "--reward random",
     "half of the demonstrations broken": "--wrong-demonstrations 0.5",
     "warm-up 10": "--warm-up 10",
@@ -317,6 +318,8 @@ def main() -> None:
     if not args.tables:
         if "choose" in parts:
             choose.run(*source, args.jobs, args.quick)
+        if "traces" in parts:
+            inference.save_own_grade(ROOT / "runs" / "own-grade")
         failed += run_all(all_trials(parts, *source, args.seeds), args.jobs, args.quick)
         if "inference" in parts:
             inference.run(args.data, args.seeds, args.quick)
