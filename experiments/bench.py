@@ -6,9 +6,11 @@
     2. sampling            policy.sample against transformers' generate: tokens per second
     3. a policy step       baselines.GRPO.step against TRL's GRPOTrainer, and irl.IRL.step beside them
     4. growth              with rows, length and vocabulary
+    5. memory              the most that one iteration of IRL holds, switch by switch
 
-    python -m experiments.bench                              # everything; on two cores it takes a quarter of an hour
+    python -m experiments.bench                              # 1 to 4; on two cores it takes a quarter of an hour
     python -m experiments.bench --quick --json bench.json    # small sizes, under a minute
+    python -m experiments.bench --model DIR --lora-rank 16   # 2, 3 and 5 on a model of yours, with adapters
 
 Each round runs every competitor once, A B C A B C .., and gives one ratio; a ratio is the median of the rounds', its
 spread their smallest and largest. So whatever else keeps the machine busy slows both sides of a ratio alike. Seconds
@@ -24,7 +26,6 @@ is (OMP_NUM_THREADS sets it).
 
 import argparse
 import contextlib
-import copy
 import io
 import json
 import math
@@ -38,6 +39,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,6 +56,49 @@ from experiments import fused
 
 ROOT = Path(__file__).parents[1]
 CLAIM = dict(N=8192, V=151_936, H=896)  # B*T tokens, Qwen2.5's vocabulary, the 0.5B model's width
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is sampled from and stepped on: words problems, whatever the model."""
+
+    model: str = "base"
+    rank: int = 0  # of the adapters; 0: all weights train
+    questions: int = 32
+    group: int = 8
+    new_tokens: int = 64
+    device: str = "cpu"
+
+    def load(self):
+        """(model, tokenizer, problems)."""
+        loading.quiet()
+        model, tokenizer = loading.load_policy(self.model, self.device)
+        return model.eval(), tokenizer, data.load_examples("words", "train", 256)
+
+    @property
+    def flags(self) -> str:
+        """The same for train.py. Rates so small that all keep writing traces of one length."""
+        rows = min(96, self.questions * self.group)
+        return (f"--model {self.model} --data words --demonstrations 128 --extra-questions 128 --questions {self.questions} "
+                f"--group {self.group} --max-new-tokens {self.new_tokens} --micro-batch {rows} --eval-questions 4 "
+                f"--lora-rank {self.rank} --device {self.device} --grpo-lr 1e-6 --policy-lr 1e-6 --reward-lr 1e-6")  # fmt: skip
+
+    def run(self, more: str = ""):
+        """A train.Run that has loaded everything and writes nothing."""
+        import train
+
+        return train.Run(parse_settings(f"{self.flags} {more} --method irl --start base --explain".split()))
+
+
+LARGE = dict(questions=3, group=8, new_tokens=128)  # what two cores can do with half a billion weights
+# experiments/cards.py's switches, a row each on top of those above it
+SWITCHES = {
+    "all weights": "--lora-rank 0",
+    "--lora-rank 16": "--lora-rank 16",
+    "and --gradient-checkpointing": "--lora-rank 16 --gradient-checkpointing",
+    "and --sample-rows 4": "--lora-rank 16 --gradient-checkpointing --sample-rows 4",
+    "and --weights bf16": "--lora-rank 16 --gradient-checkpointing --sample-rows 4 --weights bf16",
+}
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rounds and ratios
@@ -288,14 +333,6 @@ def bench_logprob(quick: bool, rounds: int, device="cpu") -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load(device="cpu"):
-    """(base, tokenizer, prompts' examples): the model and the problems that ship here."""
-
-    loading.quiet()
-    model, tokenizer = loading.load_policy("base", device)
-    return model, tokenizer, data.load_examples("words", "train", 256)
-
-
 def generate(model, tokenizer, prompts: list[list[int]], group: int, new_tokens: int) -> int:
     """transformers' own sampling of the same thing. Returns the number of response tokens, end tokens included."""
     longest, ends = max(map(len, prompts)), data.end_tokens(tokenizer, model)
@@ -311,15 +348,15 @@ def generate(model, tokenizer, prompts: list[list[int]], group: int, new_tokens:
     return int((ended.cumsum(1) - ended == 0).sum())
 
 
-def sample_ways(model, tokenizer, examples, questions: int, group: int, new_tokens: int) -> dict[str, Callable]:
+def sample_ways(model, tokenizer, examples, work: Work) -> dict[str, Callable]:
     """Ways that return tokens per second, on the same prompts."""
     import policy
 
-    prompts = [data.prompt_ids(tokenizer, e.question) for e in examples[:questions]]
+    prompts = [data.prompt_ids(tokenizer, e.question) for e in examples[: work.questions]]
     generator, ends = torch.Generator(model.device).manual_seed(0), data.end_tokens(tokenizer, model)
 
     def ours() -> int:
-        rollout = policy.sample(model, prompts, ends, new_tokens, group, generator=generator)
+        rollout = policy.sample(model, prompts, ends, work.new_tokens, work.group, generator=generator)
         return int(rollout.batch.response_mask.sum())
 
     def rate(way: Callable[[], int]) -> float:
@@ -331,28 +368,25 @@ def sample_ways(model, tokenizer, examples, questions: int, group: int, new_toke
 
     return {
         "ours": lambda: rate(ours),
-        "generate": lambda: rate(lambda: generate(model, tokenizer, prompts, group, new_tokens)),
+        "generate": lambda: rate(lambda: generate(model, tokenizer, prompts, work.group, work.new_tokens)),
     }
 
 
-def bench_sample(quick: bool, rounds: int, device="cpu", questions=32, group=8, new_tokens=64) -> dict:
+def bench_sample(work: Work, rounds: int, seconds: float) -> dict:
     """Tokens per second of policy.sample over generate's. Ours also returns each token's log-probability."""
-    model, tokenizer, examples = load(device)
-    model.eval()
-    rates = alternate(
-        sample_ways(model, tokenizer, examples, questions, group, new_tokens), 2 * rounds, 4 if quick else 60
-    )
+    model, tokenizer, examples = work.load()
+    rates = alternate(sample_ways(model, tokenizer, examples, work), rounds, seconds, work.device)
     each = ratio(rates["ours"], rates["generate"])
     parameters = sum(p.numel() for p in model.parameters())
     tokens_per_second = statistics.median(rates["ours"])
     return {
         "speedup": each["ratio"], "low": each["low"], "high": each["high"], "rounds": each["rounds"],
-        "questions": questions, "group": group, "new_tokens": new_tokens, "parameters": parameters,
+        **asdict(work), "parameters": parameters,
         "tokens_per_second": tokens_per_second, "generate_tokens_per_second": statistics.median(rates["generate"]),
         # 2 operations per parameter and token. A small model is far from it: its cost is the calls, not the sums.
-        "arithmetic_share": 2 * parameters * tokens_per_second / matmul_rate(device),
+        "arithmetic_share": 2 * parameters * tokens_per_second / matmul_rate(work.device),
         # A step must read all weights once for at most questions * group tokens.
-        "bandwidth_share": 4 * parameters * tokens_per_second / (questions * group) / copy_rate(device),
+        "bandwidth_share": 4 * parameters * tokens_per_second / (work.questions * work.group) / copy_rate(work.device),
     }  # fmt: skip
 
 
@@ -361,40 +395,35 @@ def bench_sample(quick: bool, rounds: int, device="cpu", questions=32, group=8, 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def our_steps(questions: int, group: int, new_tokens: int, device="cpu") -> dict[str, Callable]:
-    """One optimizer step of GRPO, and an iteration of IRL (rollout, discriminator, rewards, policy), on the base."""
+def our_steps(work: Work) -> dict[str, Callable]:
+    """One optimizer step of GRPO, and an iteration of IRL (rollout, discriminator, rewards, policy)."""
     import baselines
-    import irl
-    import reward
 
-    flags = f"--questions {questions} --group {group} --max-new-tokens {new_tokens} --device {device} "
-    flags += "--grpo-lr 1e-6 --policy-lr 1e-6 --reward-lr 1e-6"  # so small that all keep writing traces of one length
-    settings = parse_settings(flags.split())
-    model, tokenizer, examples = load(device)
-    extra = [e.question for e in examples[128:]]
-    ends_step = reward.step_end_tokens(tokenizer, len(tokenizer))
-    discriminator = reward.Discriminator(
-        reward.load_reward("likelihood", loading.BASE, device), "airl", "dense", 0, ends_step.to(device)
-    )
-    grpo = baselines.GRPO(settings, tokenizer, model, examples)
-    loop = irl.IRL(settings, tokenizer, copy.deepcopy(model), discriminator, examples[:128], extra)
+    run = work.run()
+    grpo, loop = baselines.GRPO(run.mine, run.tokenizer, run.to_train(), run.answered), run.make_loop()
     return {"grpo": lambda: (grpo.step(), None)[1], "irl": lambda: (loop.step(), None)[1]}
 
 
-def trl_times(ours: dict[str, Callable], questions, group, new_tokens, rounds, seconds=math.inf, device="cpu") -> dict:
+def trl_times(ours: dict[str, Callable], work: Work, rounds: int, seconds=math.inf) -> dict:
     """Seconds of TRL's steps and of ours, in turn: ours run between two steps of its GRPOTrainer.
 
-    The same base, problems, verifier, rate and sizes; no KL, no checkpoints of activations, no logging or saving, one
-    optimizer step per generation. Its clock starts at on_step_begin, which comes before generation.
+    The same model, adapters (by peft), problems, verifier, rate and sizes; no KL, no checkpoints of activations, no logging
+    or saving, one optimizer step per generation. Its clock starts at on_step_begin, which comes before generation.
     """
     import datasets
     import transformers
     import trl
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # TRL's own flags, renamed
-    model, tokenizer, examples = load(device)
+    device, rows = work.device, work.questions * work.group
+    model, tokenizer, examples = work.load()
     tokenizer.padding_side = "left"
-    by_prompt = {e.question + "\n": e for e in examples}  # what data.prompt_ids makes of a question, for the base
+    by_prompt = {tokenizer.decode(data.prompt_ids(tokenizer, e.question)): e for e in examples}
+    adapters = None
+    if work.rank:
+        import peft
+
+        adapters = peft.LoraConfig(r=work.rank, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     times, begin = {"trl": []} | {name: [] for name in ours}, time.perf_counter()
 
     def verifier(prompts, completions, **_) -> list[float]:
@@ -415,8 +444,8 @@ def trl_times(ours: dict[str, Callable], questions, group, new_tokens, rounds, s
 
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=questions * group, num_generations=group,
-            max_completion_length=new_tokens, max_steps=rounds + 1, gradient_accumulation_steps=1, num_iterations=1,
+            output_dir=folder, per_device_train_batch_size=rows, num_generations=work.group,
+            max_completion_length=work.new_tokens, max_steps=rounds + 1, gradient_accumulation_steps=1, num_iterations=1,
             beta=0.0, temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6, lr_scheduler_type="constant",
             gradient_checkpointing=False, bf16=torch.device(device).type == "cuda", fp16=False,
             use_cpu=torch.device(device).type == "cpu", use_vllm=False, dataloader_num_workers=0,
@@ -425,7 +454,7 @@ def trl_times(ours: dict[str, Callable], questions, group, new_tokens, rounds, s
         )  # fmt: skip
         trainer = trl.GRPOTrainer(
             model=model, reward_funcs=verifier, args=settings, processing_class=tokenizer, callbacks=[InTurn()],
-            train_dataset=datasets.Dataset.from_dict({"prompt": list(by_prompt)}),
+            train_dataset=datasets.Dataset.from_dict({"prompt": list(by_prompt)}), peft_config=adapters,
         )  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):  # it ends by printing its own metrics
             trainer.train()
@@ -443,16 +472,16 @@ def alternate_once(ways: dict[str, Callable], device) -> dict[str, float]:
     return seconds
 
 
-def bench_step(quick: bool, rounds: int, device="cpu", questions=32, group=8, new_tokens=64) -> dict:
+def bench_step(work: Work, rounds: int, seconds: float, with_irl: bool = True) -> dict:
     """Seconds of TRL's step over those of baselines.GRPO.step, and of irl.IRL.step, which does more."""
-    ours = our_steps(questions, group, new_tokens, device)
-    if quick:
+    ours = our_steps(work)
+    if not with_irl:
         del ours["irl"]
-    times = trl_times(ours, questions, group, new_tokens, rounds, 8 if quick else 300, device)
+    times = trl_times(ours, work, rounds, seconds)
     each = ratio(times["trl"], times["grpo"])
     result = {"speedup": each["ratio"], "low": each["low"], "high": each["high"], "rounds": each["rounds"]}
     result |= {"irl_speedup": ratio(times["trl"], times["irl"])} if "irl" in times else {}
-    result |= {"questions": questions, "group": group, "new_tokens": new_tokens}
+    result |= asdict(work)
     return result | {"seconds": {name: statistics.median(values) for name, values in times.items()}}
 
 
@@ -471,29 +500,53 @@ def bench_growth(rounds: int, device="cpu") -> dict:
             peak = in_a_child("logprob_peak", name, N, V, 256, device)
             beyond = None if peak is None else max(0, peak - 4 * (N + V) * 256)
             rows.append(sizes | {"way": name, "seconds": statistics.median(times[name]), "bytes": beyond})
-    model, tokenizer, examples = load(device)
-    model.eval()
+    model, tokenizer, examples = Work(device=device).load()
     samples = []
     for questions, new_tokens in ((8, 64), (16, 64), (32, 64), (64, 64), (32, 16), (32, 32)):
-        rates = alternate(sample_ways(model, tokenizer, examples, questions, 8, new_tokens), rounds, 20, device)
+        work = Work(questions=questions, new_tokens=new_tokens, device=device)
+        rates = alternate(sample_ways(model, tokenizer, examples, work), rounds, 20, device)
         each = ratio(rates["ours"], rates["generate"])
         samples.append({"rows": 8 * questions, "new_tokens": new_tokens, "speedup": each}
                        | {f"{name}_tokens_per_second": statistics.median(r) for name, r in rates.items()}
-                       | {"bytes": in_a_child("sample_peak", questions, 8, new_tokens, device)})  # fmt: skip
+                       | {"bytes": in_a_child("sample_peak", questions, new_tokens, device)})  # fmt: skip
     return {"logprob": rows, "sample": samples}
 
 
-def sample_peak(questions: int, group: int, new_tokens: int, device="cpu") -> int | None:
+def sample_peak(questions: int, new_tokens: int, device="cpu") -> int | None:
     """Peak bytes beyond the model of policy.sample. For a fresh process."""
-    model, tokenizer, examples = load(device)
-    sample_ways(model, tokenizer, examples, 1, 1, 2)["ours"]()  # loads the libraries
+    work = Work(questions=questions, new_tokens=new_tokens, device=device)
+    model, tokenizer, examples = work.load()
+    sample_ways(model, tokenizer, examples, Work(questions=1, group=1, new_tokens=2))["ours"]()  # loads the libraries
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
         before, peak = resident_peak(), resident_peak
-    sample_ways(model, tokenizer, examples, questions, group, new_tokens)["ours"]()
+    sample_ways(model, tokenizer, examples, work)["ours"]()
     return None if before is None else peak() - before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def step_peak(sizes: dict, switches: str) -> list[float] | None:
+    """[the most bytes, seconds] of a process that loads the models and takes one iteration of IRL. For a fresh process."""
+    begin = time.perf_counter()
+    Work(**sizes).run(f"{switches} --micro-batch 2").make_loop().step()
+    if sizes["device"] == "cuda":
+        return [torch.cuda.max_memory_allocated(), time.perf_counter() - begin]
+    return None if resident_peak() is None else [resident_peak(), time.perf_counter() - begin]
+
+
+def bench_memory(work: Work) -> dict:
+    """{switches: {"bytes", "seconds"}, or None where it did not fit}. The whole process, Python and PyTorch with it."""
+    rows = {}
+    for name, switches in SWITCHES.items():
+        found = in_a_child("step_peak", asdict(work), switches)
+        rows[name] = found and {"bytes": found[0], "seconds": found[1]}
+    return asdict(work) | {"switches": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -527,7 +580,7 @@ def table(results: dict) -> str:
         lines += [f"  {line}" for line in part["left_out"]]
     part = results.get("sample")
     if part:
-        lines += ["", f"sampling, {part['questions']} questions x {part['group']}, {part['new_tokens']} tokens, the base",
+        lines += ["", f"sampling, {part['questions']} questions x {part['group']}, {part['new_tokens']} tokens, {part['model']}",
                   f"  policy.sample        {part['tokens_per_second']:7.0f} tokens/s",
                   f"  generate             {part['generate_tokens_per_second']:7.0f} tokens/s",
                   f"  ours / generate      {spread(part | {'ratio': part['speedup']})}",
@@ -537,12 +590,19 @@ def table(results: dict) -> str:
     if part:
         lines += [
             "",
-            f"a policy step, {part['questions']} questions x {part['group']}, {part['new_tokens']} tokens, the base",
+            f"a policy step, {part['questions']} questions x {part['group']}, {part['new_tokens']} tokens, {part['model']}"
+            + f", --lora-rank {part['rank']}" * bool(part["rank"]),
         ]
         lines += [f"  {name:20s} {value:7.2f} s" for name, value in part["seconds"].items()]
         lines.append(f"  TRL / our GRPO       {spread(part | {'ratio': part['speedup']})}")
         if "irl_speedup" in part:
             lines.append(f"  TRL / our IRL        {spread(part['irl_speedup'])}")
+    part = results.get("memory")
+    if part:
+        lines += ["", f"an iteration of IRL, {part['questions']} questions x {part['group']}, {part['new_tokens']} tokens, "
+                  f"{part['model']}, --micro-batch 2: the whole process", "                                      GB   seconds"]
+        for name, row in part["switches"].items():
+            lines.append(f"  {name:32s}" + (f"{row['bytes'] / 1e9:8.2f}  {row['seconds']:8.1f}" if row else "   did not fit"))
     lines += [f"{line}" for line in results.get("left_out", [])]
     part = results.get("growth")
     if part:
@@ -558,7 +618,7 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-PARTS = ("logprob", "sample", "step", "growth")
+PARTS = ("logprob", "sample", "step", "growth", "memory")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -569,12 +629,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--rounds", type=int, help="rounds that count (default: 3 with --quick, else 7)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--model", metavar="DIR", help="sample, step and memory on a model of yours, 24 rows of 128 tokens")
+    parser.add_argument("--lora-rank", type=int, default=0, help="with --model: adapters of this rank, in TRL's step too")
     args = parser.parse(arguments)
     args.rounds = args.rounds if args.rounds is not None else 3 if args.quick else 7
     if args.rounds < 2:
         raise UserError(f"--rounds {args.rounds}: a spread needs at least 2")
     if args.quick and args.only == "growth":
         raise UserError("--only growth is not part of --quick: leave --quick out")
+    if args.model and args.only in ("logprob", "growth") or not args.model and args.only == "memory":
+        raise UserError(f"--only {args.only} goes {'without' if args.model else 'with'} --model")
+    if args.lora_rank < 0 or args.lora_rank and not args.model:
+        raise UserError(f"--lora-rank {args.lora_rank} takes --model, and is at least 1")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}")
     if args.json and Path(args.json).is_dir():
@@ -601,17 +667,24 @@ def main(arguments: list[str] | None = None) -> None:
             "gb_per_s": copy_rate(args.device) / 1e9,
         },
     }  # fmt: skip
-    wanted = [args.only] if args.only else PARTS[:3] if args.quick else PARTS
+    whole = ("sample", "step", "memory") if args.model else PARTS[:3] if args.quick else PARTS[:4]
+    wanted = [args.only] if args.only else whole
+    work = Work(device=args.device)
+    if args.model:
+        work = Work(args.model, args.lora_rank, **(LARGE | ({'new_tokens': 8} if args.quick else {})), device=args.device)
+    for_sample, for_step = (4, 8) if args.quick else (600, 1800) if args.model else (60, 300)  # seconds
     if "logprob" in wanted:  # first, while this process is small
         results["logprob"] = bench_logprob(args.quick, args.rounds, args.device)
     if "sample" in wanted:
-        results["sample"] = bench_sample(args.quick, args.rounds, args.device)
+        results["sample"] = bench_sample(work, args.rounds if args.model else 2 * args.rounds, for_sample)
     if "step" in wanted and find_spec("trl") is None:
         results["left_out"] = ["a policy step: TRL is not installed (pip install trl), nothing to compare with"]
     elif "step" in wanted:
-        results["step"] = bench_step(args.quick, args.rounds, args.device)
+        results["step"] = bench_step(work, args.rounds, for_step, with_irl=not args.quick)
     if "growth" in wanted:
         results["growth"] = bench_growth(args.rounds, args.device)
+    if "memory" in wanted:
+        results["memory"] = bench_memory(work)
     results["seconds"] = time.perf_counter() - begin
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from engine import logprob
 from engine.errors import UserError, exit_status
 from experiments import bench
 
+FEW = bench.Work(questions=2, group=2, new_tokens=6)
 SMALL = dict(N=64, V=512, H=16)
 
 
@@ -99,7 +100,7 @@ def test_generate_counts_up_to_the_first_end_token(shipped, monkeypatch):
 def test_sampling_ways_give_rates(shipped):
     model, tokenizer = shipped
     examples = data.load_examples("words", "train", 2)
-    for rate in bench.alternate(bench.sample_ways(model, tokenizer, examples, 2, 2, 6), 2).values():
+    for rate in bench.alternate(bench.sample_ways(model, tokenizer, examples, FEW), 2).values():
         assert len(rate) == 2 and min(rate) > 0
 
 
@@ -108,11 +109,11 @@ def quick(monkeypatch, tmp_path, *flags) -> dict:
     monkeypatch.setattr(bench, "copy_rate", lambda device: 1e9)
     monkeypatch.setattr(bench, "matmul_rate", lambda device, size=0: 1e9)
     monkeypatch.setattr(bench, "in_a_child", line)
-    sizes, few = bench.logprob_times, dict(questions=2, group=2, new_tokens=6)
+    sizes = bench.logprob_times
     monkeypatch.setattr(bench, "logprob_times", lambda N, V, H, **options: sizes(**SMALL, **options))
     for name in ("bench_sample", "bench_step"):
         part = getattr(bench, name)
-        monkeypatch.setattr(bench, name, lambda *a, part=part: part(*a, **few))
+        monkeypatch.setattr(bench, name, lambda work, *a, part=part, **b: part(FEW, *a, **b))
     bench.main(["--quick", "--rounds", "2", "--device", "cpu", "--json", str(tmp_path / "bench.json"), *flags])
     return json.loads((tmp_path / "bench.json").read_text())
 
@@ -133,8 +134,19 @@ def test_quick_writes_the_ratios_and_prints_them(monkeypatch, tmp_path, capsys):
 
 
 def test_our_steps_are_steps():
-    steps = bench.our_steps(2, 2, 6)
+    steps = bench.our_steps(FEW)
     assert set(steps) == {"grpo", "irl"} and min(bench.alternate_once(steps, "cpu").values()) > 0
+
+
+def test_a_model_with_adapters_is_measured_switch_by_switch(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LARGE", dict(questions=1, group=2))
+    monkeypatch.setattr(bench, "in_a_child", lambda name, *arguments: getattr(bench, name)(*arguments))
+    monkeypatch.setattr(bench, "SWITCHES", dict(list(bench.SWITCHES.items())[1:3]))
+    bench.main("--quick --rounds 2 --device cpu --model base --lora-rank 2 --only memory".split())
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "--lora-rank 16" in line or "checkpointing" in line]
+    assert len(rows) == 2 and all(float(row[-2]) > 0.1 for row in rows)
+    steps = bench.our_steps(bench.Work(rank=2, questions=2, group=2, new_tokens=6))
+    assert min(bench.alternate_once(steps, "cpu").values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -148,6 +160,9 @@ def test_our_steps_are_steps():
         (["--json", "nowhere/at/all.json"], "there is no folder"),
         (["--json", "."], "is a folder"),
         (["--device", "tpu"], "choose auto, cpu or cuda"),
+        (["--only", "memory"], "goes with --model"),
+        (["--only", "growth", "--model", "base"], "goes without --model"),
+        (["--lora-rank", "4"], "takes --model"),
     ],
 )
 def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
