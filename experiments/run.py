@@ -23,6 +23,7 @@ the tables say so. (experiments/tables.py makes results/summary.json, the tables
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -252,7 +253,8 @@ def run_trial(trial: Trial, quick: bool) -> bool:
             keep(results_folder() / "failed" / f"{trial.name}.txt", " ".join(command) + "\n" + run.stderr[-2000:])
         return False
     results = json.loads((trial.folder / "results.json").read_text())
-    results.pop("distributions", None)
+    spread = lambda values: [statistics.mean(values), statistics.pstdev(values)]
+    results["scores"] = {kind: spread(values) for kind, values in results.pop("distributions", {}).items() if values}
     results["command"] = "python train.py " + " ".join(flags)
     results["curve"] = curve(trial.folder / "metrics.jsonl")
     keep(trial.result, json.dumps(results))

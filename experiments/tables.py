@@ -265,9 +265,12 @@ def choice_tables() -> list[str]:
     for label, change in runs.LONG_CHOICES.items():
         found = read_all(f"trials/chosen-{runs.plain(label)}-1[0-9][0-9].json")
         values = [percent(over_seeds(found, "methods", "irl", key)) for key in ("t1", "greedy")]
-        rows += [[label, f"`{runs.LONG} {change}`".replace(" `", "`"), *values, str(len(found))]] if found else []
+        spreads = [[one["scores"][kind] for one in found] for kind in ("right", "wrong")]
+        f = [" ± ".join(f"{sum(column) / len(found):.2f}" for column in zip(*spread)) for spread in spreads]
+        rows += [[label, f"`{runs.LONG} {change}`".replace(" `", "`"), *values, *f, str(len(found))]] if found else []
     title = "### countdown: how IRL was chosen, 64 demonstrations, validation questions"
-    return parts + ([f"{title}\n\n" + table(["", "flags", "T = 1", "greedy", "seeds"], rows)] if rows else [])
+    head = ["", "flags", "T = 1", "greedy", "f of the base's right traces", "of its wrong ones", "seeds"]
+    return parts + ([f"{title}; f: mean ± standard deviation\n\n" + table(head, rows)] if rows else [])
 
 
 def inference_tables(data: str) -> list[str]:
