@@ -122,6 +122,8 @@ TRACES = {
     "not clipped": "--reward-clip 0",
     "clipped at 1": "--reward-clip 1",
     "KL 0.05": "--kl-coef 0.05",
+    "800 steps": LONG,
+    "800 steps, none of the three": f"{LONG} {LONG_CHOICES['none of the three']}",
     "no perturbed negatives": "--perturbed 0",
     "the base's own grade, no demonstrations": "--reward-model runs/own-grade --warm-up 0 --reward-average 0",
     "a random head": "--reward random",
