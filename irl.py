@@ -70,8 +70,7 @@ class IRL:
         policy.set_rate(self.policy_optimizer, s.policy_lr, self.done, s.max_steps)
         policy.set_constant_rate(self.reward_optimizer, s.reward_lr)
         with data.no_verifier():
-            examples = data.draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
-            questions = [e.question for e in examples] + data.draw(self.extra, s.questions // 2, self.rng)
+            examples, questions = self.draw()
             rollout, metrics["rollout"] = self.rollout(questions, s.group)  # G traces per question
             if s.reward_lr:
                 metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)  # D: expert or policy?
@@ -79,6 +78,15 @@ class IRL:
             metrics["policy"] = self.update_policy(rollout, rewards, reward_hidden)
         self.done += 1
         return metrics
+
+    def draw(self) -> tuple[list[Example], list[str]]:
+        """Demonstrations for the discriminator, and the questions of a step: theirs first. Half of them are extra ones, if
+        there are any; where the discriminator stands still, all questions are alike."""
+        s = self.settings
+        if not s.reward_lr:
+            return [], data.draw([e.question for e in self.experts] + self.extra, s.questions, self.rng)
+        examples = data.draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
+        return examples, [e.question for e in examples] + data.draw(self.extra, s.questions // 2, self.rng)
 
     def warm_up(self) -> dict:
         """Step 0, one of many: an update of the discriminator alone, on fresh samples of a policy that stands still. A policy

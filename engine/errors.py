@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ def exit_status(program: Callable[[], object]) -> int:
         line = " ".join(str(error).splitlines())  # a file's name or content may hold newlines
         print(f"error: {printable(line)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough; the interpreter would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -241,8 +241,9 @@ def check(s: Settings) -> None:
          "--reward-nll and --entropy-coef above 0, and no other --reward-model"),
         (s.weights == "bf16" and not s.lora_rank,
          "--weights bf16 is for a frozen base, with --lora-rank: weights that train are float32, or small steps would vanish"),
-        (s.explain and ("irl" not in s.methods or s.start == "sft" or not s.discriminator_coef),
-         "--explain shows one iteration of IRL from the base: leave out --method, --start and --discriminator-coef"),
+        (s.explain and ("irl" not in s.methods or s.start == "sft" or not s.discriminator_coef or s.reward == "random"),
+         "--explain shows one iteration of IRL from the base: leave out --method, --start, --discriminator-coef and a random "
+         "reward"),
     ):  # fmt: skip
         if wrong:
             raise UserError(why)

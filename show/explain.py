@@ -11,6 +11,7 @@ writes nothing to runs/.
 
 import random
 import textwrap
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +31,12 @@ class Lecture(irl.IRL):
 
     speaking = False  # the warm-up goes through the same stages, silently
 
+    def __post_init__(self):
+        s = self.settings  # a reward that stands still after the warm-up: its last update is shown, at the warm-up's rate
+        self.settings = replace(s, reward_lr=s.reward_lr or s.warm_up_lr)
+        self.stands_still = not s.reward_lr
+        super().__post_init__()
+
     def give(self) -> None:
         """Warm up, run one iteration aloud, and tell at last what the answer check would have said."""
         s = self.settings
@@ -41,6 +48,8 @@ class Lecture(irl.IRL):
             f"  policy '{s.model}', data '{s.data}', {len(self.experts)} demonstrations; reward {s.reward}, logit {s.logit}, "
             f"granularity {s.granularity}; policy loss {s.policy_loss}, alpha {s.entropy_coef:g}, gamma {s.gamma:g}",
             f"  The discriminator has had {updates} updates; a run gives it {s.warm_up} before the policy's first step.")
+        if self.stands_still:
+            say(f"  After those a run's reward stands still (reward_lr 0): the update below is one of them, at {s.reward_lr:g}.")
         if s.start == "reward":
             say("  A run would now let the policy start as a copy of the reward, at f = log pi; here it stays the base.")
         self.speaking = True

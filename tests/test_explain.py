@@ -75,7 +75,7 @@ def test_a_lecture_is_an_iteration(flags, capsys):
     has said in between adds up."""
     told = lecture(flags)
     told.give()
-    silent = train.Run(parse_settings([*SMALL, *flags.split()])).make_loop()
+    silent = train.Run(parse_settings([*SMALL, *flags.split()])).make_loop(reward_lr=told.settings.reward_lr)
     for _ in range(min(explain.WARM_UP, silent.settings.warm_up)):
         silent.warm_up()
     metrics = silent.step()
@@ -144,7 +144,7 @@ def test_the_lowest_token_is_one_of_the_response(capsys):
 
 
 def test_the_update_is_seen_to_move_d(capsys):
-    """On one fixed comparison the loss falls, and D of experts and negatives part; a rate of 0 moves nothing."""
+    """On one fixed comparison the loss falls, and D of experts and negatives part; at a rate of all but 0 they stay."""
 
     def before_and_after(flags):
         lecture(flags).give()
@@ -154,8 +154,9 @@ def test_the_update_is_seen_to_move_d(capsys):
     moved = before_and_after("--reward-lr 1e-3")
     assert moved["loss"][1] < moved["loss"][0]
     assert moved["d_expert"][1] - moved["d_negative"][1] > moved["d_expert"][0] - moved["d_negative"][0]
-    still = before_and_after("--reward-lr 0")
+    still = before_and_after("--reward-lr 1e-12")
     assert still["loss"][1] == still["loss"][0] and still["d_expert"][1] == still["d_expert"][0]
+    assert before_and_after("--reward-lr 0") == before_and_after("--reward-lr 3e-4")  # stands still: the warm-up's last
 
 
 def test_one_command_some_seconds_and_nothing_written(capsys, monkeypatch):
@@ -175,7 +176,7 @@ def test_a_run_of_that_name_is_in_nobodys_way(capsys):
     assert [p.name for p in Path("runs/demo").iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("flags", ["--method sft", "--method grpo", "--start sft"])
+@pytest.mark.parametrize("flags", ["--method sft", "--method grpo", "--start sft", "--reward random"])
 def test_what_is_no_iteration_of_irl_is_refused(flags, capsys):
     assert train.main([*SMALL, *flags.split()]) == 2
     error = capsys.readouterr().err

@@ -129,6 +129,20 @@ def test_extra_questions_are_answered_and_never_compared(shipped, settings, monk
     assert [e.question for e in compared] == asked[:2]
 
 
+def test_where_the_reward_stands_still_all_questions_are_alike(shipped, settings, monkeypatch):
+    loop = make_loop(shipped, settings, extra_questions=32, reward_lr=0.0)
+    before = [p.clone() for p in loop.discriminator.reward_model.parameters()]
+    monkeypatch.setattr(loop, "update_discriminator", lambda *a: pytest.fail("it moved"))
+    asked, roll = [], loop.rollout
+    monkeypatch.setattr(loop, "rollout", lambda questions, group: asked.extend(questions) or roll(questions, group))
+    assert "discriminator" not in loop.step() and len(asked) == loop.settings.questions
+    assert all(torch.equal(a, b) for a, b in zip(before, loop.discriminator.reward_model.parameters()))
+    experts = {e.question for e in loop.experts}
+    share = len(experts) / (len(experts) + len(loop.extra))
+    drawn = [q in experts for _ in range(400) for q in loop.draw()[1]]
+    assert abs(sum(drawn) / len(drawn) - share) < 0.07  # not half of them
+
+
 @pytest.mark.parametrize("loss, gamma", [("exact", 0.0), ("exact", 0.9), ("reinforce", 0.9), ("ppo", 0.9)])
 def test_micro_batch_size_changes_no_policy_gradient(shipped, settings, loss, gamma):
     results = []
