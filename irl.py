@@ -4,7 +4,8 @@
                        with their start and, where f is a likelihood, has the policy start at the best policy for this f
     repeat             (the paper's Algorithm 1)
         1. rollout         the policy answers some questions, `group` times each
-        2. discriminator   learns to tell the experts' traces from these (and older, and broken) ones
+        2. discriminator   learns to tell the experts' traces from these (and older, and broken) ones; or stands still since
+                           the warm-up (--reward-lr 0, as on countdown)
         3. reward          its score of every token, r_t = f - alpha log pi
         4. policy          one step. By default on E_{a~pi}[r_t], summed over all actions a: then r_t of the sampled tokens is
                            logged and not used. Else a policy gradient on r_t and what follows

@@ -107,6 +107,8 @@ ABLATIONS = {
     "group 8": f"{BASE} --group 8 --questions 8",
 }
 
+# The strongest rival without demonstrations, where the base has read grades: it practises on its own
+OWN_GRADE = "800 steps, the base's own grade, no demonstrations"
 # IRL on countdown, one thing changed: what a reward per trace needs, and how it goes wrong
 TRACES = {
     "default": "",
@@ -117,8 +119,8 @@ TRACES = {
     "not clipped": "--reward-clip 0",
     "KL 0.05": "--kl-coef 0.05",
     "800 steps, none of the three": f"{LONG} {LONG_CHOICES['none of the three']}",
+    OWN_GRADE: f"{LONG} --reward-model runs/own-grade --warm-up 0 --reward-average 0",
     "no perturbed negatives": "--perturbed 0",
-    "the base's own grade, no demonstrations": "--reward-model runs/own-grade --warm-up 0 --reward-average 0",
     "a random head": "--reward random",
     "half of the demonstrations broken": "--wrong-demonstrations 0.5",
     "start at SFT": "--start sft",

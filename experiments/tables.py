@@ -24,7 +24,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NAMES = {"base": "base", "sft": "SFT, best at T = 1", "sft_fair": "SFT, averaged and sharpened, best at T = 1",
          "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
          "likelihood_only": "IRL without its discriminator", "irl": "**IRL, no verifier**",
-         "grpo": "GRPO, true answers"}  # fmt: skip
+         "own_grade": "a policy on the base's own grade, no demonstrations", "grpo": "GRPO, true answers"}  # fmt: skip
 RULES = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "reward_lowest", "reward_last",
          "reward_discounted", "weighted_majority", "oracle")  # fmt: skip
 FIRST = ("reward", *rerank.LOGPROBS)  # log-probabilities, of which there is a first that is suspicious
@@ -119,6 +119,7 @@ def main_summary() -> dict:
             "sft_fair_greedy": "the same, best greedy",
             "likelihood_only": "default settings, without the discriminator's loss",
             "irl": "default settings; on countdown GRPO's steps and rate",
+            "own_grade": "the same with the base's own grade as the reward: no demonstrations, the same for every size",
             "grpo": "steps and rate that were best at temperature 1; one run per seed, the same for every size",
             "rerank reward": "mean of f over the tokens of a trace; longest, shortest: of response tokens",
             "localise": "log-probabilities: the first token below -1; _lowest: the lowest",
@@ -134,6 +135,7 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
         alone = seeds_of(f"{data}-likelihood-{size}")
         where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
+        where["own_grade"] = (seeds_of(f"traces-{runs.plain(runs.OWN_GRADE)}") if data == "countdown" else [], "irl")
         where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
         summary["main"][str(size)] = {
             method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
@@ -181,9 +183,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def main_tables(data: str, summary: dict) -> list[str]:
     parts = []
     for size, methods in summary["main"].items():
-        rows = [
-            [NAMES[m], *(percent(v.get(k)) for k in ("t1", "greedy", "pass@4"))] for m, v in methods.items()
-        ]
+        rows = [[NAMES[m], *(percent(v.get(k)) for k in ("t1", "greedy", "pass@4"))] for m, v in methods.items()]
+        rows = [row for row in rows if set(row[1:]) != {"–"}]
         head = ["", "T = 1", "greedy", "pass@4"]
         parts.append(f"### {data}, {size} demonstrations\n\n" + table(head, rows))
     rows = [[rule, *(percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16"))] for rule in RULES]
@@ -362,7 +363,7 @@ POINTED_AT = {"reward": "**reward**: first token below −1",
 # README.md's rows: their names in summary.json, and there
 README_METHODS = {"base": "base", "sft": "SFT", "sft_fair": "fair SFT",
                   "likelihood_only": "IRL's likelihood, no discriminator", "irl": "**IRL**",
-                  "grpo": "GRPO, true answers"}  # fmt: skip
+                  "own_grade": "a policy on the base's own grade", "grpo": "GRPO, true answers"}  # fmt: skip
 README_CHOICES = {"random": "at random", "majority": "majority vote", "logprob": "base's log-probability",
                   "sft_fair_logprob": "fair SFT's log-probability", "longest": "the longest",
                   "own_grade": "base's own grade", "reward": "**learned reward**", "oracle": "oracle"}  # fmt: skip
@@ -424,7 +425,7 @@ def full_tables(summary: dict) -> str:
         head = [task] + [f"{size} ({summary[task]['seeds'][size]} seeds): {key}" for size in main for key in ("T = 1", "greedy")]
         keys = ("t1", "greedy")
         rows = [[name, *(percent(main[n][method][key]) for n in main for key in keys)] for method, name in NAMES.items()]
-        parts.append(table(head, rows))
+        parts.append(table(head, [row for row in rows if set(row[1:]) != {"–"}]))
         ns, kinds = ("4", "8", "16"), [kind for kind in ("natural", "single") if kind in found]
         rows = [[name, *(percent(ranking[n].get(rule)) for n in ns)] for rule, name in CHOSEN_BY.items()]
         if summary[task].get("own_grade"):
