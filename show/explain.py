@@ -32,9 +32,8 @@ class Lecture(irl.IRL):
     speaking = False  # the warm-up goes through the same stages, silently
 
     def __post_init__(self):
-        s = self.settings  # a reward that stands still after the warm-up: its last update is shown, at the warm-up's rate
-        self.settings = replace(s, reward_lr=s.reward_lr or s.warm_up_lr)
-        self.stands_still = not s.reward_lr
+        self.stands_still = not self.settings.reward_lr  # then one more update of the warm-up is shown
+        self.settings = replace(self.settings, reward_lr=self.settings.reward_lr or self.settings.warm_up_lr)
         super().__post_init__()
 
     def give(self) -> None:
