@@ -185,7 +185,8 @@ class IRL:
         if s.policy_loss == "exact":
             following = s.gamma * torch.nn.functional.pad(returns[:, 1:], (0, 1)) * mask  # F_t
             return following - policy.group_baseline(following, mask, s.group)
-        return policy.normalise(returns - policy.group_baseline(returns, mask, s.group), mask)
+        group = s.group if s.advantage_scale == "group" else 0
+        return policy.normalise(returns - policy.group_baseline(returns, mask, s.group), mask, group)
 
     def expected_reward(self, batch: data.Batch, reward_hidden, hidden=None, method=logprob.expected_reward):
         """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token, [N], or whatever `method` makes of it: their

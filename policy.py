@@ -232,11 +232,17 @@ def group_baseline(returns: torch.Tensor, mask: torch.Tensor, group: int) -> tor
     return baseline.view_as(returns) * mask
 
 
-def normalise(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Divide by the root mean square over the batch's response tokens, so that the learning rate alone sets the step.
+def normalise(advantages: torch.Tensor, mask: torch.Tensor, group: int = 0) -> torch.Tensor:
+    """Divide by the root mean square over the batch's response tokens, so that the learning rate alone sets the step. With a
+    `group`, over those of each question's G rows, as GRPO does: a question that is answered well once in a while then weighs
+    more than its rewards say, a bias (Liu et al. 2025, arXiv 2503.20783) that keeps rare kinds of solutions alive.
 
     The mean is left alone: the baseline has dealt with it, and a second centring would punish long traces.
     """
+    if group:
+        squares, tokens = ((x * mask).reshape(-1, group * mask.shape[1]).sum(1) for x in (advantages**2, mask))
+        scale = (squares / tokens.clamp(min=1)).sqrt().clamp(min=1e-4)  # equal rewards differ by rounding, which is no unit
+        return advantages / scale.repeat_interleave(group)[:, None] * mask
     sums = parallel.total_of({"square": (advantages**2 * mask).sum(), "tokens": mask.sum()})
     scale = (sums["square"] / max(1.0, sums["tokens"])) ** 0.5
     return advantages / max(1e-6, scale) * mask

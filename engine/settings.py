@@ -68,6 +68,8 @@ class Settings:
     gamma: float = setting(None, "discount of later rewards; if not given, 0, or 1 with a reward per step or trace", SHARE)
     kl_coef: float = setting(0.0, "weight of the KL to the frozen start")
     ppo_clip: float = setting(0.2, "PPO and GRPO hold the ratio within 1 +- this", POSITIVE)
+    advantage_scale: str = setting("batch", "advantages are divided by their root mean square over the batch, or over the "
+                                   "group of each question, as in GRPO (REINFORCE and PPO)", ("batch", "group"))  # fmt: skip
     epochs: int = setting(1, "passes over each rollout", COUNT)
     questions: int = setting(None, "questions per step", COUNT)
     group: int = setting(None, "samples per question (G)", (2, 10**6))
@@ -129,8 +131,9 @@ WORDS = dict(
 # and all but its sign is clipped: what it says beyond right or wrong is noise (docs/collapses.md)
 COUNTDOWN = WORDS | dict(
     model="countdown-base", data="countdown", reward="head", logit="gail", granularity="sparse", policy_loss="ppo",
-    gamma=1.0, reward_clip=0.1, demonstrations=64, extra_questions=3000, max_new_tokens=40, perturbed=4, group=8, reward_lr=0.0,
-    warm_up=40, warm_up_lr=1e-3, max_steps=400, policy_lr=6e-4, grpo_steps=300, grpo_lr=6e-4)  # fmt: skip
+    gamma=1.0, reward_clip=0.1, advantage_scale="group", demonstrations=64, extra_questions=3000, max_new_tokens=40,
+    perturbed=4, group=8, reward_lr=0.0, warm_up=40, warm_up_lr=1e-3, max_steps=400, policy_lr=6e-4, grpo_steps=300,
+    grpo_lr=6e-4)  # fmt: skip
 LARGE = dict(
     data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, eval_questions=200, eval_samples=4,
     rerank_questions=100, micro_batch=2, questions=32, group=8, entropy_coef=0.1,

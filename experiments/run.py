@@ -51,6 +51,7 @@ LIKELIHOOD = ("--method irl --reward likelihood --logit airl --granularity dense
 LONG = "--max-steps 800 --policy-lr 4e-4"
 LONG_CHOICES = {
     "averaged, standing still, clipped": "",
+    "advantages scaled over the batch": "--advantage-scale batch",
     "not clipped": "--reward-clip 0",
     "not averaged": "--reward-average 0",
     "not standing still": "--reward-lr 1e-5",
@@ -118,6 +119,7 @@ TRACES = {
     "not averaged with its start": "--reward-average 0",
     "not clipped": "--reward-clip 0",
     "KL 0.05": "--kl-coef 0.05",
+    "advantages scaled over the batch": "--advantage-scale batch",
     "800 steps, none of the three": f"{LONG} {LONG_CHOICES['none of the three']}",
     OWN_GRADE: f"{LONG} --reward-model runs/own-grade --warm-up 0 --reward-average 0",
     "no perturbed negatives": "--perturbed 0",

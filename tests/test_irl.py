@@ -241,8 +241,8 @@ def test_sums_over_actions_and_what_follows_make_the_true_gradient(loss, group, 
     rewards, surrogate = torch.tensor([[0.1, -0.4], [2.0, 0.6]]), 0.0
     log_pi = theta.log_softmax(-1)
     expected = (log_pi.exp() * rewards).sum(-1)  # [2], E_{a~pi} r(s_t, a)
-    loop = SimpleNamespace(settings=SimpleNamespace(policy_loss=loss, gamma=1.0, group=group))
-    monkeypatch.setattr(policy, "normalise", lambda advantages, mask: advantages)  # a scale by the batch is a bias
+    loop = SimpleNamespace(settings=SimpleNamespace(policy_loss=loss, gamma=1.0, group=group, advantage_scale="batch"))
+    monkeypatch.setattr(policy, "normalise", lambda advantages, mask, group: advantages)  # a scale by the batch is a bias
     for probability, mask, r, logprobs in all_groups(log_pi, rewards, group):
         tokens, ones = torch.zeros(group, 3, dtype=torch.long), torch.ones(group, dtype=torch.long)
         batch = data.Batch(tokens, ones, ones + mask.sum(1).long())  # columns: a prompt token, t = 0, t = 1

@@ -296,6 +296,22 @@ def test_normalise_keeps_the_sign_of_every_advantage():
     assert torch.equal(scaled.sign(), advantages.sign())
 
 
+def test_normalise_by_group_makes_groups_alike():
+    """And with GRPO's group mean it is GRPO's scale: the mean square over a group's tokens is 1, whatever its rewards' size."""
+    rewards = torch.tensor([[1.0], [0.0], [0.0], [0.0], [0.02], [0.0], [0.02], [0.0]]) * 0.1
+    mask = torch.ones(8, 1)
+    scaled = policy.normalise(rewards - policy.group_baseline(rewards, mask, 4), mask, 4)
+    assert_close((scaled.view(2, 4) ** 2).mean(1), torch.ones(2))
+    assert_close(scaled[:, 0], policy.grpo_advantages(rewards[:, 0], 4))
+    alike = torch.full((4, 1), 0.1) + torch.tensor([[0.0], [1e-8], [0.0], [0.0]])
+    assert policy.normalise(alike - policy.group_baseline(alike, mask[:4], 4), mask[:4], 4).abs().max() < 1e-3
+    ragged = torch.rand(8, 3), torch.tensor([[1.0, 1, 1], [1, 0, 0]] * 4)
+    for first in (0, 4):  # another group's rows are nothing to it
+        part = policy.normalise(ragged[0][first : first + 4], ragged[1][first : first + 4], 4)
+        assert_close(policy.normalise(*ragged, 4)[first : first + 4], part)
+        assert_close((part**2).sum() / ragged[1][:4].sum(), torch.tensor(1.0))
+
+
 def test_grpo_advantages_by_hand():
     outcomes = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     std = math.sqrt(0.25 * 0.75)
