@@ -50,7 +50,7 @@ from engine.errors import Parser, UserError, exit_status, nearest
 from engine.runs import MAY_CHANGE
 from engine.settings import complete, parse_flags
 from experiments import run as runs
-from experiments import steps
+from experiments import steps, tables
 from show.report import tidy
 from tasks.answers import extract_answer
 
@@ -588,6 +588,14 @@ def run_stage(job: Job, stage: str) -> None:
 
 METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples", "sft_fair": "sft_fair", "irl": "irl",
            "grpo": "grpo"}  # fmt: skip
+# README.md's rows: their names in results/real.json, and there
+README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": "base, four solved examples before", "sft": "SFT",
+                  "sft_fair": "fair SFT", "irl": "**IRL**", "grpo": "GRPO, true answers"}  # fmt: skip
+README_WAYS = {"random": "at random", "majority": "majority vote", "logprob": "the base's log-probability",
+               "sft_logprob": "SFT's log-probability", "sft_fair_logprob": "fair SFT's log-probability",
+               "longest": "the longest", "reward": "**learned reward**", "oracle": "oracle"}  # fmt: skip
+README_SIGNALS = {"reward": "**learned reward**", "logprob": "the base's log-probability", "sft_logprob": "SFT's log-probability",
+                  "longest": "the longest step", "chance": "chance"}  # fmt: skip
 
 
 def summary() -> dict:
@@ -633,11 +641,30 @@ def markdown(found: dict) -> str:
     return "\n".join(lines)
 
 
+def readme_table(found: dict) -> str:
+    """README.md's table, a column per model: accuracies, best of 8 of the few-shot base's samples, F1 on ProcessBench, of what
+    is there."""
+    models = found["models"]
+    head = [f"{name}, {one['demonstrations']} demonstrations, {one['questions']} questions" for name, one in models.items()]
+    accuracy = lambda one, method: " / ".join(tables.short(one["gsm8k"].get(method, {}).get(key)) for key in ("t1", "greedy"))
+    best = lambda one, way: tables.short(one.get("rerank", {}).get("8", {}).get(way))
+    points = lambda one, signal: f"{100 * f1:.1f}" if (f1 := one.get("processbench", {}).get(signal)) is not None else "–"
+    rows = []
+    for what, names, cell in (("", README_METHODS, accuracy), ("best of 8: ", README_WAYS, best),
+                              ("first wrong step, F1: ", README_SIGNALS, points)):  # fmt: skip
+        rows += [[what + label, *(cell(one, name) for one in models.values())] for name, label in names.items()]
+    rows = [row for row in rows if set("".join(row[1:])) - set("– /")]
+    return tables.table(["GSM8K, % right: T=1 / greedy", *head], rows)
+
+
 def write_tables() -> None:
-    """results/real.json and results/real.md."""
+    """results/real.json and results/real.md, and README.md's table."""
     found = summary()
     runs.keep(runs.results_folder() / "real.json", json.dumps(found, indent=1) + "\n")
     runs.keep(runs.results_folder() / "real.md", markdown(found))
+    if runs.results_folder().name == "results" and found["models"]:
+        text = (runs.ROOT / "README.md").read_text(encoding="utf-8")
+        runs.keep(runs.ROOT / "README.md", tables.between_marks(text, "real", readme_table(found), "real"))
     print(f"tables: {runs.results_folder() / 'real.md'}")
 
 

@@ -446,16 +446,17 @@ def full_tables(summary: dict) -> str:
     return "\n\n".join([*parts, f"*% right, or found: means over seeds with 95% intervals (Student's t); {runs_of_irl}.*"])
 
 
-def between_marks(text: str, part: str, new: str) -> str:
-    """`text` with what stands between the two marks of a part replaced.
+def between_marks(text: str, part: str, new: str, by: str = "run") -> str:
+    """`text` with what stands between the two marks of a part replaced; `by` which of the experiments.
 
     >>> text = between_marks("a <!-- x: by python -m experiments.run --> old <!-- end of x --> b", "x", "new")
     >>> "old" in text, text.startswith("a <!--"), text.endswith("--> b"), text.count("new")
     (False, True, True, 1)
     """
-    head, rest = text.split(f"<!-- {part}: by python -m experiments.run -->")
+    mark = f"<!-- {part}: by python -m experiments.{by} -->"
+    head, rest = text.split(mark)
     tail = rest.split(f"<!-- end of {part} -->")[1]
-    return f"{head}<!-- {part}: by python -m experiments.run -->\n\n{new}\n\n<!-- end of {part} -->{tail}"
+    return f"{head}{mark}\n\n{new}\n\n<!-- end of {part} -->{tail}"
 
 
 def into_readme(text: str, summary: dict) -> str:

@@ -11,7 +11,7 @@ import pytest
 import baselines
 import train
 from engine.settings import Settings, parse_settings
-from experiments import cards, tables
+from experiments import cards, real, tables
 from experiments import run as runs
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +103,15 @@ def test_the_memory_table_is_the_programs(capsys):
     cards.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Qwen")]
     assert len(rows) == 4 and "\n".join(rows) in TEXT
+
+
+def test_the_real_model_table_is_that_of_the_stages(monkeypatch):
+    """results/real.json is what the committed stages say, and README.md's table what it says."""
+    monkeypatch.delenv("IRL_RESULTS", raising=False)
+    found = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
+    assert found == real.summary() and found["models"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == tables.between_marks(text, "real", real.readme_table(found), "real")
 
 
 def test_results_are_those_of_the_trials(monkeypatch):
