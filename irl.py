@@ -160,6 +160,8 @@ class IRL:
         scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, hidden, tokens=s.micro_tokens)  # f, [B, T]
         rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
         read = self.discriminator.ends(batch).bool()  # elsewhere r_t is 0, which is no opinion
+        if s.granularity == "sparse":
+            rewards = reward.worst_if_cut_off(rewards, read, rollout.finished)
         lowest = rewards.masked_fill(~read, torch.inf).amin(1).mean()
         return rewards, hidden, {"mean": float(rewards.sum() / read.sum()), "lowest": float(lowest)}
 

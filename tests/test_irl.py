@@ -253,6 +253,25 @@ def test_sums_over_actions_and_what_follows_make_the_true_gradient(loss, group, 
     assert_close(torch.autograd.grad(surrogate, theta)[0], true_gradient(theta, rewards))
 
 
+@pytest.mark.parametrize("granularity", ["sparse", "interval"])
+def test_a_trace_that_was_cut_off_is_no_better_than_the_worst(shipped, settings, granularity):
+    """A policy learnt to go on for ever and to write what the head likes at the length limit."""
+    loop = make_loop(shipped, settings, reward="head", logit="gail", granularity=granularity, policy_loss="ppo", gamma=1.0,
+                     reward_clip=0.5)  # fmt: skip
+    torch.nn.init.normal_(loop.discriminator.reward_model.model.score.weight, generator=torch.Generator().manual_seed(0))
+    rollout, _ = loop.rollout([e.question for e in loop.experts[:2]], 4)
+    plain = loop.rewards(replace(rollout, finished=torch.ones(8, dtype=torch.bool)))[0]
+    rollout.finished = torch.tensor([True, False] * 4)
+    changed = loop.rewards(rollout)[0]
+    read = loop.discriminator.ends(rollout.batch).bool()
+    assert torch.equal(changed[::2], plain[::2])
+    if granularity == "sparse":
+        assert torch.equal(changed[1::2][read[1::2]], plain[read].min().expand(4)) and not changed[~read].any()
+        assert plain[1::2].sum() > changed[1::2].sum()
+    else:
+        assert torch.equal(changed, plain)
+
+
 def test_the_end_token_is_paid(shipped, settings):
     """The reward of the end token reaches the gradient: change it alone, and the update changes."""
     updates = []
