@@ -212,7 +212,7 @@ class Discriminator:
 
 def worst_if_cut_off(rewards: torch.Tensor, ends: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
     """A score per trace is learnt, and read, at its end token. A trace that ran into the length limit has none, and whatever
-    it wrote last would be read instead: it gets the lowest reward of the batch. rewards, ends [B, T], finished [B]: [B, T]
+    it wrote last would be read instead: it gets the lowest reward of these rows. rewards, ends [B, T], finished [B]: [B, T]
 
     >>> worst_if_cut_off(torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2), torch.tensor([False, True]))
     tensor([[0., 1.],
