@@ -662,7 +662,7 @@ def write_tables() -> None:
     found = summary()
     runs.keep(runs.results_folder() / "real.json", json.dumps(found, indent=1) + "\n")
     runs.keep(runs.results_folder() / "real.md", markdown(found))
-    if runs.results_folder().name == "results" and found["models"]:
+    if runs.results_folder() == runs.ROOT / "results" and found["models"]:
         text = (runs.ROOT / "README.md").read_text(encoding="utf-8")
         runs.keep(runs.ROOT / "README.md", tables.between_marks(text, "real", readme_table(found), "real"))
     print(f"tables: {runs.results_folder() / 'real.md'}")

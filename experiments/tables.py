@@ -495,7 +495,7 @@ def write() -> None:
     parts += choice_tables()
     parts += ["Failed: " + ", ".join(failed)] if failed else []
     runs.keep(folder / "tables.md", "\n\n".join(parts) + "\n")
-    for name, into in PAGES.items() if folder.name == "results" and sources() else ():
+    for name, into in PAGES.items() if folder == runs.ROOT / "results" and sources() else ():
         page = runs.ROOT / name
         runs.keep(page, into(page.read_text(encoding="utf-8"), summary))
     draw_collapses(folder / "collapses.svg")
