@@ -12,6 +12,7 @@ of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
     equation                                                 where               test, in tests/test_policy.py
     G_t = r_t + gamma G_{t+1} (2510.01857)                   returns_to_go       returns_to_go_by_hand
     b_t, the mean of the others (Kool et al. 2019)           group_baseline      the_group_baseline_is_unbiased
+    A / its root mean square, of batch or group              normalise           normalise_by_group_makes_groups_alike
     A = (R - mean R) / std R (2402.03300, eq. 3)             grpo_advantages     grpo_advantages_by_hand
     -A log pi (Williams 1992)                                reinforce_loss      reinforce_gradient_is_minus_the_advantage
     -min(ratio A, clip(ratio) A) (1707.06347, eq. 7)         ppo_loss            ppo_clips_where_the_ratio_has_gone_far_..
