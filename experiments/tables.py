@@ -262,16 +262,23 @@ def choice_tables() -> list[str]:
         head = ["T = 1 / greedy", "plain", "best at T = 1 (share of the base, temperature)", "best greedy (the same)"]
         title = f"### {data}: how {method.upper()} was chosen" + f", {size} demonstrations" * (method == "sft")
         parts.append(f"{title}, validation questions\n\n" + table(head if method == "sft" else head[:2], rows))
+    rows = irl_choices()
+    title = "### countdown: how IRL was chosen, 64 demonstrations, validation questions"
+    return parts + ([f"{title}\n\n{rows}"] if rows else [])
+
+
+def irl_choices() -> str:
+    """What countdown's reward needs: each choice undone, on validation questions. f: mean and standard deviation of the head
+    that the policy practised on at last."""
     rows = []
     for label, change in runs.LONG_CHOICES.items():
         found = read_all(f"trials/chosen-{runs.plain(label)}-1[0-9][0-9].json")
         values = [percent(over_seeds(found, "methods", "irl", key)) for key in ("t1", "greedy")]
         spreads = [[one["scores"][kind] for one in found] for kind in ("right", "wrong")]
         f = [" ± ".join(f"{sum(column) / len(found):.2f}" for column in zip(*spread)) for spread in spreads]
-        rows += [[label, f"`{runs.LONG} {change}`".replace(" `", "`"), *values, *f, str(len(found))]] if found else []
-    title = "### countdown: how IRL was chosen, 64 demonstrations, validation questions"
-    head = ["", "flags", "T = 1", "greedy", "f of the base's right traces", "of its wrong ones", "seeds"]
-    return parts + ([f"{title}; f: mean ± standard deviation\n\n" + table(head, rows)] if rows else [])
+        rows += [[label, f"`{change}`" if change else "", *values, *f, str(len(found))]] if found else []
+    head = [f"`{runs.LONG}` and", "flags", "T = 1", "greedy", "f of the base's right traces", "of its wrong ones", "seeds"]
+    return table(head, rows) if rows else ""
 
 
 def inference_tables(data: str) -> list[str]:
@@ -469,6 +476,7 @@ def into_readme(text: str, summary: dict) -> str:
 def into_results(text: str, summary: dict) -> str:
     """docs/results.md with the tables of what is there."""
     text = between_marks(text, "full", full_tables(summary))
+    text = between_marks(text, "chosen", irl_choices() or NOTHING_YET)
     for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS), ("traces", runs.TRACES)):
         text = between_marks(text, part, changed_table(part, changes, short=True) or NOTHING_YET)
     return text
