@@ -19,6 +19,7 @@ def exit_status(program: Callable[[], object]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         program()
+        print(end="", flush=True)
     except UserError as error:
         line = " ".join(str(error).splitlines())  # a file's name or content may hold newlines
         print(f"error: {printable(line)}", file=sys.stderr)

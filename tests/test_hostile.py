@@ -426,3 +426,14 @@ def test_a_trace_cannot_command_the_terminal():
     shown = trace.show([("\x1b[2J", -1.0), ("\u202e", 0.5), ("\n", 1.0)])
     assert "\\x1b[2J" in shown and "\u202e" not in shown and "⏎\n" in shown
     assert re.fullmatch(r"[^\x1b]*", re.sub(r"\x1b\[[0-9;]*m", "", shown))
+
+
+@pytest.mark.parametrize("lines", [1, 10**5])
+def test_a_reader_that_has_read_enough_is_no_error(lines):
+    """`| head -1`: nothing on stderr, whether the pipe breaks amid the output or at its end."""
+    program = f"from engine.errors import exit_status; exit_status(lambda: [print('x' * 80) for _ in range({lines})])"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done.stdout.close()
+    assert done.stderr.read() == b"" and done.wait() == 0
+    done.stderr.close()
