@@ -589,13 +589,8 @@ def run_stage(job: Job, stage: str) -> None:
 METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples", "sft_fair": "sft_fair", "irl": "irl",
            "grpo": "grpo"}  # fmt: skip
 # README.md's rows: their names in results/real.json, and there
-README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": "base, four solved examples before", "sft": "SFT",
-                  "sft_fair": "fair SFT", "irl": "**IRL**", "grpo": "GRPO, true answers"}  # fmt: skip
-README_WAYS = {"random": "at random", "majority": "majority vote", "logprob": "the base's log-probability",
-               "sft_logprob": "SFT's log-probability", "sft_fair_logprob": "fair SFT's log-probability",
-               "longest": "the longest", "reward": "**learned reward**", "oracle": "oracle"}  # fmt: skip
-README_SIGNALS = {"reward": "**learned reward**", "logprob": "the base's log-probability", "sft_logprob": "SFT's log-probability",
-                  "longest": "the longest step", "chance": "chance"}  # fmt: skip
+README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples before"} | tables.README_METHODS
+README_SIGNALS = tables.README_CHOICES | {"longest": "the longest step", "chance": "chance"}
 
 
 def summary() -> dict:
@@ -650,11 +645,10 @@ def readme_table(found: dict) -> str:
     best = lambda one, way: tables.short(one.get("rerank", {}).get("8", {}).get(way))
     points = lambda one, signal: f"{100 * f1:.1f}" if (f1 := one.get("processbench", {}).get(signal)) is not None else "–"
     rows = []
-    for what, names, cell in (("", README_METHODS, accuracy), ("best of 8: ", README_WAYS, best),
+    for what, names, cell in (("", README_METHODS, accuracy), ("best of 8: ", tables.README_CHOICES, best),
                               ("first wrong step, F1: ", README_SIGNALS, points)):  # fmt: skip
         rows += [[what + label, *(cell(one, name) for one in models.values())] for name, label in names.items()]
-    rows = [row for row in rows if set("".join(row[1:])) - set("– /")]
-    return tables.table(["GSM8K, % right: T=1 / greedy", *head], rows)
+    return tables.table(["GSM8K, % right: T=1 / greedy", *head], tables.filled(rows))
 
 
 def write_tables() -> None:

@@ -180,13 +180,21 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def filled(rows: list[list[str]]) -> list[list[str]]:
+    """The rows that say anything beside their names.
+
+    >>> filled([["a", "– / –", "–"], ["b", "–", "82.5"]])
+    [['b', '–', '82.5']]
+    """
+    return [row for row in rows if set("".join(row[1:])) - set("– /")]
+
+
 def main_tables(data: str, summary: dict) -> list[str]:
     parts = []
     for size, methods in summary["main"].items():
         rows = [[NAMES[m], *(percent(v.get(k)) for k in ("t1", "greedy", "pass@4"))] for m, v in methods.items()]
-        rows = [row for row in rows if set(row[1:]) != {"–"}]
         head = ["", "T = 1", "greedy", "pass@4"]
-        parts.append(f"### {data}, {size} demonstrations\n\n" + table(head, rows))
+        parts.append(f"### {data}, {size} demonstrations\n\n" + table(head, filled(rows)))
     rows = [[rule, *(percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16"))] for rule in RULES]
     rows = [[*row, percent(summary["auroc"].get(row[0]))] for row in rows]
     head = ["chosen by", "N = 4", "N = 8", "N = 16", "AUROC"]
@@ -416,8 +424,7 @@ def readme_tables(summary: dict) -> dict[str, str]:
          ["best of 8 of the base, chosen by", *(f"{task} {summary[task]['judged with']}" for task in tasks)],
          lambda row: [best(task, row) for task in tasks]),
     ):  # fmt: skip
-        rows = [[name, *cells(row)] for row, name in names.items()]
-        rows = [row for row in rows if set("".join(row[1:])) - set("– /")]
+        rows = filled([[name, *cells(row)] for row, name in names.items()])
         parts[part] = table(head, rows) if rows else NOTHING_YET
     return parts
 
@@ -432,7 +439,7 @@ def full_tables(summary: dict) -> str:
         head = [task] + [f"{size} ({summary[task]['seeds'][size]} seeds): {key}" for size in main for key in ("T = 1", "greedy")]
         keys = ("t1", "greedy")
         rows = [[name, *(percent(main[n][method][key]) for n in main for key in keys)] for method, name in NAMES.items()]
-        parts.append(table(head, [row for row in rows if set(row[1:]) != {"–"}]))
+        parts.append(table(head, filled(rows)))
         ns, kinds = ("4", "8", "16"), [kind for kind in ("natural", "single") if kind in found]
         rows = [[name, *(percent(ranking[n].get(rule)) for n in ns)] for rule, name in CHOSEN_BY.items()]
         if summary[task].get("own_grade"):
@@ -441,8 +448,8 @@ def full_tables(summary: dict) -> str:
         if kinds:
             titles = {"natural": "the base's own errors", "single": "one planted error"}
             rows = [[name, *(percent(found[kind]["hit0"][s]) for kind in kinds)] for s, name in POINTED_AT.items()]
-            rows = [row for row in rows if set(row[1:]) != {"–"}]  # a head that reads whole traces points nowhere
-            parts.append(table([f"{task}: exact first wrong token found, %", *(titles[kind] for kind in kinds)], rows))
+            head = [f"{task}: exact first wrong token found, %", *(titles[kind] for kind in kinds)]
+            parts.append(table(head, filled(rows)))  # a head that reads whole traces points nowhere
         if summary[task].get("alarms", {}).get("wrong", {}).get("reward"):
             parts.append(alarm_table(summary[task]))
         if value := summary[task]["auroc"].get("reward"):
