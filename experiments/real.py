@@ -589,7 +589,7 @@ def run_stage(job: Job, stage: str) -> None:
 METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples", "sft_fair": "sft_fair", "irl": "irl",
            "grpo": "grpo"}  # fmt: skip
 # README.md's rows: their names in results/real.json, and there
-README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples before"} | tables.README_METHODS
+README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples"} | tables.README_METHODS
 README_SIGNALS = tables.README_CHOICES | {"longest": "the longest step", "chance": "chance"}
 
 

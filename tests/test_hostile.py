@@ -433,7 +433,8 @@ def test_a_reader_that_has_read_enough_is_no_error(lines):
     """`| head -1`: nothing on stderr, whether the pipe breaks amid the output or at its end."""
     program = f"from engine.errors import exit_status; exit_status(lambda: [print('x' * 80) for _ in range({lines})])"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=buffered, **pipes)
     done.stdout.close()
     assert done.stderr.read() == b"" and done.wait() == 0
     done.stderr.close()
