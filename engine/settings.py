@@ -128,12 +128,13 @@ WORDS = dict(
     reward_lr=1e-5, max_steps=100, policy_lr=3e-5, grpo_steps=400, grpo_lr=4e-4, sft_steps=480, sft_lr=3e-4, fair_steps=120,
     fair_lr=3e-4, fair_average=0.5, fair_temperature=0.2)  # fmt: skip
 # Finished traces are judged here: the paper's head, a score per trace. It stands still while the policy practises on it,
-# and all but its sign is clipped: what it says beyond right or wrong is noise (docs/collapses.md)
+# and all but its sign is clipped: what it says beyond right or wrong is noise (docs/collapses.md). SFT's settings are those
+# that experiments/choose.py found for 64 demonstrations; GRPO gets as many steps as IRL, at the same rate
 COUNTDOWN = WORDS | dict(
     model="countdown-base", data="countdown", reward="head", logit="gail", granularity="sparse", policy_loss="ppo",
     gamma=1.0, reward_clip=0.1, advantage_scale="group", demonstrations=64, extra_questions=3000, max_new_tokens=40,
-    perturbed=4, group=8, reward_lr=0.0, warm_up=40, warm_up_lr=1e-3, max_steps=400, policy_lr=6e-4, grpo_steps=300,
-    grpo_lr=6e-4)  # fmt: skip
+    perturbed=4, group=8, reward_lr=0.0, warm_up=40, warm_up_lr=1e-3, max_steps=400, policy_lr=6e-4, grpo_steps=400,
+    grpo_lr=6e-4, sft_steps=15, sft_lr=6e-4, fair_lr=6e-4)  # fmt: skip
 LARGE = dict(
     data="gsm8k", method="irl", extra_questions=0, max_new_tokens=400, eval_questions=200, eval_samples=4,
     rerank_questions=100, micro_batch=2, questions=32, group=8, entropy_coef=0.1,

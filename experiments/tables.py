@@ -275,17 +275,31 @@ def choice_tables() -> list[str]:
     return parts + ([f"{title}\n\n{rows}"] if rows else [])
 
 
+def early_stops(curve: dict[str, list]) -> list[float]:
+    """A training's validation accuracy at its end; at the step with the highest mean reward, where it could be stopped
+    without an answer; and at its best.
+
+    >>> early_stops({"irl validation/t1": [[1, 0.5], [2, 0.7], [3, 0.6]], "irl reward/mean": [[1, 0.1], [2, 0.0], [3, -0.1]]})
+    [0.6, 0.5, 0.7]
+    """
+    accuracy, rewards = dict(curve["irl validation/t1"]), dict(curve["irl reward/mean"])
+    return [accuracy[max(accuracy)], accuracy[max(rewards, key=rewards.get)], max(accuracy.values())]
+
+
 def irl_choices() -> str:
     """What countdown's reward needs: each choice undone, on validation questions. f: mean and standard deviation of the head
-    that the policy practised on at last."""
+    that the policy practised on at last; then what stopping early would have brought (early_stops)."""
     rows = []
     for label, change in runs.LONG_CHOICES.items():
         found = read_all(f"trials/chosen-{runs.plain(label)}-1[0-9][0-9].json")
         values = [percent(over_seeds(found, "methods", "irl", key)) for key in ("t1", "greedy")]
         spreads = [[one["scores"][kind] for one in found] for kind in ("right", "wrong")]
         f = [" ± ".join(f"{sum(column) / len(found):.2f}" for column in zip(*spread)) for spread in spreads]
-        rows += [[label, f"`{change}`" if change else "", *values, *f, str(len(found))]] if found else []
-    head = [f"`{runs.LONG}` and", "flags", "T = 1", "greedy", "f of the base's right traces", "of its wrong ones", "seeds"]
+        stops = zip(*(early_stops(one["curve"]) for one in found))
+        stopped = " / ".join(f"{100 * sum(column) / len(found):.0f}" for column in stops)
+        rows += [[label, f"`{change}`" if change else "", *values, *f, stopped, str(len(found))]] if found else []
+    head = [f"`{runs.LONG}` and", "flags", "T = 1", "greedy", "f of the base's right traces", "of its wrong ones",
+            "T = 1 of 100: end / highest mean reward / best", "seeds"]  # fmt: skip
     return table(head, rows) if rows else ""
 
 
