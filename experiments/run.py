@@ -1,7 +1,7 @@
 """Every number of the README's results, from one command.
 
     python -m experiments.run                     everything: hours on two cores; started again, it goes on
-    python -m experiments.run --only main         one part: choose, main, variants, ablations, inference
+    python -m experiments.run --only main         one part: choose, main, variants, ablations, ..
     python -m experiments.run --data D --model M --sizes 64,256      other problems than words, from another base
     python -m experiments.run --quick             the whole path in minutes with tiny counts; its numbers mean nothing
     python -m experiments.run --tables            only the tables and figures, from the results that are there
@@ -14,6 +14,7 @@ the tables say so. (experiments/tables.py makes results/summary.json, the tables
     choose      SFT's and GRPO's settings, on validation questions: no test set here (experiments/choose.py)
     main        SFT, fair SFT, likelihood and IRL with 64, 256 and 1,024 demonstrations, five seeds, 1,000 test questions
     grpo        GRPO on the true answers: no demonstrations, the same seeds and questions
+    own_grade   countdown: IRL's policy on the base's own grade in place of a reward that was learnt
     variants    IRL otherwise: from the base, from SFT, without extra questions, PPO with a reward per token, step or trace
     ablations   one setting changed at a time, three seeds, with a policy that starts at the base
     inference   reranking up to N = 64, localisation, and transfer, with the models of the main part
@@ -37,7 +38,7 @@ from experiments import choose
 
 ROOT = Path(__file__).parents[1]
 SIZES = (64, 256, 1024)  # demonstrations, of words
-PARTS = ("choose", "main", "grpo", "variants", "ablations", "traces", "inference")
+PARTS = ("choose", "main", "grpo", "own_grade", "variants", "ablations", "traces", "inference")
 QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --fair-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 "
          "--eval-questions 20 --eval-samples 4 --rerank-questions 12 --rerank-n 4 --validate-every 2")  # fmt: skip
 
@@ -109,7 +110,7 @@ ABLATIONS = {
 }
 
 # The strongest rival without demonstrations, where the base has read grades: it practises on its own
-OWN_GRADE = "800 steps, the base's own grade, no demonstrations"
+OWN_GRADE = f"{LONG} --reward-model runs/own-grade --warm-up 0 --reward-average 0"
 # IRL on countdown, one thing changed: what a reward per trace needs, and how it goes wrong
 TRACES = {
     "default": "",
@@ -121,7 +122,6 @@ TRACES = {
     "KL 0.05": "--kl-coef 0.05",
     "advantages scaled over the batch": "--advantage-scale batch",
     "800 steps, none of the three": f"{LONG} {LONG_CHOICES['none of the three']}",
-    OWN_GRADE: f"{LONG} --reward-model runs/own-grade --warm-up 0 --reward-average 0",
     "no perturbed negatives": "--perturbed 0",
     "a random head": "--reward random",
     "half of the demonstrations broken": "--wrong-demonstrations 0.5",
@@ -208,6 +208,12 @@ def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
     ]
 
 
+def own_grade_trials(seeds: int) -> list[Trial]:
+    """IRL's policy on the base's own grade (inference.save_own_grade): no demonstrations, as GRPO."""
+    flags = "--data countdown --demonstrations 256 --eval-questions 1000 --eval-samples 4 --rerank-questions 100 --method irl"
+    return [Trial(f"countdown-own-grade-{seed}", f"{flags} --seed {seed} {OWN_GRADE}") for seed in seeds_of("countdown", seeds)]
+
+
 def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial]:
     """One thing changed: words with 256 demonstrations, countdown with 64."""
     task, size = ("countdown", 64) if part == "traces" else ("words", 256)
@@ -225,6 +231,7 @@ def all_trials(parts: list[str], data: str, model: str, sizes: tuple, seeds: int
     trials = choose_trials(data) if "choose" in parts else []
     trials += main_trials(data, model, sizes, seeds) if "main" in parts else []
     trials += grpo_trials(data, model, seeds) if "grpo" in parts else []
+    trials += own_grade_trials(seeds) if "own_grade" in parts and data == "countdown" else []
     if "variants" in parts:
         trials += changed_trials("variants", VARIANTS, seeds)
     if "ablations" in parts:
@@ -308,7 +315,7 @@ def main() -> None:
         raise UserError("--seeds and --jobs must be at least 1")
     if args.quick:
         environ["IRL_RESULTS"] = "results-quick"
-    alone = {"variants": "words", "ablations": "words", "traces": "countdown"}
+    alone = {"variants": "words", "ablations": "words", "traces": "countdown", "own_grade": "countdown"}
     parts = [args.only] if args.only else [part for part in PARTS if alone.get(part, args.data) == args.data]
     if not all(size.isdigit() and int(size) for size in args.sizes.split(",")):
         raise UserError(f"--sizes must be numbers with commas between, not {args.sizes}")
@@ -316,7 +323,7 @@ def main() -> None:
     if not args.tables:
         if "choose" in parts:
             choose.run(*source, args.jobs, args.quick)
-        if "traces" in parts:
+        if "own_grade" in parts:
             inference.save_own_grade(ROOT / "runs" / "own-grade")
         failed += run_all(all_trials(parts, *source, args.seeds), args.jobs, args.quick)
         if "inference" in parts:

@@ -135,7 +135,7 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
         alone = seeds_of(f"{data}-likelihood-{size}")
         where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
-        where["own_grade"] = (seeds_of(f"traces-{runs.plain(runs.OWN_GRADE)}") if data == "countdown" else [], "irl")
+        where["own_grade"] = (seeds_of(f"{data}-own-grade"), "irl")
         where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
         summary["main"][str(size)] = {
             method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
