@@ -11,9 +11,9 @@ against the true answers, which no training but GRPO's sees. A run leaves in run
 line per step), results.json, traces.json, report.html, and models that `from_pretrained` loads: policy/ (IRL's, or the only
 method's), reward/, and sft/, sft_fair/, likelihood/ and grpo/ of what else was trained.
 
-On one machine the same settings give the same numbers, bit for bit, with or without interruptions (engine/keeper.py). On
-another the sums are taken in another order, and a sampled token that falls otherwise makes another run. Many GPUs share one
-with torchrun --nproc-per-node=N train.py (engine/parallel.py).
+On one machine and one thread the same settings give the same numbers, bit for bit, with or without interruptions
+(engine/keeper.py). On another the sums are taken in another order, and a sampled token that falls otherwise makes another
+run. Many GPUs share one with torchrun --nproc-per-node=N train.py (engine/parallel.py).
 """
 
 import json

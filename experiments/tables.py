@@ -117,7 +117,7 @@ def main_summary() -> dict:
             "sft": "updates and rate that were best on validation at temperature 1",
             "sft_fair": "updates, rate, share of the base in the weights and temperature that were best at temperature 1",
             "sft_fair_greedy": "the same, best greedy",
-            "likelihood_only": "default settings, without the discriminator's loss",
+            "likelihood_only": "without the discriminator's loss: on words default settings, on countdown runs.LIKELIHOOD",
             "irl": "default settings; on countdown GRPO's steps and rate",
             "own_grade": "the same with the base's own grade as the reward: no demonstrations, the same for every size",
             "grpo": "steps and rate that were best at temperature 1; one run per seed, the same for every size",
@@ -470,7 +470,7 @@ def full_tables(summary: dict) -> str:
             parts.append(f"*{task}: AUROC of the reward, right against wrong traces: {percent(value)} in %.*")
     if not parts:
         return NOTHING_YET
-    runs_of_irl = f"collapses: {summary['collapses']} in {summary['runs']} runs of IRL with the default settings"
+    runs_of_irl = f"collapses: {summary['collapses']} in {summary['runs']} runs of IRL in these tables"
     return "\n\n".join([*parts, f"*% right, or found: means over seeds with 95% intervals (Student's t); {runs_of_irl}.*"])
 
 
