@@ -291,7 +291,8 @@ def ppo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: tor
 def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
     """KL(pi || pi_ref) per token, estimated from the sampled one: exp(d) - d - 1 with d = log pi_ref - log pi.
 
-    Never negative, and unbiased for samples of pi (Schulman 2020, 'Approximating KL divergence', k3).
+    Never negative, and unbiased for samples of pi (Schulman 2020, 'Approximating KL divergence', k3). As a loss, as GRPO has
+    it, too, its gradient on such samples is that of KL(pi_ref || pi): E_pi[1 - pi_ref / pi] d log pi.
 
     >>> kl_k3(torch.tensor([0.0]), torch.tensor([0.0]))
     tensor([0.])

@@ -11,7 +11,7 @@ expert's trace with one thing broken, which counts from the first changed token 
 
     equation                                            where                           test, in tests/test_reward.py
     D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits            airl_discriminator_by_hand
-    logit = f (GAIL; 2510.01857's released code)        discriminator_logits            the_discriminator_learns
+    logit = f (GAIL; 2510.01857's released code)        discriminator_logits            airl_discriminator_by_hand
     BCE, smoothed labels (released code)                bce_loss                        bce_by_hand
     half experts, half negatives (released code)        comparison_loss                 comparison_loss_by_hand
     r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards     rewards_are_clipped_and_sharpened
@@ -19,8 +19,9 @@ expert's trace with one thing broken, which counts from the first changed token 
     f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward    a_likelihood_is_.., a_head_reads_..
     perturbed negatives (2510.01857)                    data.perturbed_negatives, compare  perturbed_negatives_count_from_..
 
-Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy was. With logit = f it is the
-log-ratio expert / policy, and is worth nothing once the policy has moved on.
+Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy was; nearly so with smoothed
+labels, and as far as the negatives are the policy's own. With logit = f it is the log-ratio expert / policy, and is worth
+nothing once the policy has moved on.
 
 Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every token of two traces.
 """
@@ -111,8 +112,8 @@ def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -
 class LikelihoodReward(torch.nn.Module):
     """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart.
 
-    It starts as a copy of the policy's start: f - log pi = 0 and D = 1/2 everywhere, with all that the base knows already
-    in f. It scores every token of the vocabulary at once.
+    It starts as a copy of the base, with all that this knows already in f; if the policy does, too, f - log pi = 0 and D = 1/2
+    everywhere, at temperature 1. It scores every token of the vocabulary at once.
     """
 
     scores_all_actions = True
