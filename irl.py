@@ -244,6 +244,7 @@ def main() -> None:
     print(f"{len(loop.experts)} demonstrations, for instance\n{loop.experts[0].question}\n{loop.experts[0].trace}\n")
     for _ in range(10):
         metrics = loop.warm_up()
+    loop.end_warm_up()
     print("after 10 warm-up updates, discriminator: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
     for iteration in range(1, 4):
         print(f"\niteration {iteration}")
