@@ -1,8 +1,8 @@
-"""Every number of the README's results, from one command.
+"""Every number of the README's results, from a command for each kind of problems.
 
-    python -m experiments.run                     everything: hours on two cores; started again, it goes on
+    python -m experiments.run                     everything of words: hours on two cores; started again, it goes on
+    python -m experiments.run --data countdown --model countdown-base --sizes 64,256       everything of countdown
     python -m experiments.run --only main         one part: choose, main, variants, ablations, ..
-    python -m experiments.run --data D --model M --sizes 64,256      other problems than words, from another base
     python -m experiments.run --quick             the whole path in minutes with tiny counts; its numbers mean nothing
     python -m experiments.run --tables            only the tables and figures, from the results that are there
 
@@ -231,7 +231,7 @@ def all_trials(parts: list[str], data: str, model: str, sizes: tuple, seeds: int
     trials = choose_trials(data) if "choose" in parts else []
     trials += main_trials(data, model, sizes, seeds) if "main" in parts else []
     trials += grpo_trials(data, model, seeds) if "grpo" in parts else []
-    trials += own_grade_trials(seeds) if "own_grade" in parts and data == "countdown" else []
+    trials += own_grade_trials(seeds) if "own_grade" in parts else []
     if "variants" in parts:
         trials += changed_trials("variants", VARIANTS, seeds)
     if "ablations" in parts:
