@@ -13,13 +13,15 @@ runs/real-<model>/, where the trained models are too: `rerank.py --run runs/real
     sft_fair              SFT averaged with its start, at a temperature; both chosen on validation
     negatives             answers of SFT and of the few-shot model to the demonstrations' questions, for all rewards
     reward                f = log p_phi with AIRL's logit;  reward_dense, reward_sparse: the paper's head with GAIL's
-    rerank                best of n of the few-shot model's samples, and of SFT's, by every judge
-    localise              the first wrong step on ProcessBench, thresholds from MR-GSM8K
+    judge_base, judge_..  what the base, SFT, fair SFT and each reward say of all samples, and of each step of solutions
     irl, grpo             policies that go on from SFT, as far as --minutes go; GRPO takes as many steps
+    rerank                best of n of the few-shot model's samples, and of SFT's, by every judge that is there
+    localise              the first wrong step on ProcessBench, thresholds from MR-GSM8K, likewise
 
-Few-shot samples are in GSM8K's own form, `#### 18` at the end. Judges know the tags of the demonstrations, so these samples
-are put into them and tokenised anew (`in_tags`); their `logprob` is that of the tokens that were sampled. The answer check
-is asked by evaluation, by the choice of sft_fair's temperature, which helps a baseline, and by GRPO; no reward sees it.
+Few-shot samples are in GSM8K's own form, `#### 18` at the end. Judges know the tags of the demonstrations, so samples are put
+into them where they have none, and tokenised anew (`in_tags`); their `logprob` is that of the tokens that were sampled. The
+answer check is asked by evaluation, by the choice of sft_fair's temperature, which helps a baseline, and by GRPO; no reward
+sees it.
 """
 
 import copy
@@ -34,6 +36,7 @@ from os import environ
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import baselines
@@ -43,7 +46,7 @@ import policy
 import rerank
 import reward
 import train
-from engine import checkpoint, loading
+from engine import checkpoint, loading, lora
 from engine.candidates import Candidates, collect, from_texts, reward_ends
 from engine.chat import at_date, token_ids
 from engine.errors import Parser, UserError, exit_status, nearest
@@ -67,6 +70,8 @@ KINDS = {
     "reward_sparse": dict(reward="head", logit="gail", granularity="sparse"),
 }
 RULES = ("mean", "last", "lowest")
+SOURCES = {"few_shot": "few_shot", "sft": "sft_samples"}  # whose samples are judged: where they are
+JUDGES = {"base": "logprob", "sft": "sft_logprob", "sft_fair": "sft_fair_logprob"} | {kind: kind for kind in KINDS}
 # Batches of 8 questions; two passes over 128 demonstrations for a reward, three for SFT. Rates are train.py's.
 FLAGS = ("--lora-rank 16 --questions 8 --group 4 --rollouts-per-expert 2 --perturbed 1 --sft-batch 16 --max-new-tokens 320 "
          "--micro-batch 4 --extra-questions 4")  # fmt: skip
@@ -120,7 +125,22 @@ class Job:
 
     def found(self, stage: str) -> dict:
         """What a stage before this one has found."""
-        return json.loads((self.results / f"{stage}.json").read_text())
+        path = self.results / f"{stage}.json"
+        if not path.exists():
+            raise UserError(f"the stage {stage} must come first: {path} is missing")
+        return json.loads(path.read_text())
+
+    def judged(self) -> dict[str, dict]:
+        """What the judges that are there have found, by the names of JUDGES."""
+        return {name: self.found(f"judge_{name}") for name in JUDGES if (self.results / f"judge_{name}.json").exists()}
+
+    @cached_property
+    def solutions(self) -> dict[str, list[steps.Solution]]:
+        """{"dev", "test"} of --mr-gsm8k and --processbench: nothing without both."""
+        a = self.args
+        files = {"dev": a.mr_gsm8k, "test": a.processbench} if a.mr_gsm8k and a.processbench else {}
+        read = {part: steps.read_solutions(path, a.solutions) for part, path in files.items()}
+        return {part: steps.fitting(self.run.tokenizer, solutions, self.run.context) for part, solutions in read.items()}
 
     def few_shot_ids(self, question: str) -> list[int]:
         """The prompt that shows worked examples first. They are training examples beside the demonstrations."""
@@ -130,7 +150,32 @@ class Job:
         """The one to train, with an adapter on the base, or what was trained."""
         run = copy.copy(self.run)
         run.s = replace(run.s, **KINDS[kind])
-        return run.load_discriminator(kind if trained else None)
+        found = run.load_discriminator()
+        if trained:
+            self.recall(found.reward_model.model, kind)
+        return found
+
+    def keep(self, model, name: str) -> None:
+        """What was trained alone: with --lora-rank an adapter, a hundredth of the merged model that a run's folder has."""
+        self.adapters.mkdir(parents=True, exist_ok=True)
+        trained = {key: p.detach().cpu().contiguous() for key, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, self.adapters / f"{name}.safetensors")
+
+    def recall(self, model, name: str):
+        """`model`, as the run would begin to train it, with what `keep` has kept: bf16 weights under a float32 adapter, which
+        a merged model in bf16 would have rounded away."""
+        kept, parameters = load_file(self.adapters / f"{name}.safetensors"), dict(model.named_parameters())
+        for key, value in kept.items():
+            parameters[key].data.copy_(value)
+        return model
+
+    def load(self, name: str):
+        """The policy that was trained under that name."""
+        return self.recall(self.run.to_train(), name)
+
+    @property
+    def adapters(self) -> Path:
+        return self.folder / "adapters"
 
 
 def results_folder() -> Path:
@@ -319,6 +364,7 @@ def sft(job: Job) -> tuple[dict, str]:
     count = max(1, passes * len(run.experts) // run.s.sft_batch)
     trainer = baselines.SFT(replace(run.s, sft_steps=count), run.tokenizer, run.to_train(), run.experts)
     metrics = train_steps(job, "sft", trainer, count)
+    job.keep(trainer.policy_model, "sft")
     run.save_model(trainer.policy_model, "sft")
     losses = [one["policy"]["loss"] for one in metrics]
     return {"losses": losses}, f"{count} updates, loss {losses[0]:.3f} to {losses[-1]:.3f}"
@@ -326,34 +372,34 @@ def sft(job: Job) -> tuple[dict, str]:
 
 def sft_samples(job: Job) -> tuple[dict, str]:
     """What SFT's policy writes, as many samples as the few-shot model."""
-    found = evaluate(job, "sft", job.run.load("sft"))
+    found = evaluate(job, "sft", job.load("sft"))
     return found, says(found)
 
 
 def sft_fair(job: Job) -> tuple[dict, str]:
     """Shares of the start by the likelihood of held-out demonstrations, then the temperature by accuracy on the same
-    validation questions. The averages of merged weights are those of the adapters: the base is the same."""
+    validation questions."""
     run, a = job.run, job.args
-    held, learnt, model = run.validation[: a.validation], run.load("sft"), run.load("sft")
-    start = loading.load_policy(run.s.model, run.device)[0]
+    held, start = run.validation[: a.validation], lora.start_of(run.to_train())
     batch = data.demonstration_batch(run.tokenizer, held, run.device)
 
-    def average(share: float) -> None:
-        for parameter, one, other in zip(model.parameters(), learnt.parameters(), start.parameters(), strict=True):
-            parameter.data.copy_(one.data.lerp(other.data, share))
+    def averaged(share: float):
+        model = job.load("sft")
+        lora.average(model, start, share)
+        return model
 
     def likelihood(share: float) -> float:
-        average(share)
-        values = policy.in_chunks(lambda part: policy.token_logprobs(model, part), batch, 8)
+        values = policy.in_chunks(partial(policy.token_logprobs, averaged(share)), batch, 8)
         return float(values.sum() / batch.response_mask.sum())
 
     by_share = {share: likelihood(share) for share in SHARES}
     share = max(by_share, key=by_share.get)
-    average(share)
+    model = averaged(share)
     prompt, by_temperature = partial(data.prompt_ids, run.tokenizer), {}
     for t in TEMPERATURES:
         by_temperature[t] = accuracy(held, sample(job, f"sft_fair_{share}_{t}", model, held, prompt, 1, t))[0]
     t = max(by_temperature, key=by_temperature.get)
+    job.keep(model, "sft_fair")  # as a judge it is not divided (rerank.load_judges says why)
     policy.divide_logits(model, t)
     run.save_model(model, "sft_fair")
     job.keep_settings(run, fair_average=share, fair_temperature=t)
@@ -366,7 +412,7 @@ def negatives(job: Job) -> tuple[dict, str]:
     """Two answers of SFT's policy to each demonstration's question, and two of the few-shot model: sampling is dear, so all
     rewards learn from the same. They are texts; whether they are right is not asked."""
     run = job.run
-    own = sample(job, "negatives_sft", run.load("sft"), run.experts, partial(data.prompt_ids, run.tokenizer), 2, 1.0)
+    own = sample(job, "negatives_sft", job.load("sft"), run.experts, partial(data.prompt_ids, run.tokenizer), 2, 1.0)
     shown = sample(job, "negatives_few_shot", run.base, run.experts, job.few_shot_ids, 2, 1.0)
     texts = [{"sft": a["ids"], "few_shot": [in_tags(text) for text in b["texts"]]} for a, b in zip(own, shown)]
     return {"negatives": texts}, f"{4 * len(texts)} samples for {len(texts)} demonstrations"
@@ -411,77 +457,70 @@ def learn_reward(kind: str, job: Job) -> tuple[dict, str]:
     texts = job.found("negatives")["negatives"]
     pool = [{"sft": one["sft"], "few_shot": [ids(text) for text in one["few_shot"]]} for one in texts]
     discriminator = job.discriminator(kind, trained=False)
-    pi = run.load("sft") if discriminator.logit == "airl" else None
+    pi = job.load("sft") if discriminator.logit == "airl" else None
     trainer = RewardTrainer(run.s, run.tokenizer, discriminator, pi, run.experts, pool)
     count = max(1, (1 if job.args.quick else 2) * len(run.experts) // run.s.questions)
     metrics = train_steps(job, kind, trainer, count)
+    job.keep(discriminator.reward_model.model, kind)
     run.save_model(discriminator.reward_model.model, kind)
     last = metrics[-4:]
     means = {name: sum(one[name] for one in last) / len(last) for name in ("loss", "accuracy", "d_expert", "d_negative")}
     return {"metrics": metrics}, f"{count} updates, D right on {means['accuracy']:.3f} of the last tokens"
 
 
-def judges(job: Job, base: bool) -> dict[str, Callable]:
-    """name -> loader of (function(batch) -> scores of tokens, function(batch) -> where they are read). One at a time is in
-    memory. The averaged SFT judges before its logits are divided (rerank.load_judges says why)."""
-
-    def likelihood(name):
-        model = job.run.load(name)
-        if name == "sft_fair":
-            policy.divide_logits(model, 1 / job.found("sft_fair")["temperature"])
-        return partial(policy.token_logprobs, model), lambda batch: batch.response_mask
-
-    def learnt(kind):
-        discriminator = job.discriminator(kind, trained=True)
+def load_judge(job: Job, name: str) -> tuple[Callable, Callable]:
+    """(function(batch) -> scores of tokens, function(batch) -> where a trace's are read): [B, T] both."""
+    if name in KINDS:
+        discriminator = job.discriminator(name, trained=True)
         return discriminator.reward_model.scores, lambda batch: reward_ends(batch, discriminator)
-
-    found = {"logprob": partial(likelihood, None)} if base else {}
-    found |= {signal: partial(likelihood, name) for signal, name in rerank.JUDGES.items()}
-    return found | {kind: partial(learnt, kind) for kind in KINDS}
+    model = job.run.load() if name == "base" else job.load(name)
+    return partial(policy.token_logprobs, model), lambda batch: batch.response_mask
 
 
-def judged(job: Job, source: str, name: str, load: Callable, sampled: list[dict]) -> list[dict]:
-    """What one judge says of every sample, {rule: [n]} per question. SFT's samples are judged as they were sampled, token
-    by token; the few-shot model's as text in tags."""
-    run, n, loaded = job.run, len(sampled[0]["texts"]), []
+def judge(name: str, job: Job) -> tuple[dict, str]:
+    """What one model says: {"few_shot", "sft": of every sample {rule: [n]} per question, "dev", "test": of every step}. Of its
+    own samples it has said it when it sampled."""
+    if name == "sft_fair" and job.found("sft_fair")["share"] == 0:  # SFT itself, at another temperature: as a judge the same
+        found = {part: scores for part, scores in job.found("judge_sft").items() if isinstance(scores, list)}
+        return found, "as judge_sft"
+    run, loaded = job.run, []
 
-    def some(chosen, start):
-        loaded[:] = loaded or load()  # not at all if everything is there
-        examples = run.test[start : start + len(chosen)]
-        if source == "few_shot":
-            texts = [in_tags(text) for one in chosen for text in one["texts"]]
-            batch = from_texts(run.tokenizer, examples, texts, n).batch
-        else:
-            prompts = [data.prompt_ids(run.tokenizer, e.question) for e in examples for _ in range(n)]
-            batch = data.make_batch(prompts, [ids for one in chosen for ids in one["ids"]])
-        values = policy.in_chunks(lambda part: loaded[0](part.to(run.device)).cpu(), batch, 32)
-        return trace_scores(values, loaded[1](batch), n)
+    def model():
+        loaded[:] = loaded or load_judge(job, name)  # not at all if everything is there
+        return loaded
 
-    return in_parts(job, f"{source}_{name}", sampled, max(1, 64 // n), some)
+    def of_samples(chosen, start):
+        (function, ends), n = model(), len(chosen[0]["texts"])
+        texts = [in_tags(text) for one in chosen for text in one["texts"]]
+        batch = from_texts(run.tokenizer, run.test[start : start + len(chosen)], texts, n).batch
+        values = policy.in_chunks(lambda part: function(part.to(run.device)).cpu(), batch, 32)
+        return trace_scores(values, ends(batch), n)
+
+    def of_steps(chosen, start):
+        return steps.score(run.tokenizer, chosen, model()[0], run.device)
+
+    found = {}
+    for source, stage in SOURCES.items() if name != "base" else ():
+        if source != name:
+            samples = job.found(stage)["samples"]
+            found[source] = in_parts(job, f"{source}_{name}", samples, max(1, 64 // job.args.samples), of_samples)
+    for part, solutions in job.solutions.items():
+        found[part] = in_parts(job, f"steps_{part}_{name}", solutions, 16, of_steps)
+    return found, ", ".join(f"{len(scores)} of {part}" for part, scores in found.items())
 
 
 def rerank_samples(job: Job) -> tuple[dict, str]:
-    """Every judge on both models' samples; their scores are kept."""
-    found, lines = {}, []
-    for source in ("few_shot", "sft"):
-        sampled = kept_samples(job, source)
-        scores = {"logprob": [{rule: one[rule] for rule in RULES} for one in sampled]}
-        for name, load in judges(job, base=False).items():
-            same = source == "sft" and name == "sft_logprob"  # SFT judging its own samples has said it when it sampled
-            scores[name] = scores["logprob"] if same else judged(job, source, name, load, sampled)
-        found[source] = choices(job.run.test, sampled, scores) | {"scores": scores}
+    """Both models' samples, chosen among by every judge that is there."""
+    judged, found, lines = job.judged(), {}, []
+    for source, stage in SOURCES.items():
+        sampled = job.found(stage)["samples"]
+        own = [{rule: one[rule] for rule in RULES} for one in sampled]
+        scores = {JUDGES[name]: said.get(source, own) for name, said in judged.items()}
+        found[source] = choices(job.run.test, sampled, {"logprob": own} | scores)
         best = found[source][str(len(sampled[0]["texts"]))]
         shown = ("random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "reward", "oracle")
-        lines.append(f"{source}: " + ", ".join(f"{way} {best[way][0]:.3f}" for way in shown))
-    return found, "; ".join(lines)
-
-
-def kept_samples(job: Job, source: str) -> list[dict]:
-    """The samples at temperature 1 with their tokens, from the parts that they were sampled in."""
-    path = job.folder / "parts" / f"{source}_t1.jsonl"
-    if not path.exists():
-        raise UserError(f"{path} with the samples' tokens is gone: remove {job.results} to sample again")
-    return [json.loads(line)["found"] for line in path.read_text().splitlines()]
+        lines.append(f"{source}: " + ", ".join(f"{way} {best[way][0]:.3f}" for way in shown if way in best))
+    return found | {"judges": list(judged)}, "; ".join(lines)
 
 
 def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dict:
@@ -500,28 +539,17 @@ def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dic
 
 
 def localise(job: Job) -> tuple[dict, str]:
-    """The first wrong step: what asks no model, then every judge."""
-    a, run = job.args, job.run
-    if not (a.processbench and a.mr_gsm8k):
-        raise UserError("localise needs --processbench FILE and --mr-gsm8k FILE, or --without localise")
-    files = {"dev": a.mr_gsm8k, "test": a.processbench}
-    read = {part: steps.read_solutions(path, a.solutions) for part, path in files.items()}
-    parts = {part: steps.fitting(run.tokenizer, solutions, run.context) for part, solutions in read.items()}
-    labels = [steps.labels_of(part) for part in parts.values()]
-    found = {"guesses": steps.guesses(parts["test"]), "signals": {}, "scores": {}}
-    for name, load in judges(job, base=True).items():
-        loaded = []
-
-        def some(chosen, start):
-            loaded[:] = loaded or load()
-            return steps.score(run.tokenizer, chosen, loaded[0], run.device)
-
-        scores = {part: in_parts(job, f"steps_{part}_{name}", solutions, 16, some) for part, solutions in parts.items()}
-        dev, test = (steps.by_rule(part) for part in scores.values())
-        found["signals"][name] = steps.localise(dev, labels[0], test, labels[1])
-        found["scores"][name] = scores
+    """The first wrong step: what asks no model, then every judge that is there."""
+    solutions, judged = job.solutions, job.judged()
+    labels = {part: steps.labels_of(some) for part, some in solutions.items()}
+    found = {"guesses": steps.guesses(solutions["test"]), "signals": {}, "judges": list(judged)}
+    for name, said in judged.items():
+        if len(said.get("test", ())) != len(solutions["test"]):
+            raise UserError(f"judge_{name} was run on other solutions: remove {job.results / f'judge_{name}.json'}")
+        dev, test = (steps.by_rule(said[part]) for part in ("dev", "test"))
+        found["signals"][JUDGES[name]] = steps.localise(dev, labels["dev"], test, labels["test"])
     line = ", ".join(f"{name} {f1:.3f}" for name, f1 in f1_by_name(found).items())
-    return found, f"F1 on {len(parts['test'])} solutions: {line}"
+    return found, f"F1 on {len(solutions['test'])} solutions: {line}"
 
 
 def f1_by_name(found: dict) -> dict[str, float]:
@@ -530,12 +558,11 @@ def f1_by_name(found: dict) -> dict[str, float]:
 
 
 def irl_policy(job: Job) -> tuple[dict, str]:
-    """IRL's loop from SFT, on the reward that was learnt, which goes on learning beside it with an adapter of its own."""
+    """IRL's loop from SFT, on the reward that was learnt, which goes on learning beside it."""
     run, a = job.run, job.args
     discriminator = job.discriminator("reward", trained=True)
-    discriminator.reward_model.model = run.to_train(discriminator.reward_model.model)
     settings = replace(run.s, start="sft", max_steps=a.steps, grpo_steps=a.steps)
-    loop = irl.IRL(settings, run.tokenizer, run.to_train(run.load("sft")), discriminator, run.experts)
+    loop = irl.IRL(settings, run.tokenizer, job.load("sft"), discriminator, run.experts)
     metrics = train_steps(job, "irl", loop, a.steps, a.minutes)
     run.save_model(loop.policy_model, "policy")
     found = {"steps": len(metrics), "metrics": metrics} | evaluate(job, "irl", loop.policy_model, n=max(1, a.samples // 4))
@@ -546,7 +573,7 @@ def grpo(job: Job) -> tuple[dict, str]:
     """True answers, from the same start, on the same questions, for as many samples as IRL took."""
     run, count = job.run, job.found("irl")["steps"]
     settings = replace(run.s, grpo_steps=count, max_steps=count)
-    trainer = baselines.GRPO(settings, run.tokenizer, run.to_train(run.load("sft")), run.experts)
+    trainer = baselines.GRPO(settings, run.tokenizer, job.load("sft"), run.experts)
     metrics = train_steps(job, "grpo", trainer, count)
     run.save_model(trainer.policy_model, "grpo")
     found = {"steps": count, "metrics": metrics}
@@ -556,9 +583,18 @@ def grpo(job: Job) -> tuple[dict, str]:
 
 STAGES: dict[str, Callable] = {
     "zero_shot": zero_shot, "few_shot": few_shot, "sft": sft, "sft_samples": sft_samples, "sft_fair": sft_fair,
-    "negatives": negatives, **{kind: partial(learn_reward, kind) for kind in KINDS}, "rerank": rerank_samples,
-    "localise": localise, "irl": irl_policy, "grpo": grpo,
+    "negatives": negatives, "reward": partial(learn_reward, "reward"),
+    **{f"judge_{name}": partial(judge, name) for name in ("base", "sft", "sft_fair", "reward")}, "irl": irl_policy, "grpo": grpo,
+    "reward_dense": partial(learn_reward, "reward_dense"), "judge_reward_dense": partial(judge, "reward_dense"),
+    "reward_sparse": partial(learn_reward, "reward_sparse"), "judge_reward_sparse": partial(judge, "reward_sparse"),
+    "rerank": rerank_samples, "localise": localise,
 }  # fmt: skip
+
+
+def is_done(job: Job, stage: str) -> bool:
+    """Its file is there and, of what is made of the judges' scores, no judge has come since."""
+    path = job.results / f"{stage}.json"
+    return path.exists() and json.loads(path.read_text()).get("judges", list(job.judged())) == list(job.judged())
 
 
 def memory_gb(device: torch.device) -> float:
@@ -720,7 +756,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     loading.quiet()
     job = Job(args, args.name or Path(args.model).name)
-    for stage in (stage for stage in wanted(args) if not (job.results / f"{stage}.json").exists()):
+    for stage in (stage for stage in wanted(args) if not is_done(job, stage)):
         job.run  # noqa: B018  loads, once
         with checkpoint.locked(job.folder):
             about = {"demonstrations": len(job.run.experts), "questions": len(job.run.test),
