@@ -149,13 +149,18 @@ def token_at(tokenizer, ids, offset: int) -> int:
 def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: int = 0) -> tuple[list[Example], int]:
     """Drop what does not fit the model's context: (examples that fit, number dropped). An example fits if its prompt with its
     own trace, and its prompt with `new_tokens` sampled ones, are at most `context` tokens long. Cutting a trace instead
-    would teach the reward that experts stop in mid-sentence."""
-    kept = []
+    would teach the reward that experts stop in mid-sentence. UserError if the tokenizer cannot write most of them."""
+    kept, unwritten = [], []
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, *end_tokens(tokenizer)}
     for example in examples:
-        prompt = len(prompt_ids(tokenizer, example.question))
-        response = len(response_ids(tokenizer, response_text(example.trace, example.answer)))
-        if prompt + max(response, new_tokens) <= context:
+        prompt = prompt_ids(tokenizer, example.question)
+        response = response_ids(tokenizer, response_text(example.trace, example.answer))
+        unwritten += [example] * (not unknown.isdisjoint(prompt + response))
+        if len(prompt) + max(len(response), new_tokens) <= context:
             kept.append(example)
+    if 2 * len(unwritten) > len(examples):
+        raise UserError(f"this model's tokenizer has no tokens for {len(unwritten)} of {len(examples)} examples, such as "
+                        f"{unwritten[0].question[:60]!r}: these problems need another --model")  # fmt: skip
     if not kept:
         raise UserError(f"none of the {len(examples)} examples fits the model's context of {context} tokens")
     return kept, len(examples) - len(kept)
@@ -273,7 +278,7 @@ def perturb(example: Example, rng: random.Random, kind: str | None = None) -> Ex
 
     kind: 'number' (one number of the trace), 'operator' (its inverse), 'answer' (another number, or another option),
     'swap' (two numbers change places); drawn at random if None. A change that would change nothing, or only the order
-    of a sum, is not made.
+    of a sum or product, is not made.
 
     >>> perturb(Example("?", "3*12=36", "36"), random.Random(0), "operator").trace
     '3/12=36'
@@ -325,7 +330,7 @@ def swap_numbers(example: Example, rng: random.Random) -> Example | None:
     trace, spans = example.trace, [match.span() for match in re.finditer("[0-9]+", example.trace)]
     for _ in range(20 * (len(spans) > 1)):  # most pairs will do; a short trace of equal numbers has none
         (a, b), (c, d) = sorted(rng.sample(spans, 2))
-        commutes = re.fullmatch(r"\s*[+*×]\s*", trace[b:c])
+        commutes = re.fullmatch(r"([\s\d]*\+)+\s*|([\s\d]*[*×])+\s*", trace[b:c])  # all of a sum, or of a product
         if trace[a:b].lstrip("0") != trace[c:d].lstrip("0") and not commutes:
             return replace(example, trace=trace[:a] + trace[c:d] + trace[b:c] + trace[a:b] + trace[d:])
     return None

@@ -33,7 +33,7 @@ import policy
 import reward
 from data import Example
 from engine import loading, logprob, lora
-from engine.settings import parse_settings
+from engine.settings import parse_settings, sums_all
 from policy import Rollout
 
 
@@ -106,7 +106,8 @@ class IRL:
 
         The reward's weights are averaged with their start (lora.average says why). With start = reward the policy then begins
         at the optimum for this f: E[f - alpha log pi] is greatest at pi ~ exp(f / alpha), which is the reward's own network
-        with its logits divided by alpha, as long as gamma = 0 and f is a likelihood. With adapters, these alone are copied.
+        with its logits divided by alpha, as long as gamma = 0 and f is a likelihood. (pi is the policy as it samples in
+        training, at --temperature.) With adapters, these alone are copied.
         """
         s, reward_model = self.settings, self.discriminator.reward_model
         lora.average(reward_model, self.reward_start, s.reward_average)
@@ -114,7 +115,7 @@ class IRL:
         if s.start == "reward":
             for parameter, learnt in zip(lora.trained(self.policy_model), lora.trained(reward_model), strict=True):
                 parameter.copy_(learnt)
-            policy.divide_logits(self.policy_model, s.entropy_coef)
+            policy.divide_logits(self.policy_model, s.entropy_coef / s.temperature)
             if s.kl_coef:
                 self.keep_reference()
 
@@ -168,7 +169,7 @@ class IRL:
     def update_policy(self, rollout: Rollout, rewards: torch.Tensor, reward_hidden: torch.Tensor) -> dict:
         """Stage 4. One step of the policy (`epochs` of them on one rollout)."""
         s, batch = self.settings, rollout.batch
-        if s.policy_loss == "exact" and not s.gamma and not s.kl_coef:  # the default: nothing hangs on the sampled tokens
+        if sums_all(s):  # the default: nothing hangs on the sampled tokens
             loss = lambda rows: self.exact_loss(batch[rows], reward_hidden[rows])
         else:
             advantages = self.advantages(batch, rewards)  # [B, T]

@@ -84,7 +84,8 @@ def sample(
     model, prompts: list[list[int]], ends: tuple[int, ...], max_new_tokens: int, group: int = 1, temperature: float = 1.0,
     top_p: float = 1.0, generator: torch.Generator | None = None, rows: int = 512,
 ) -> Rollout:  # fmt: skip
-    """Sample `group` responses for each prompt, at most `rows` at a time. Row i*group + g is sample g of prompt i.
+    """Sample `group` responses for each prompt, at most `rows` at a time, but one prompt's at least. Row i*group + g is
+    sample g of prompt i.
     A row ends with the first of the tokens `ends` (data.end_tokens) that it draws.
 
     Log-probabilities are those of the policy that temperature makes, log softmax(logits / temperature) (temperature 0:

@@ -149,9 +149,8 @@ class HeadReward(torch.nn.Module):
 
     def scores(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
-        hidden = self.hidden(batch) if hidden is None else hidden
-        with logprob.half_precision(hidden.device):
-            return self.model.score(hidden).squeeze(-1).float() * batch.response_mask
+        hidden, head = self.hidden(batch) if hidden is None else hidden, self.model.score
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float() * batch.response_mask
 
 
 def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:
@@ -318,7 +317,7 @@ def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> 
 
 
 def expert_parts(comparison: Comparison, micro_batch: int, micro_tokens: int) -> list[torch.Tensor]:
-    """memory.micro_batches of the experts, where each brings all its negatives along."""
+    """memory.micro_batches of the experts, where each brings all its negatives along: at the least one such family."""
     expert, negative, pair = comparison.expert, comparison.negative, comparison.pair
     per_chunk = max(1, micro_batch * len(expert) // (len(expert) + len(negative)))
     family = 1 + int(pair.bincount().max()) if len(pair) else 1  # rows
@@ -356,10 +355,12 @@ def update(discriminator: Discriminator, optimizer, policy_model, comparison: Co
             value = value - nll_coef * likelihood * count / experts
         value.backward()
         sums["loss"] += float(value.detach())
-        with torch.no_grad():  # D > 1/2 on experts, < 1/2 on negatives
+        with torch.no_grad():
             sums["d_expert"] += float((w_e * logits_e.sigmoid()).sum())
             sums["d_negative"] += float((w_n * logits_n.sigmoid()).sum())
-            sums["accuracy"] += 0.5 * float((w_e * (logits_e > 0)).sum() + (w_n * (logits_n < 0)).sum())
+            # D > 1/2 on experts, < 1/2 on negatives; D = 1/2, where AIRL starts, is right half of the time
+            right = (w_e * (1 + logits_e.sign())).sum() + (w_n * (1 - logits_n.sign())).sum()
+            sums["accuracy"] += 0.25 * float(right)
     sums = parallel.total_of(sums)
     return sums | policy.optimizer_step(optimizer, sums["loss"])
 

@@ -195,12 +195,18 @@ def complete(given: dict) -> Settings:
         small_start = "reward" if can_start_at_reward(s) else "base"
         s.start = small_start if small else "base" if s.explain else "sft"
     check(s)
+    check_given(given, s)
     return s
 
 
 def scores_all_actions(s: Settings) -> bool:
     """Whether there is an f of every action at every token, to be summed."""
     return s.reward == "likelihood" and s.logit == "airl" and s.granularity == "dense"
+
+
+def sums_all(s: Settings) -> bool:
+    """Whether the policy's loss hangs on no sampled token: f of every action, and nothing that follows."""
+    return s.policy_loss == "exact" and not s.gamma and not s.kl_coef
 
 
 def can_start_at_reward(s: Settings) -> bool:
@@ -228,6 +234,19 @@ def check_values(values: dict, may_be: dict[str, tuple], named: Callable[[str], 
             raise UserError(f"{named(name)} must be {expected}, not {value!r}")
 
 
+def check_given(given: dict, s: Settings) -> None:
+    """Refuse what was given and would change nothing: whoever gave it expects that it does."""
+    for name, idle, beside in (
+        ("interval", s.granularity != "interval", f"--granularity {s.granularity}"),
+        ("entropy_coef", s.logit == "gail", "--logit gail"),
+        ("replay", s.rollouts_per_expert == 1, "--rollouts-per-expert 1, of which half, rounded down, would be old"),
+        ("reward_clip", sums_all(s), "--policy-loss exact, which sums f itself"),
+        ("reward_lr", s.reward == "random", "--reward random"),
+    ):
+        if idle and given.get(name):
+            raise UserError(f"{flag(name)} {given[name]} changes nothing beside {beside}: leave one of them out")
+
+
 def check(s: Settings) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     check_values(vars(s), MAY_BE)
@@ -243,6 +262,11 @@ def check(s: Settings) -> None:
         (s.start == "reward" and not can_start_at_reward(s),
          "--start reward takes --reward likelihood, --logit airl, --granularity dense, --gamma 0, "
          "--reward-nll and --entropy-coef above 0, and no other --reward-model"),
+        ("irl" in s.methods and s.granularity != "dense" and s.gamma == 0,
+         f"--gamma 0 pays each token for its own score alone, and with --granularity {s.granularity} most have none: leave it "
+         "out, or give --gamma 1"),
+        ("irl" in s.methods and s.epochs > 1 and s.policy_loss != "ppo" and not sums_all(s),
+         f"--epochs {s.epochs} takes --policy-loss ppo, whose ratio accounts for samples of an earlier policy"),
         (s.weights == "bf16" and not s.lora_rank,
          "--weights bf16 is for a frozen base, with --lora-rank: weights that train are float32, or small steps would vanish"),
         (s.explain and ("irl" not in s.methods or s.start == "sft" or not s.discriminator_coef or s.reward == "random"),

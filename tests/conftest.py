@@ -71,11 +71,16 @@ def all_groups(log_pi, rewards, group: int):
         yield logprobs.detach().sum().exp(), mask, rewards[steps, chosen] * mask, logprobs
 
 
-def true_gradient(theta, rewards):
-    """Of E[r_0 + r_1] under the policy softmax(theta), [2, 2]."""
-    groups = all_groups(theta.log_softmax(-1), rewards, 1)
-    value = sum(logprobs.sum().exp() * r.sum() for _, _, r, logprobs in groups)
-    return torch.autograd.grad(value, theta)[0]
+def true_gradient(theta, rewards, gamma=1.0):
+    """Of E[r_0 + gamma r_1] under the policy softmax(theta), [2, 2], by theta[0]; by theta[1] of E[r_1], what is left when
+    it is reached: as nearly everybody does, a step's own return is not discounted by the steps before it."""
+
+    def gradient(gamma):
+        groups = all_groups(theta.log_softmax(-1), rewards, 1)
+        value = sum(logprobs.sum().exp() * (r[0, 0] + gamma * r[0, 1]) for _, _, r, logprobs in groups)
+        return torch.autograd.grad(value, theta)[0]
+
+    return torch.stack([gradient(gamma)[0], gradient(1.0)[1]])
 
 
 @pytest.fixture

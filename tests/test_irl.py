@@ -233,15 +233,16 @@ def test_the_expected_reward_is_the_mean_over_actions(shipped, settings):
     assert_close((log_pi.exp() * (rewards - expected[:, None])).sum(-1), torch.zeros(len(expected)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
 @pytest.mark.parametrize("loss, group", [("exact", 2), ("exact", 3), ("reinforce", 2), ("reinforce", 3)])
-def test_sums_over_actions_and_what_follows_make_the_true_gradient(loss, group, monkeypatch):
-    """gamma 1, two steps: the mean over all groups of samples of the exact loss's gradient, and of REINFORCE's, is that
-    of E[r_0 + r_1]. Ending early is judged against going on."""
+def test_sums_over_actions_and_what_follows_make_the_true_gradient(loss, group, gamma, monkeypatch):
+    """Two steps: the mean over all groups of samples of the exact loss's gradient, and of REINFORCE's, is that of
+    E[r_0 + gamma r_1]. Ending early is judged against going on."""
     theta = torch.tensor([[0.0, 0.0], [0.2, -0.3]], requires_grad=True)
     rewards, surrogate = torch.tensor([[0.1, -0.4], [2.0, 0.6]]), 0.0
     log_pi = theta.log_softmax(-1)
     expected = (log_pi.exp() * rewards).sum(-1)  # [2], E_{a~pi} r(s_t, a)
-    loop = SimpleNamespace(settings=SimpleNamespace(policy_loss=loss, gamma=1.0, group=group, advantage_scale="batch"))
+    loop = SimpleNamespace(settings=SimpleNamespace(policy_loss=loss, gamma=gamma, group=group, advantage_scale="batch"))
     monkeypatch.setattr(policy, "normalise", lambda advantages, mask, group: advantages)  # a scale by the batch is a bias
     for probability, mask, r, logprobs in all_groups(log_pi, rewards, group):
         tokens, ones = torch.zeros(group, 3, dtype=torch.long), torch.ones(group, dtype=torch.long)
@@ -250,7 +251,7 @@ def test_sums_over_actions_and_what_follows_make_the_true_gradient(loss, group, 
         advantages = irl.IRL.advantages(loop, batch, r)[:, 1:]
         gained = (advantages * logprobs).sum() + (loss == "exact") * (expected * mask).sum()
         surrogate = surrogate + probability * gained / group
-    assert_close(torch.autograd.grad(surrogate, theta)[0], true_gradient(theta, rewards))
+    assert_close(torch.autograd.grad(surrogate, theta)[0], true_gradient(theta, rewards, gamma))
 
 
 @pytest.mark.parametrize("granularity", ["sparse", "interval"])
@@ -272,17 +273,97 @@ def test_a_trace_that_was_cut_off_is_no_better_than_the_worst(shipped, settings,
         assert torch.equal(changed, plain)
 
 
-def test_the_end_token_is_paid(shipped, settings):
-    """The reward of the end token reaches the gradient: change it alone, and the update changes."""
-    updates = []
-    for bonus in (0.0, 5.0):
-        loop = make_loop(shipped, settings, policy_loss="reinforce", gamma=0.0)
-        rollout, _ = loop.rollout([loop.experts[0].question], 4)
-        rewards = 0.1 * rollout.logprobs.clone()
-        rewards[0, rollout.batch.lengths[0] - 1] += bonus
-        loop.update_policy(rollout, rewards, loop.discriminator.reward_model.hidden(rollout.batch).detach())
-        updates.append(torch.cat([p.detach().flatten() for p in loop.policy_model.parameters()]))
-    assert not torch.equal(updates[0], updates[1])
+def test_the_end_token_is_paid(shipped, settings, monkeypatch):
+    """The reward of the longest trace's end token reaches its advantage, no other, and the gradient."""
+    monkeypatch.setattr(policy, "normalise", lambda advantages, mask, group: advantages)  # it would rescale all of them
+    loop = make_loop(shipped, settings, policy_loss="reinforce", gamma=0.0)
+    rollout, _ = loop.rollout([loop.experts[0].question], 4)
+    batch, states = rollout.batch, loop.discriminator.reward_model.hidden(rollout.batch).detach()
+    lengths = batch.lengths.sort(descending=True)
+    row, end = int(lengths.indices[0]), int(lengths.values[0]) - 1
+    assert lengths.values[1] <= end and rollout.finished[row]  # alone there
+    rewards = 0.1 * rollout.logprobs
+    paid = rewards.clone()
+    paid[row, end] += 5.0
+    before, after = (loop.advantages(batch, r) for r in (rewards, paid))
+    assert (after - before).nonzero().tolist() == [[row, end]] and (after - before)[row, end] == pytest.approx(5.0)
+    parameters = list(loop.policy_model.parameters())
+    gradients = [torch.autograd.grad(loop.policy_loss(batch, rollout.logprobs, a, states), parameters) for a in (before, after)]
+    wanted = torch.autograd.grad(-5.0 * policy.token_logprobs(loop.policy_model, batch)[row, end], parameters)
+    for one, other, change in zip(*gradients, wanted, strict=True):
+        assert_close(other - one, change, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["ppo", "reinforce"])
+def test_the_policy_loss_equals_the_plain_loop(shipped, settings, loss):
+    """Token by token, at a temperature: -min(ratio A, clip(ratio) A) against samples of an older policy, or -A log pi, and
+    beta (e^d - d - 1), d = log pi_ref - log pi, and its gradient."""
+    loop = make_loop(shipped, settings, policy_loss=loss, gamma=0.9, kl_coef=0.3, temperature=0.7, ppo_clip=0.2)
+    for parameter in loop.policy_model.parameters():  # it has moved on from its reference
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
+    advantages, noise = (x * batch.response_mask for x in torch.randn(2, *batch.tokens.shape))
+    old = (policy.token_logprobs(loop.policy_model, batch, 0.7).detach() + 0.3 * noise) * batch.response_mask
+    fast, slow, clipped = loop.policy_loss(batch, old, advantages, None), 0.0, 0
+    for row in range(2):
+        ids = batch.tokens[row : row + 1, : batch.lengths[row]]
+        log_pi, log_ref = ((m(ids).logits[0] / 0.7).log_softmax(-1) for m in (loop.policy_model, loop.reference))
+        for t in range(int(batch.prompt_lengths[row]), ids.shape[1]):
+            new, reference, a = log_pi[t - 1, ids[0, t]], log_ref[t - 1, ids[0, t]].detach(), advantages[row, t]
+            ratio = (new - old[row, t]).exp()
+            d = reference - new
+            if loss == "ppo":
+                held = min(max(ratio, torch.tensor(0.8)), torch.tensor(1.2))
+                slow, clipped = slow - min(ratio * a, held * a), clipped + int(held * a < ratio * a)
+            else:
+                slow, clipped = slow - a * new, 1
+            slow = slow + 0.3 * (d.exp() - d - 1)
+    assert clipped
+    assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+    parameters = list(loop.policy_model.parameters())
+    for a, b in zip(torch.autograd.grad(fast, parameters), torch.autograd.grad(slow, parameters), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_the_discriminator_is_told_what_the_settings_say(shipped, settings, monkeypatch):
+    """Labels, temperature, weights; and of each question's negatives half are old ones, where there are any."""
+    loop = make_loop(shipped, settings, demonstrations=2, questions=2, rollouts_per_expert=2, perturbed=0, replay=4,
+                     temperature=0.8, label_smoothing=0.3, reward_nll=0.6, discriminator_coef=0.4)  # fmt: skip
+    calls, real = [], reward.update
+    names = ("discriminator", "optimizer", "policy_model", "comparison", "smoothing", "nll_coef", "micro_batch", "temperature",
+             "micro_tokens", "discriminator_coef")  # fmt: skip
+    monkeypatch.setattr(reward, "update", lambda *a: calls.append(dict(zip(names, a, strict=True))) or real(*a))
+    written = {e.question: [] for e in loop.experts}
+    for step in range(3):
+        examples = loop.experts
+        rollout, _ = loop.rollout([e.question for e in examples], 2)
+        metrics = loop.update_discriminator(examples, rollout, 2)
+        call = calls[-1]
+        assert (call["smoothing"], call["nll_coef"], call["temperature"], call["discriminator_coef"]) == (0.3, 0.6, 0.8, 0.4)
+        assert call["policy_model"] is loop.policy_model and len(call["comparison"].negative) == 4
+        for i, example in enumerate(examples):
+            fresh = [rollout.batch.response(2 * i), rollout.batch.response(2 * i + 1)]
+            rows = [call["comparison"].negative.response(j) for j in (2 * i, 2 * i + 1)]
+            assert rows == fresh if step == 0 else rows[0] == fresh[0] and rows[1] in written[example.question]
+            written[example.question] += fresh
+    assert 0 <= metrics["accuracy"] <= 1
+
+
+def test_accuracy_is_of_both_sides_and_a_tie_is_half(shipped, settings, monkeypatch):
+    loop = make_loop(shipped, settings, demonstrations=4, perturbed=0, rollouts_per_expert=1)
+    rollout, _ = loop.rollout([e.question for e in loop.experts], 1)
+    rollouts = [[rollout.batch.response(i)] for i in range(4)]
+    for logit, expected in ((0.0, 0.5), (3.0, 0.5), (-3.0, 0.5), (None, 1.0), ("turned", 0.0)):
+        comparison = reward.compare(loop.tokenizer, loop.experts, rollouts, 0, loop.rng)
+
+        def logits(self, both, scores, log_pi, logit=logit):
+            sides = torch.tensor([1.0] * (len(both) // 2) + [-1.0] * (len(both) // 2))[:, None]
+            constant = 3 * sides if logit is None else -3 * sides if logit == "turned" else logit
+            return (0 * scores + constant) * both.response_mask
+
+        monkeypatch.setattr(reward.Discriminator, "logits", logits)
+        found = reward.update(loop.discriminator, loop.reward_optimizer, loop.policy_model, comparison)
+        assert found["accuracy"] == pytest.approx(expected), logit
 
 
 @pytest.mark.parametrize("granularity", ["dense", "sparse"])
@@ -358,8 +439,9 @@ def test_rates_rise_and_fall():
     assert rates[0] == 0.5 and max(rates) == rates[1] == 0.95 and rates[-1] == pytest.approx(0.05)
 
 
-def test_the_policy_starts_at_the_averaged_reward(shipped, settings):
-    loop = make_loop(shipped, settings, start="reward", reward_average=0.25, entropy_coef=0.4)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_policy_starts_at_the_averaged_reward(shipped, settings, temperature):
+    loop = make_loop(shipped, settings, start="reward", reward_average=0.25, entropy_coef=0.4, temperature=temperature)
     parameters = list(loop.discriminator.reward_model.parameters())
     before = [p.detach().clone() for p in parameters]
     loop.warm_up()
@@ -370,7 +452,8 @@ def test_the_policy_starts_at_the_averaged_reward(shipped, settings):
         assert_close(f.detach(), 0.25 * b + 0.75 * a)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
     f, pi = (all_logprobs(m, batch) for m in (loop.discriminator.reward_model.model, loop.policy_model))
-    assert_close(pi, (f / 0.4).log_softmax(-1), atol=1e-4, rtol=1e-4)  # no policy has a higher E[f - alpha log pi]
+    pi = (pi / temperature).log_softmax(-1)  # as it samples
+    assert_close(pi, (f / 0.4).log_softmax(-1), atol=2e-4, rtol=1e-4)  # no policy has a higher E[f - alpha log pi]
     assert loop.step()["policy"]["skipped"] == 0  # and it can be trained
 
 

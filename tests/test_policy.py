@@ -349,6 +349,17 @@ def test_k3_by_hand_and_unbiased():
     assert_close(expectation, (p * (p / q).log()).sum())
 
 
+def test_as_a_loss_k3_has_the_gradient_of_the_forward_kl():
+    """On samples of pi its mean gradient is that of KL(pi_ref || pi), not of KL(pi || pi_ref). Three actions."""
+    theta, q = torch.tensor([0.3, -0.2, 0.5], requires_grad=True), torch.tensor([0.2, 0.5, 0.3])
+    log_pi = theta.log_softmax(-1)
+    (of_k3,) = torch.autograd.grad((log_pi.exp().detach() * policy.kl_k3(log_pi, q.log())).sum(), theta, retain_graph=True)
+    (forward,) = torch.autograd.grad((q * (q.log() - log_pi)).sum(), theta, retain_graph=True)
+    (reverse,) = torch.autograd.grad((log_pi.exp() * (log_pi - q.log())).sum(), theta)
+    assert_close(of_k3, forward)
+    assert not torch.allclose(of_k3, reverse, atol=1e-2)
+
+
 # updates -------------------------------------------------------------------------------------------------------
 
 

@@ -275,18 +275,23 @@ def test_the_discriminator_learns(shipped, comparison, kind, logit):
     assert history[-1]["d_expert"] > history[-1]["d_negative"] + 0.05
 
 
-def test_a_known_reward_is_recovered():
-    """AIRL at its optimum: f is the expert's log-density, whatever the policy is. One state, three actions."""
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_known_reward_is_recovered(smoothing):
+    """AIRL at its optimum: f is the expert's log-density, whatever the policy is. One state, three actions. With smoothed
+    labels each of the two is seen as mixed with x/2 of the other: nearly so where they are not far apart."""
     expert, pi = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.3, 0.6])
     f = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.Adam([f], lr=0.05)
     for _ in range(2000):
         logits = reward.discriminator_logits(f, pi.log(), "airl")
-        loss = (expert * reward.bce_loss(logits, 1.0, 0.0) + pi * reward.bce_loss(logits, 0.0, 0.0)).sum()
+        loss = (expert * reward.bce_loss(logits, 1.0, smoothing) + pi * reward.bce_loss(logits, 0.0, smoothing)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert_close(f.detach(), expert.log(), atol=1e-2, rtol=0)
+    x = smoothing / 2
+    optimum = pi.log() + ((1 - x) * expert + x * pi).log() - ((1 - x) * pi + x * expert).log()
+    assert_close(f.detach(), optimum, atol=1e-2, rtol=0)
+    assert_close(optimum, expert.log(), atol=1e-6 if not smoothing else 0.35, rtol=0)
 
 
 # the command line ----------------------------------------------------------------------------------------------

@@ -214,6 +214,14 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--method likelihood --reward head --policy-loss ppo", "--method likelihood leaves the likelihood alone, which takes"),
     ("--method irl --discriminator-coef 0 --reward-nll 0", "--discriminator-coef 0 leaves the likelihood alone"),
     ("--discriminator-coef -1", "--discriminator-coef must be from 0 to"),
+    ("--granularity sparse --gamma 0", "--gamma 0 pays each token for its own score alone"),
+    ("--policy-loss reinforce --epochs 2", "--epochs 2 takes --policy-loss ppo"),
+    ("--gamma 0.9 --epochs 2", "--epochs 2 takes --policy-loss ppo"),
+    ("--interval 5", "--interval 5 changes nothing beside --granularity dense"),
+    ("--logit gail --entropy-coef 0.5", "--entropy-coef 0.5 changes nothing beside --logit gail"),
+    ("--replay 8 --rollouts-per-expert 1", "--replay 8 changes nothing beside --rollouts-per-expert 1"),
+    ("--reward-clip 5", "--reward-clip 5.0 changes nothing beside --policy-loss exact"),
+    ("--reward random --reward-lr 1e-4", "--reward-lr 0.0001 changes nothing beside --reward random"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
     assert train.main([*TINY, *flags.split()]) == 2
@@ -260,6 +268,14 @@ def test_examples_that_do_not_fit_are_counted(capsys):
     assert train.main([*TINY, "--data", "folder", "--method", "sft", "--demonstrations", "1000"]) == 0
     printed = capsys.readouterr().out
     assert "examples are longer than the model's context" in printed and "demonstrations are there, not 1000" in printed
+
+
+@pytest.mark.parametrize("model, source", [("base", "countdown"), ("countdown-base", "words")])
+def test_problems_that_the_tokenizer_cannot_write_are_refused(model, source, capsys):
+    assert train.main(["--model", model, "--data", source, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "this model's tokenizer has no tokens for" in error and "need another --model" in error and error.count("\n") == 1
+    assert not Path("runs").exists()
 
 
 def test_different_tokenizers_are_refused(capsys, shipped):
@@ -311,7 +327,7 @@ def test_grpo_learns_from_unbroken_examples(monkeypatch):
     ("--reward-nll 0", ("base", "exact", 0.0)), ("--reward head", ("base", "ppo", 0.0)),
     ("--logit gail", ("base", "ppo", 0.0)), ("--granularity sparse", ("base", "ppo", 1.0)),
     ("--granularity interval", ("base", "ppo", 1.0)), ("--granularity sparse --gamma 0.5", ("base", "ppo", 0.5)),
-    ("--granularity interval --policy-loss reinforce --gamma 0", ("base", "reinforce", 0.0)),
+    ("--granularity interval --policy-loss reinforce --gamma 0.5", ("base", "reinforce", 0.5)),
     ("--model Qwen2.5-0.5B", ("sft", "exact", 0.0)), ("--model Qwen2.5-0.5B --explain", ("base", "exact", 0.0)),
 ])  # fmt: skip
 def test_defaults_follow_what_the_reward_can_do(flags, expected):
