@@ -37,7 +37,7 @@ from transformers import AutoModelForTokenClassification
 import data
 import policy
 from data import Batch
-from engine import loading, logprob, memory, parallel, sampler
+from engine import loading, memory, parallel, sampler
 
 # 1. Equations --------------------------------------------------------------------------------------------------------
 
