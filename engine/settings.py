@@ -93,7 +93,8 @@ class Settings:
     lora_alpha: float = setting(32.0, "an adapter's output counts alpha / rank times", POSITIVE)
     weights: str = setting("auto", "of the base: auto is bf16 for LoRA on CUDA, else float32", ("auto", "float32", "bf16"))
     gradient_checkpointing: bool = setting(False, "keep each layer's input only, compute the rest again in backward")
-    sample_rows: int = setting(512, "responses sampled at once: the size of the cache of keys and values", COUNT)
+    sample_rows: int = setting(512, "responses sampled at once, but a --group at least: the size of the cache of keys and "
+                               "values", COUNT)  # fmt: skip
     # Evaluation
     test_split: str = setting("test", "where results come from; to choose settings, validation", ("test", "validation"))
     eval_questions: int = setting(None, "test questions", COUNT)

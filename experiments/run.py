@@ -48,6 +48,8 @@ PPO = "--policy-loss ppo --gamma 0.9"
 LIKELIHOOD = ("--method irl --reward likelihood --logit airl --granularity dense --discriminator-coef 0 --start reward "
               "--policy-loss exact --gamma 0 --reward-clip 0 --reward-lr 1e-5 --reward-average 0.5 --warm-up-lr 3e-4 "
               "--policy-lr 3e-5 --max-steps 100")  # fmt: skip
+# what IRL's temperature alone does for the base: fair SFT with nothing learnt
+SHARPENED = "--method sft_fair --fair-steps 1 --fair-lr 0 --fair-average 1 --fair-temperature 0.2"
 # IRL on countdown: GRPO's steps and rate (experiments/choose.py), and how the reward that it practises on was chosen
 LONG = "--max-steps 800 --policy-lr 4e-4"
 LONG_CHOICES = {
@@ -174,6 +176,8 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
     """Fair SFT is trained twice: as it was best at temperature 1, and as it was best greedy."""
     trials = []
     for seed in seeds_of(data, seeds):
+        flags = f"--data {data} --model {model} --demonstrations 256 --seed {seed} --eval-questions 1000 --eval-samples 4"
+        trials.append(Trial(f"{data}-base-sharpened-{seed}", f"{flags} {SHARPENED}"))
         for size in sorted(sizes, key=lambda n: n != 256):
             flags = f"--data {data} --model {model} --demonstrations {size} --seed {seed} --eval-questions 1000"
             flags += " --eval-samples 4"

@@ -21,7 +21,8 @@ from experiments import run as runs
 # two-sided 95% points of Student's t for 1, 2, .. degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # methods: their names in summary.json, and in words
-NAMES = {"base": "base", "sft": "SFT, best at T = 1", "sft_fair": "SFT, averaged and sharpened, best at T = 1",
+NAMES = {"base": "base", "base_sharpened": "base, logits divided by 0.2", "sft": "SFT, best at T = 1",
+         "sft_fair": "SFT, averaged and sharpened, best at T = 1",
          "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
          "likelihood_only": "IRL without its discriminator", "irl": "**IRL, no verifier**",
          "own_grade": "a policy on the base's own grade, no demonstrations", "grpo": "GRPO, true answers"}  # fmt: skip
@@ -114,6 +115,7 @@ def main_summary() -> dict:
     summary["collapses"], summary["runs"] = sum(map(collapsed, every)), len(every)
     return summary | {
         "names": {
+            "base_sharpened": "the base with IRL's temperature, the same for every size",
             "sft": "updates and rate that were best on validation at temperature 1",
             "sft_fair": "updates, rate, share of the base in the weights and temperature that were best at temperature 1",
             "sft_fair_greedy": "the same, best greedy",
@@ -135,6 +137,7 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
         alone = seeds_of(f"{data}-likelihood-{size}")
         where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
+        where["base_sharpened"] = (seeds_of(f"{data}-base-sharpened"), "sft_fair")
         where["own_grade"] = (seeds_of(f"{data}-own-grade"), "irl")
         where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
         summary["main"][str(size)] = {
@@ -390,7 +393,7 @@ POINTED_AT = {"reward": "**reward**: first token below −1",
 
 
 # README.md's rows: their names in summary.json, and there
-README_METHODS = {"base": "base", "sft": "SFT", "sft_fair": "fair SFT",
+README_METHODS = {"base": "base", "base_sharpened": "base, logits divided by 0.2", "sft": "SFT", "sft_fair": "fair SFT",
                   "likelihood_only": "IRL's likelihood, no discriminator", "irl": "**IRL**",
                   "own_grade": "a policy on the base's own grade", "grpo": "GRPO, true answers"}  # fmt: skip
 README_CHOICES = {"random": "at random", "majority": "majority vote", "logprob": "base's log-probability",
