@@ -33,7 +33,7 @@ def test_the_best_on_validation_is_chosen(results):
     greedy = "--fair-steps 120 --fair-lr 0.0003 --fair-average 0.5 --fair-temperature 0.2"
     assert choose.fair_flags("words", 64, "greedy") == greedy
     trials = {trial.name: trial.flags for trial in runs.main_trials("words", "base", (64,), 1)}
-    assert set(trials) == {"words-main-64-0", "words-fair-greedy-64-0"}
+    assert set(trials) == {"words-base-sharpened-0", "words-main-64-0", "words-fair-greedy-64-0"}
     assert greedy in trials["words-fair-greedy-64-0"] and "--method sft,sft_fair,likelihood,irl " in trials["words-main-64-0"]
     assert "120 at 0.0003 | 65.0 / 70.0 | 75.0 / 90.0 (0.5, 0.2) |" in "".join(tables.choice_tables())
 
