@@ -27,6 +27,7 @@ sees it.
 import copy
 import json
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -478,8 +479,8 @@ def load_judge(job: Job, name: str) -> tuple[Callable, Callable]:
 
 
 def judge(name: str, job: Job) -> tuple[dict, str]:
-    """What one model says: {"few_shot", "sft": of every sample {rule: [n]} per question, "dev", "test": of every step}. Of its
-    own samples it has said it when it sampled."""
+    """What one model says: {"few_shot", "sft": of every sample that is there {rule: [n]} per question, "dev", "test": of every
+    step}. Of its own samples it has said it when it sampled."""
     if name == "sft_fair" and job.found("sft_fair")["share"] == 0:  # SFT itself, at another temperature: as a judge the same
         found = {part: scores for part, scores in job.found("judge_sft").items() if isinstance(scores, list)}
         return found, "as judge_sft"
@@ -493,7 +494,7 @@ def judge(name: str, job: Job) -> tuple[dict, str]:
         (function, ends), n = model(), len(chosen[0]["texts"])
         texts = [in_tags(text) for one in chosen for text in one["texts"]]
         batch = from_texts(run.tokenizer, run.test[start : start + len(chosen)], texts, n).batch
-        values = policy.in_chunks(lambda part: function(part.to(run.device)).cpu(), batch, 32)
+        values = policy.in_chunks(lambda part: function(part.to(run.device)).cpu(), batch, tokens=8192)  # alike in length
         return trace_scores(values, ends(batch), n)
 
     def of_steps(chosen, start):
@@ -501,7 +502,9 @@ def judge(name: str, job: Job) -> tuple[dict, str]:
 
     found = {}
     for source, stage in SOURCES.items() if name != "base" else ():
-        if source != name:
+        if source == name:
+            found[source] = own_scores(job, stage)
+        elif (job.results / f"{stage}.json").exists():
             samples = job.found(stage)["samples"]
             found[source] = in_parts(job, f"{source}_{name}", samples, max(1, 64 // job.args.samples), of_samples)
     for part, solutions in job.solutions.items():
@@ -509,14 +512,18 @@ def judge(name: str, job: Job) -> tuple[dict, str]:
     return found, ", ".join(f"{len(scores)} of {part}" for part, scores in found.items())
 
 
+def own_scores(job: Job, stage: str) -> list[dict]:
+    """What the model that sampled said of its samples."""
+    return [{rule: one[rule] for rule in RULES} for one in job.found(stage)["samples"]]
+
+
 def rerank_samples(job: Job) -> tuple[dict, str]:
     """Both models' samples, chosen among by every judge that is there."""
     judged, found, lines = job.judged(), {}, []
     for source, stage in SOURCES.items():
         sampled = job.found(stage)["samples"]
-        own = [{rule: one[rule] for rule in RULES} for one in sampled]
-        scores = {JUDGES[name]: said.get(source, own) for name, said in judged.items()}
-        found[source] = choices(job.run.test, sampled, {"logprob": own} | scores)
+        scores = {JUDGES[name]: said[source] for name, said in judged.items() if source in said}
+        found[source] = choices(job.run.test, sampled, {"logprob": own_scores(job, stage)} | scores)
         best = found[source][str(len(sampled[0]["texts"]))]
         shown = ("random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "reward", "oracle")
         lines.append(f"{source}: " + ", ".join(f"{way} {best[way][0]:.3f}" for way in shown if way in best))
@@ -743,7 +750,8 @@ def wanted(args) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     args = parser_of().parse(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m experiments.real", *map(tidy, given)])  # for all to read: without this machine's folders
+    whole = [one for before, one in zip(["", *given], given) if "--only" not in (before, one)]  # what makes all stages
+    command = "python -m experiments.real " + shlex.join(map(tidy, whole))  # for all to read: without this machine's folders
     if args.quick:
         environ.setdefault("IRL_RESULTS", "results-quick")
         vars(args).update(QUICK)

@@ -281,7 +281,7 @@ def labels_of(solutions: list[Solution]) -> torch.Tensor:
 def score(tokenizer, solutions: list[Solution], function, device="cpu") -> list[dict[str, list[float]]]:
     """{rule: [score of each step]} for every solution; function(batch) -> [B, T], the scores of its tokens."""
     batch, steps = as_batch(tokenizer, solutions)
-    values = policy.in_chunks(lambda part: function(part.to(device)).cpu(), batch, 8)
+    values = policy.in_chunks(lambda part: function(part.to(device)).cpu(), batch, tokens=4096)
     check_finite(values)
     found = {rule: step_scores(values, steps, rule).tolist() for rule in RULES}
     return [{rule: found[rule][i][: len(s.steps)] for rule in RULES} for i, s in enumerate(solutions)]

@@ -113,6 +113,7 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
     assert ways <= set(one["rerank"]["2"]) and ways <= set(one["rerank_sft"]["2"])
     assert {"reward", "logprob", "sft_logprob", "longest", "chance"} <= set(one["processbench"])
     assert set(one["seconds"]) == set(one["memory_gb"]) == set(real.STAGES)
+    assert one["command"].startswith("python -m experiments.real --model tiny --data ") and str(tmp_path) not in one["command"]
     assert (one["demonstrations"], one["questions"]) == (4, 3) and one["device"].startswith("cpu")
     assert "best of n, SFT's samples" in (tmp_path / "results" / "real.md").read_text()
 
