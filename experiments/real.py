@@ -721,7 +721,7 @@ def parser_of() -> Parser:
     parser.add_argument("--validation", type=int, default=60, help="questions that fair SFT is chosen on (at most 100)")
     parser.add_argument("--processbench", metavar="FILE", help="solutions with a human label, for localise")
     parser.add_argument("--mr-gsm8k", metavar="FILE", help="others, on which thresholds are chosen")
-    parser.add_argument("--solutions", type=int, help="the first so many of each (default: all)")
+    parser.add_argument("--solutions", type=int, help="so many of each, drawn at random (default: all)")
     parser.add_argument("--minutes", type=float, default=60.0, help="of IRL's training")
     parser.add_argument("--steps", type=int, default=60, help="of IRL and GRPO at most")
     parser.add_argument("--only", help="some stages, with commas between: " + ", ".join(STAGES))

@@ -17,6 +17,7 @@ has, the threshold is chosen with these. They are shorter than whole solutions, 
 """
 
 import json
+import random
 import re
 import sys
 from dataclasses import dataclass
@@ -52,14 +53,16 @@ class Solution:
 
 
 def read_solutions(path: str, count: int | None = None) -> list[Solution]:
-    """The first `count` solutions of a file, or all. What is wrong with it is said in one line."""
+    """`count` solutions of a file, or all. Some are drawn, always the same: ProcessBench has its wrong solutions first, and
+    without right ones there is no F1. What is wrong with the file is said in one line."""
     lines = records.text_lines(path)
     try:
         whole = json.loads("\n".join(text for _, text in lines)) if lines and lines[0][1].lstrip().startswith("[") else None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
     lines = lines if whole is None else list(enumerate(map(json.dumps, whole), 1))
-    return records.read_objects(path, lines, from_record, "question, steps and label")[:count]
+    found = records.read_objects(path, lines, from_record, "question, steps and label")
+    return found if count is None else random.Random(0).sample(found, min(count, len(found)))
 
 
 def from_record(record: dict) -> Solution:
@@ -326,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", required=True, help="folder of a run of train.py, with its reward")
     parser.add_argument("--dev", required=True, metavar="FILE", help="solutions that the threshold is chosen on")
     parser.add_argument("--test", required=True, metavar="FILE", help="solutions that F1 is measured on")
-    parser.add_argument("--count", type=int, help="the first so many of each file (default: all)")
+    parser.add_argument("--count", type=int, help="so many of each file, drawn at random (default: all)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse(arguments)
     if args.count is not None and args.count < 1:

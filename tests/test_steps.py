@@ -147,3 +147,13 @@ def test_the_real_files():
     found = steps.guesses(solutions)
     assert found["longest"] == pytest.approx(steps.guess_f1(0.406), abs=1e-3)
     assert found["chance"] == pytest.approx(steps.guess_f1(0.208), abs=1e-3)
+
+
+def test_some_solutions_are_drawn_from_all_of_a_file(tmp_path):
+    """ProcessBench's file has the wrong ones first: the first half of it has no right solution at all."""
+    path = tmp_path / "sorted.jsonl"
+    lines = [{"question": f"{i}?", "steps": ["1"], "label": 0 if i < 50 else -1} for i in range(100)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    some = steps.read_solutions(str(path), 40)
+    assert len(set(some)) == 40 and 10 < sum(s.label < 0 for s in some) < 30
+    assert some == steps.read_solutions(str(path), 40) and len(steps.read_solutions(str(path), 1000)) == 100
