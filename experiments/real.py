@@ -494,7 +494,7 @@ def judge(name: str, job: Job) -> tuple[dict, str]:
         (function, ends), n = model(), len(chosen[0]["texts"])
         texts = [in_tags(text) for one in chosen for text in one["texts"]]
         batch = from_texts(run.tokenizer, run.test[start : start + len(chosen)], texts, n).batch
-        values = policy.in_chunks(lambda part: function(part.to(run.device)).cpu(), batch, tokens=8192)  # alike in length
+        values = policy.in_chunks(lambda part: function(part.to(run.device)).cpu(), batch, tokens=2048)  # alike in length
         return trace_scores(values, ends(batch), n)
 
     def of_steps(chosen, start):
