@@ -13,7 +13,8 @@ runs/real-<model>/, where the trained models are too: `rerank.py --run runs/real
     sft_fair              SFT averaged with its start, at a temperature; both chosen on validation
     negatives             answers of SFT and of the few-shot model to the demonstrations' questions, for all rewards
     reward                f = log p_phi with AIRL's logit;  reward_dense, reward_sparse: the paper's head with GAIL's
-    judge_base, judge_..  what the base, SFT, fair SFT and each reward say of all samples, and of each step of solutions
+    judge_base, judge_..  what the base, SFT, fair SFT and each reward say of all samples, of experts' solutions and the same
+                          with one thing broken, and of each step of solutions
     irl, grpo             policies that go on from SFT, as far as --minutes go; GRPO takes as many steps
     rerank                best of n of the few-shot model's samples, and of SFT's, by every judge that is there
     localise              the first wrong step on ProcessBench, thresholds from MR-GSM8K, likewise
@@ -485,8 +486,9 @@ def load_judge(job: Job, name: str) -> tuple[Callable, Callable]:
 
 
 def judge(name: str, job: Job) -> tuple[dict, str]:
-    """What one model says: {"few_shot", "sft": of every sample that is there {rule: [n]} per question, "dev", "test": of every
-    step}. Of its own samples it has said it when it sampled."""
+    """What one model says: {"few_shot", "sft": of every sample that is there {rule: [n]} per question, "pairs": of an expert's
+    solution and of the same with one thing broken, "dev", "test": of every step}. Of its own samples it has said it when it
+    sampled."""
     if name == "sft_fair" and job.found("sft_fair")["share"] == 0:  # SFT itself, at another temperature: as a judge the same
         found = {part: scores for part, scores in job.found("judge_sft").items() if isinstance(scores, list)}
         return found, "as judge_sft"
@@ -496,9 +498,9 @@ def judge(name: str, job: Job) -> tuple[dict, str]:
         loaded[:] = loaded or load_judge(job, name)  # not at all if everything is there
         return loaded
 
-    def of_samples(chosen, start):
-        (function, ends), n = model(), len(chosen[0]["texts"])
-        texts = [in_tags(text) for one in chosen for text in one["texts"]]
+    def of_texts(chosen, start):
+        (function, ends), n = model(), len(chosen[0])
+        texts = [text for some in chosen for text in some]
         batch = from_texts(run.tokenizer, run.test[start : start + len(chosen)], texts, n).batch
         values = policy.in_chunks(lambda part: function(part.to(run.device)).cpu(), batch, tokens=2048)  # alike in length
         return trace_scores(values, ends(batch), n)
@@ -506,16 +508,23 @@ def judge(name: str, job: Job) -> tuple[dict, str]:
     def of_steps(chosen, start):
         return steps.score(run.tokenizer, chosen, model()[0], run.device)
 
-    found = {}
+    texts, found = {}, {}
     for source, stage in SOURCES.items() if name != "base" else ():
         if source == name:
             found[source] = own_scores(job, stage)
         elif (job.results / f"{stage}.json").exists():
-            samples = job.found(stage)["samples"]
-            found[source] = in_parts(job, f"{source}_{name}", samples, max(1, 64 // job.args.samples), of_samples)
+            texts[source] = [[in_tags(text) for text in one["texts"]] for one in job.found(stage)["samples"]]
+    for source, some in (texts | {"pairs": expert_pairs(run.test)}).items():
+        found[source] = in_parts(job, f"{source}_{name}", some, max(1, 64 // len(some[0])), of_texts)
     for part, solutions in job.solutions.items():
         found[part] = in_parts(job, f"steps_{part}_{name}", solutions, 16, of_steps)
     return found, ", ".join(f"{len(scores)} of {part}" for part, scores in found.items())
+
+
+def expert_pairs(examples: list[data.Example], seed: int = 0) -> list[list[str]]:
+    """Of each example [the expert's solution, the same with one thing broken]; twice the same where nothing can be broken."""
+    rng, whole = random.Random(f"pairs {seed}"), lambda e: data.response_text(e.trace, e.answer)
+    return [[whole(example), whole(data.perturb(example, rng) or example)] for example in examples]
 
 
 def own_scores(job: Job, stage: str) -> list[dict]:
@@ -529,11 +538,37 @@ def rerank_samples(job: Job) -> tuple[dict, str]:
     for source, stage in SOURCES.items():
         sampled = job.found(stage)["samples"]
         scores = {JUDGES[name]: said[source] for name, said in judged.items() if source in said}
+        if {"reward", "sft_logprob"} <= scores.keys():
+            scores["reward_logit"] = minus(scores["reward"], scores["sft_logprob"])
         found[source] = choices(job.run.test, sampled, {"logprob": own_scores(job, stage)} | scores)
         best = found[source][str(len(sampled[0]["texts"]))]
         shown = ("random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "reward", "oracle")
         lines.append(f"{source}: " + ", ".join(f"{way} {best[way][0]:.3f}" for way in shown if way in best))
-    return found | {"judges": list(judged)}, "; ".join(lines)
+    return found | {"told": told_apart(judged), "judges": list(judged)}, "; ".join(lines)
+
+
+def minus(records: list[dict], others: list[dict]) -> list[dict]:
+    """Means of the differences: of f and of pi's log-probability, AIRL's logit, which is what a discriminator is trained on.
+
+    >>> minus([{"mean": [3.0, 1.0], "last": [0.0, 0.0]}], [{"mean": [1.0, 1.0]}])
+    [{'mean': [2.0, 0.0]}]
+    """
+    return [{"mean": [a - b for a, b in zip(one["mean"], other["mean"])]} for one, other in zip(records, others)]
+
+
+def told_apart(judged: dict[str, dict]) -> dict[str, dict[str, list[float]]]:
+    """How often a judge's mean is higher for an expert's solution than for {"broken": the same with one thing broken, "sft":
+    samples of SFT for the same question}: {judge: {..: [mean, low, high]}} over questions. Equals count half."""
+    said = {JUDGES[name]: found for name, found in judged.items() if "pairs" in found}
+    if {"reward", "sft_logprob"} <= said.keys():
+        f, log_pi = said["reward"], said["sft_logprob"]
+        said["reward_logit"] = {part: minus(f[part], log_pi[part]) for part in ("pairs", "sft") if part in f and part in log_pi}
+    means, found = lambda records: torch.tensor([one["mean"] for one in records]), {}
+    for name, parts in said.items():
+        expert, broken = means(parts["pairs"]).split(1, 1)  # [Q, 1] each
+        others = {"broken": broken} | ({"sft": means(parts["sft"])} if "sft" in parts else {})
+        found[name] = {what: rerank.bootstrap((1 + (expert - m).sign()).mean(1) / 2) for what, m in others.items()}
+    return found
 
 
 def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dict:
@@ -544,7 +579,7 @@ def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dic
     length = torch.tensor([[float(len(text)) for text in one["texts"]] for one in sampled])
     table = {"longest": length, "shortest": -length}
     for name, records in scores.items():
-        for rule in RULES:
+        for rule in records[0]:
             table[f"{name}_{rule}"] = torch.tensor([one[rule] for one in records])
         table[name] = table[f"{name}_mean"]
     voters = {f"weighted_majority_{kind}": kind for kind in KINDS if kind in scores}
@@ -644,7 +679,7 @@ README_SIGNALS = tables.README_CHOICES | {"longest": "the longest step", "chance
 
 
 def summary() -> dict:
-    """results/real.json: {"models": {name: {"gsm8k", "rerank", "auroc", "rerank_sft", "auroc_sft", "processbench",
+    """results/real.json: {"models": {name: {"gsm8k", "rerank", "auroc", "rerank_sft", "auroc_sft", "told", "processbench",
     "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of the stages that are there."""
     models = {}
     for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
@@ -654,6 +689,7 @@ def summary() -> dict:
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
             one["auroc" + suffix] = ranking["auroc"]
+            one["told"] = stages["rerank"].get("told", {})
         if "localise" in stages:
             one["processbench"] = f1_by_name(stages["localise"])
         for what in ("memory_gb", "seconds"):
@@ -679,6 +715,10 @@ def markdown(found: dict) -> str:
             lines += head(f"best of n, {whose} samples", *ranking, "AUROC") if ranking else []
             for way in next(iter(ranking.values()), ()):
                 lines.append(row(way, *(share(found[way]) for found in ranking.values()), area(areas.get(way))))
+        if one.get("told"):
+            kinds = {"broken": "an expert's solution above it with one thing broken", "sft": "above SFT's samples"}
+            lines += head("% of comparisons", *kinds.values())
+            lines += [row(judge, *(share(r[k]) if k in r else "-" for k in kinds)) for judge, r in one["told"].items()]
         if "processbench" in one:
             lines += head("first wrong step, ProcessBench", "F1")
             lines += [row(signal, f"{100 * f1:.1f}") for signal, f1 in one["processbench"].items()]

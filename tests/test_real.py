@@ -63,6 +63,24 @@ def test_a_choice_is_by_its_own_scores():
     assert found["auroc"]["reward"] == 1.0
 
 
+def test_what_a_judge_tells_apart():
+    """Two questions with two samples each: by hand, ties half; the logit is f less log pi."""
+    mean = lambda *rows: [{"mean": list(row)} for row in rows]
+    f = {"pairs": mean((2.0, 1.0), (1.0, 1.0)), "sft": mean((3.0, 0.0), (3.0, 3.0))}
+    pi = {"pairs": mean((2.0, 0.0), (0.0, 0.0)), "sft": mean((0.0, 0.0), (0.0, 9.0))}
+    found = real.told_apart({"base": {"pairs": pi["pairs"]}, "sft": pi, "reward": f, "reward_dense": {"sft": f["sft"]}})
+    assert list(found) == ["logprob", "sft_logprob", "reward", "reward_logit"] and list(found["logprob"]) == ["broken"]
+    assert found["reward"]["broken"][0] == 0.75 and found["reward"]["sft"][0] == 0.25
+    # (0, 1), (1, 1) above (3, 0), (3, -6)?
+    assert found["reward_logit"]["broken"][0] == 0.25 and found["reward_logit"]["sft"][0] == 0.375
+
+
+def test_an_experts_pair():
+    pairs = real.expert_pairs([SHOT, data.Example("?", "so", "")])
+    assert pairs[0][0] == data.response_text(SHOT.trace, SHOT.answer) != pairs[0][1] and pairs[1][0] == pairs[1][1]
+    assert pairs == real.expert_pairs([SHOT, data.Example("?", "so", "")])
+
+
 def test_a_head_with_gails_logit_asks_no_policy(shipped):
     tokenizer, example = shipped[1], data.load_examples("words", "train", 1)[0]
     head = reward.load_reward("head", "base")
@@ -112,6 +130,7 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
             "reward_sparse", "weighted_majority_reward", "oracle"}  # fmt: skip
     assert ways <= set(one["rerank"]["2"]) and ways <= set(one["rerank_sft"]["2"])
     assert {"reward", "logprob", "sft_logprob", "longest", "chance"} <= set(one["processbench"])
+    assert set(one["told"]["reward"]) == {"broken", "sft"} and one["told"]["logprob"].keys() == {"broken"}
     assert set(one["seconds"]) == set(one["memory_gb"]) == set(real.STAGES)
     assert one["command"].startswith("python -m experiments.real --model tiny --data ") and str(tmp_path) not in one["command"]
     assert (one["demonstrations"], one["questions"]) == (4, 3) and one["device"].startswith("cpu")
