@@ -457,9 +457,8 @@ class RewardTrainer:
 
 def learn_reward(kind: str, job: Job) -> tuple[dict, str]:
     """Two passes over the demonstrations, from SFT's weights, where a likelihood is pi itself: D = 1/2 everywhere. From the
-    base's, 32 updates did little more than make up for SFT (D was wrong on 55% of the first tokens, right on 58% of the last).
-    (SFT's policy stands for pi, though half of the negatives are another's: as with replay, old writers are compared with the
-    present one.)"""
+    base's, updates are spent on making up for SFT, whose pi is the better one on demonstrations. (SFT's policy
+    stands for pi, though half of the negatives are another's: as with replay, old writers are compared with the present one.)"""
     run, ids = job.run, partial(data.response_ids, job.run.tokenizer)
     texts = job.found("negatives")["negatives"]
     pool = [{"sft": one["sft"], "few_shot": [ids(text) for text in one["few_shot"]]} for one in texts]
@@ -535,11 +534,10 @@ def own_scores(job: Job, stage: str) -> list[dict]:
 def rerank_samples(job: Job) -> tuple[dict, str]:
     """Both models' samples, chosen among by every judge that is there."""
     judged, found, lines = job.judged(), {}, []
+    said = with_logit(judged)
     for source, stage in SOURCES.items():
         sampled = job.found(stage)["samples"]
-        scores = {JUDGES[name]: said[source] for name, said in judged.items() if source in said}
-        if {"reward", "sft_logprob"} <= scores.keys():
-            scores["reward_logit"] = minus(scores["reward"], scores["sft_logprob"])
+        scores = {name: parts[source] for name, parts in said.items() if source in parts}
         found[source] = choices(job.run.test, sampled, {"logprob": own_scores(job, stage)} | scores)
         best = found[source][str(len(sampled[0]["texts"]))]
         shown = ("random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "reward", "oracle")
@@ -556,13 +554,20 @@ def minus(records: list[dict], others: list[dict]) -> list[dict]:
     return [{"mean": [a - b for a, b in zip(one["mean"], other["mean"])]} for one, other in zip(records, others)]
 
 
+def with_logit(judged: dict[str, dict]) -> dict[str, dict]:
+    """What judges have said of texts, under the tables' names; where both f and SFT's log pi are there, their logit too."""
+    said = {JUDGES[name]: found for name, found in judged.items()}
+    if {"reward", "sft_logprob"} <= said.keys():
+        f, log_pi = said["reward"], said["sft_logprob"]
+        both = [part for part in (*SOURCES, "pairs") if part in f and part in log_pi]
+        said["reward_logit"] = {part: minus(f[part], log_pi[part]) for part in both}
+    return said
+
+
 def told_apart(judged: dict[str, dict]) -> dict[str, dict[str, list[float]]]:
     """How often a judge's mean is higher for an expert's solution than for {"broken": the same with one thing broken, "sft":
     samples of SFT for the same question}: {judge: {..: [mean, low, high]}} over questions. Equals count half."""
-    said = {JUDGES[name]: found for name, found in judged.items() if "pairs" in found}
-    if {"reward", "sft_logprob"} <= said.keys():
-        f, log_pi = said["reward"], said["sft_logprob"]
-        said["reward_logit"] = {part: minus(f[part], log_pi[part]) for part in ("pairs", "sft") if part in f and part in log_pi}
+    said = {name: parts for name, parts in with_logit(judged).items() if "pairs" in parts}
     means, found = lambda records: torch.tensor([one["mean"] for one in records]), {}
     for name, parts in said.items():
         expert, broken = means(parts["pairs"]).split(1, 1)  # [Q, 1] each
@@ -689,6 +694,7 @@ def summary() -> dict:
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
             one["auroc" + suffix] = ranking["auroc"]
+        if "rerank" in stages:
             one["told"] = stages["rerank"].get("told", {})
         if "localise" in stages:
             one["processbench"] = f1_by_name(stages["localise"])
