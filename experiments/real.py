@@ -596,11 +596,13 @@ def localise(job: Job) -> tuple[dict, str]:
     solutions, judged = job.solutions, job.judged()
     labels = {part: steps.labels_of(some) for part, some in solutions.items()}
     found = {"guesses": steps.guesses(solutions["test"]), "signals": {}, "judges": list(judged)}
+    found["points"] = steps.guessed(solutions["test"])
     for name, said in judged.items():
         if len(said.get("test", ())) != len(solutions["test"]):
             raise UserError(f"judge_{name} was run on other solutions: remove {job.results / f'judge_{name}.json'}")
         dev, test = (steps.by_rule(said[part]) for part in ("dev", "test"))
-        found["signals"][JUDGES[name]] = steps.localise(dev, labels["dev"], test, labels["test"])
+        signal = steps.localise(dev, labels["dev"], test, labels["test"])
+        found["signals"][JUDGES[name]], found["points"][JUDGES[name]] = signal, signal["points"]
     line = ", ".join(f"{name} {f1:.3f}" for name, f1 in f1_by_name(found).items())
     return found, f"F1 on {len(solutions['test'])} solutions: {line}"
 
@@ -611,7 +613,7 @@ def f1_by_name(found: dict) -> dict[str, float]:
 
 
 def irl_policy(job: Job) -> tuple[dict, str]:
-    """IRL's loop from SFT, on the reward that was learnt, which goes on learning beside it."""
+    """IRL's loop from SFT, on the reward that was learnt, which goes on learning beside it unless --reward-lr is 0."""
     run, a = job.run, job.args
     discriminator = job.trained_discriminator("reward")
     settings = replace(run.s, start="sft", max_steps=a.steps, grpo_steps=a.steps)
@@ -685,7 +687,7 @@ README_SIGNALS = tables.README_CHOICES | {"longest": "the longest step", "chance
 
 def summary() -> dict:
     """results/real.json: {"models": {name: {"gsm8k", "rerank", "auroc", "rerank_sft", "auroc_sft", "told", "processbench",
-    "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of the stages that are there."""
+    "points", "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of the stages that are there."""
     models = {}
     for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
         stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
@@ -697,7 +699,7 @@ def summary() -> dict:
         if "rerank" in stages:
             one["told"] = stages["rerank"].get("told", {})
         if "localise" in stages:
-            one["processbench"] = f1_by_name(stages["localise"])
+            one["processbench"], one["points"] = f1_by_name(stages["localise"]), stages["localise"]["points"]
         for what in ("memory_gb", "seconds"):
             one[what] = {stage: found[what] for stage, found in stages.items()}
         models[folder.name] = one | json.loads((folder / "about.json").read_text())
@@ -726,8 +728,8 @@ def markdown(found: dict) -> str:
             lines += head("% of comparisons", *kinds.values())
             lines += [row(judge, *(share(r[k]) if k in r else "-" for k in kinds)) for judge, r in one["told"].items()]
         if "processbench" in one:
-            lines += head("first wrong step, ProcessBench", "F1")
-            lines += [row(signal, f"{100 * f1:.1f}") for signal, f1 in one["processbench"].items()]
+            lines += head("first wrong step, ProcessBench", "F1", "% of wrong solutions, its lowest step always named")
+            lines += [row(name, f"{100 * f1:.1f}", f"{100 * one['points'][name]:.1f}") for name, f1 in one["processbench"].items()]
         lines.append("")
     return "\n".join(lines)
 

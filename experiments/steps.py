@@ -4,7 +4,8 @@
     2. step_scores      scores of tokens [B, T] -> one per step [B, S]: the lowest, the mean, the last
     3. predict          the first step below a threshold, or the lowest step if it is below; -1 if none is
     4. F1               harmonic mean of the accuracy on wrong and on right solutions (ProcessBench, arXiv 2412.06559)
-    5. localise         the threshold is chosen on one set of solutions, and F1 measured on another
+    5. standardised     another writer's steps are all likelier, or all less likely: a threshold must carry over
+    6. localise         the threshold is chosen on one set of solutions, and F1 measured on another
 
     python -m experiments.steps --run runs/demo --dev mr_gsm8k.jsonl --test processbench.json
 
@@ -66,11 +67,12 @@ def read_solutions(path: str, count: int | None = None) -> list[Solution]:
 
 
 def from_record(record: dict) -> Solution:
-    """A record of either form. MR-GSM8K's "Step 3: " and its calculator's annotations go: no policy here writes them.
+    """A record of either form. MR-GSM8K's "Step 3: ", its calculator's annotations and the answer's lines at its end go: no
+    policy here writes them, and a judge that has not met "#### 6" calls it the worst step of all.
 
-    >>> from_record({"question": "?", "model_output_steps": ["Step 1:  2+3=<<2+3=6>>6", "Step 2: #### 6"],
+    >>> from_record({"question": "?", "model_output_steps": ["Step 1:  2+3=<<2+3=6>>6", "Step 2: #### 6", "The answer is: 6"],
     ...              "model_output_solution_first_error_step": 1})
-    Solution(question='?', steps=('2+3=6', '#### 6'), label=0)
+    Solution(question='?', steps=('2+3=6',), label=0)
     """
     name, labelled, first = "steps", "label", 0
     if "model_output_steps" in record:
@@ -84,7 +86,10 @@ def from_record(record: dict) -> Solution:
     if isinstance(label, bool) or not isinstance(label, int) or not -1 <= label - first < len(steps):
         raise ValueError(f"field '{labelled}' is {label!r}, no step of {len(steps)}")
     steps = [check_text(re.sub(r"<<[^<>]{0,200}>>", "", step)).strip() for step in steps]
-    steps = [re.sub(r"^Step \d+:\s*", "", step) or step for step in steps] if first else steps
+    if first:
+        steps = [re.sub(r"^Step \d+:\s*", "", step) or step for step in steps]
+        while len(steps) > max(1, label) and re.match("####|The answer is:", steps[-1]):
+            steps.pop()
     return Solution(question, tuple(steps), label - first)
 
 
@@ -226,18 +231,36 @@ def guess_f1(c: float) -> float:
     return 2 * c / (1 + c**0.5) ** 2
 
 
-def guesses(solutions: list[Solution]) -> dict[str, float]:
-    """{"chance", "longest": F1} of what asks no model, exactly: any step, or the longest. A threshold of length would be
-    one of the writer's style, and says nothing of another's."""
+def guessed(solutions: list[Solution]) -> dict[str, float]:
+    """{"chance", "longest": the share of wrong solutions whose first wrong step is named} by what asks no model."""
     wrong = [s for s in solutions if s.label >= 0]
     share = lambda hits: sum(hits) / max(1, len(wrong))
     longest = share(max(range(len(s.steps)), key=lambda i: len(s.steps[i])) == s.label for s in wrong)
-    return {"chance": guess_f1(share(1 / len(s.steps) for s in wrong)), "longest": guess_f1(longest)}
+    return {"chance": share(1 / len(s.steps) for s in wrong), "longest": longest}
+
+
+def guesses(solutions: list[Solution]) -> dict[str, float]:
+    """{"chance", "longest": F1} of what asks no model, exactly. A threshold of length would be one of the writer's style, and
+    says nothing of another's."""
+    return {name: guess_f1(c) for name, c in guessed(solutions).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. Results
+# 5. and 6. Results
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def standardised(scores: torch.Tensor) -> torch.Tensor:
+    """Scores of a set of solutions less their mean, in units of their standard deviation, both over all steps of the set: [B, S]
+    -> [B, S]. No label is asked, but the set is.
+
+    >>> standardised(torch.tensor([[1.0, 2.0], [3.0, ABSENT]]))
+    tensor([[-1.,  0.],
+            [ 1., inf]])
+    """
+    known = scores[scores.isfinite()]
+    spread = known.std() if len(known) > 1 else torch.tensor(0.0)
+    return (scores - known.mean()) / (spread if spread > 0 else 1.0)
 
 
 def right_parts(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,11 +278,15 @@ def right_parts(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
 
 
 def localise(dev: dict, dev_labels: torch.Tensor, test: dict, test_labels: torch.Tensor) -> dict:
-    """{"f1": [f1, low, high], "wrong", "right", "rule", "pointer", "threshold", "dev_f1", "all": {..}} of one signal.
+    """{"f1": [f1, low, high], "wrong", "right", "rule", "pointer", "threshold", "dev_f1", "points", "all": {..}} of one signal.
 
-    dev, test: {rule: step scores [B, S]}. Rule, pointer and threshold are those with the highest F1 on dev, and nothing is
-    chosen on test; "all" has the test's F1 for every rule and pointer, each at its own threshold from dev.
+    dev, test: {rule: step scores [B, S]}; the threshold is in standard deviations of a set. Rule, pointer and threshold are
+    those with the highest F1 on dev, and nothing is chosen on test; "all" has the test's F1 for every rule and pointer, each at
+    its own threshold from dev. points: the share of the test's wrong solutions whose lowest step is the first wrong one, which
+    needs no threshold.
     """
+    dev, test = ({rule: standardised(scores) for rule, scores in part.items()} for part in (dev, test))
+    wrong = test_labels >= 0
     tried = []
     for rule in dev:
         scores, labels = dev[rule], dev_labels
@@ -269,7 +296,8 @@ def localise(dev: dict, dev_labels: torch.Tensor, test: dict, test_labels: torch
             threshold, dev_f1 = best_threshold(scores, labels, pointer)
             predicted = predict(test[rule], threshold, pointer)
             found = accuracies(predicted, test_labels)
-            tried.append(found | {"rule": rule, "pointer": pointer, "threshold": threshold, "dev_f1": dev_f1,
+            points = accuracies(test[rule][wrong].argmin(1), test_labels[wrong])["wrong"]
+            tried.append(found | {"points": points, "rule": rule, "pointer": pointer, "threshold": threshold, "dev_f1": dev_f1,
                                   "f1": f1_interval(predicted, test_labels)})  # fmt: skip
     every = {f"{one['rule']} {one['pointer']}": one["f1"][0] for one in tried}
     return max(tried, key=lambda one: one["dev_f1"]) | {"all": every}
@@ -312,10 +340,10 @@ def by_rule(scored: list[dict[str, list[float]]]) -> dict[str, torch.Tensor]:
     return {rule: padded([one[rule] for one in scored]) for rule in RULES}
 
 
-def show(results: dict, guessed: dict[str, float]) -> str:
+def show(results: dict, guesses: dict[str, float]) -> str:
     """A line per signal."""
-    lines = [f"{'':18s}  {'F1':22s}{'wrong':>8s}{'right':>8s}  chosen on dev"]
-    lines += [f"{name:18s}  {f1:.3f}" for name, f1 in guessed.items()]
+    lines = [f"{'':18s}  {'F1':22s}{'wrong':>8s}{'right':>8s}  chosen on dev, in standard deviations of a set's steps"]
+    lines += [f"{name:18s}  {f1:.3f}" for name, f1 in guesses.items()]
     for name, r in results.items():
         f1 = "{:.3f} [{:.3f}, {:.3f}]".format(*r["f1"])
         chosen = f"{r['rule']}, {r['pointer']} below {r['threshold']:.3g}"

@@ -123,7 +123,22 @@ def test_the_test_set_chooses_nothing():
 def test_wrong_solutions_alone_are_enough_for_a_threshold():
     dev = {"lowest": T([[-0.1, -4.0, 0.0], [-0.2, -0.1, -3.0]])}
     found = steps.localise(dev, T([1, 2]), {"lowest": T([[-0.3, -9.0], [-0.1, INF]])}, T([1, -1]))
-    assert -3 < found["threshold"] < -0.2 and found["dev_f1"] == 1.0 and found["f1"][0] == 1.0
+    lowest, next_one = steps.standardised(dev["lowest"])[T([1, 1]), T([2, 0])].tolist()
+    assert lowest < found["threshold"] < next_one and found["dev_f1"] == 1.0 and found["f1"][0] == 1.0
+
+
+def test_a_threshold_carries_over_to_a_writer_whose_steps_are_all_less_likely():
+    scores, labels = T([[-0.1, -4.0, 0.0], [-0.2, -0.1, 0.3], [-3.0, -0.1, INF]]), T([1, -1, 0])
+    found = steps.localise({"lowest": scores}, labels, {"lowest": 3 * scores - 7}, labels)
+    assert found["f1"][0] == 1.0 and found["points"] == 1.0
+    assert steps.localise({"lowest": scores}, labels, {"lowest": -scores}, labels)["points"] == 0.0
+
+
+def test_the_answer_is_no_step_unless_it_is_the_wrong_one(tmp_path):
+    record = {"question": "?", "model_output_steps": ["a", "#### 1", "The answer is: 1"]}
+    for label, kept in ((1, ("a",)), (2, ("a", "#### 1"))):
+        path = lines(tmp_path / "d", record | {"model_output_solution_first_error_step": label})
+        assert steps.read_solutions(path)[0].steps == kept
 
 
 def test_a_guess_at_its_best():
