@@ -728,8 +728,9 @@ def markdown(found: dict) -> str:
             lines += head("% of comparisons", *kinds.values())
             lines += [row(judge, *(share(r[k]) if k in r else "-" for k in kinds)) for judge, r in one["told"].items()]
         if "processbench" in one:
-            lines += head("first wrong step, ProcessBench", "F1", "% of wrong solutions, its lowest step always named")
-            lines += [row(name, f"{100 * f1:.1f}", f"{100 * one['points'][name]:.1f}") for name, f1 in one["processbench"].items()]
+            points = one["points"]
+            lines += head("first wrong step, ProcessBench", "F1", "% of wrong solutions, the lowest step always named")
+            lines += [row(name, f"{100 * f1:.1f}", f"{100 * points[name]:.1f}") for name, f1 in one["processbench"].items()]
         lines.append("")
     return "\n".join(lines)
 
