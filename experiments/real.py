@@ -686,8 +686,8 @@ README_SIGNALS = tables.README_CHOICES | {"longest": "the longest step", "chance
 
 
 def summary() -> dict:
-    """results/real.json: {"models": {name: {"gsm8k", "rerank", "auroc", "rerank_sft", "auroc_sft", "told", "processbench",
-    "points", "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of the stages that are there."""
+    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "auroc", "rerank_sft", "auroc_sft", "told",
+    "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of the stages that are there."""
     models = {}
     for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
         stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
@@ -696,6 +696,10 @@ def summary() -> dict:
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
             one["auroc" + suffix] = ranking["auroc"]
+        for stage in (stage for stage in ("irl", "grpo") if stage in stages):
+            metrics = stages[stage]["metrics"]
+            ends = [round(metrics[i]["rollout"]["entropy"], 2) for i in (0, -1)]
+            one.setdefault("trained", {})[stage] = {"steps": len(metrics), "entropy": ends}
         if "rerank" in stages:
             one["told"] = stages["rerank"].get("told", {})
         if "localise" in stages:
@@ -718,6 +722,9 @@ def markdown(found: dict) -> str:
         hours = sum(one["seconds"].values()) / 3600
         lines += [f"## {name}", "", f"{about}, {hours:.1f} hours. `{one['command']}`", *head("", "T=1", "greedy")]
         lines += [row(method, share(r["t1"]), share(r["greedy"])) for method, r in one["gsm8k"].items()]
+        for method, r in one.get("trained", {}).items():
+            first, last = r["entropy"]
+            lines += ["", f"{method}: {r['steps']} steps from SFT; -log pi of a sampled token {first:.2f} to {last:.2f}"]
         for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
             ranking, areas = one.get("rerank" + suffix, {}), one.get("auroc" + suffix, {})
             lines += head(f"best of n, {whose} samples", *ranking, "AUROC") if ranking else []
