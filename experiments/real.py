@@ -687,7 +687,8 @@ README_SIGNALS = tables.README_CHOICES | {"longest": "the longest step", "chance
 
 def summary() -> dict:
     """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "auroc", "rerank_sft", "auroc_sft", "told",
-    "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of the stages that are there."""
+    "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of what
+    is there."""
     models = {}
     for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
         stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
