@@ -457,8 +457,8 @@ class RewardTrainer:
 
 def learn_reward(kind: str, job: Job) -> tuple[dict, str]:
     """Two passes over the demonstrations, from SFT's weights, where a likelihood is pi itself: D = 1/2 everywhere. From the
-    base's, updates are spent on making up for SFT, whose pi is the better one on demonstrations. (SFT's policy
-    stands for pi, though half of the negatives are another's: as with replay, old writers are compared with the present one.)"""
+    base's, updates are spent on making up for SFT, whose pi is the better one on demonstrations. (SFT's policy stands for pi,
+    though half of the negatives are another's: as with replay, old writers are compared with the present one.)"""
     run, ids = job.run, partial(data.response_ids, job.run.tokenizer)
     texts = job.found("negatives")["negatives"]
     pool = [{"sft": one["sft"], "few_shot": [ids(text) for text in one["few_shot"]]} for one in texts]
@@ -595,14 +595,13 @@ def localise(job: Job) -> tuple[dict, str]:
     """The first wrong step: what asks no model, then every judge that is there."""
     solutions, judged = job.solutions, job.judged()
     labels = {part: steps.labels_of(some) for part, some in solutions.items()}
-    found = {"guesses": steps.guesses(solutions["test"]), "signals": {}, "judges": list(judged)}
-    found["points"] = steps.guessed(solutions["test"])
+    found = {"guesses": steps.guesses(solutions["test"]), "guess_points": steps.guess_points(solutions["test"])}
+    found |= {"signals": {}, "judges": list(judged)}
     for name, said in judged.items():
         if len(said.get("test", ())) != len(solutions["test"]):
             raise UserError(f"judge_{name} was run on other solutions: remove {job.results / f'judge_{name}.json'}")
         dev, test = (steps.by_rule(said[part]) for part in ("dev", "test"))
-        signal = steps.localise(dev, labels["dev"], test, labels["test"])
-        found["signals"][JUDGES[name]], found["points"][JUDGES[name]] = signal, signal["points"]
+        found["signals"][JUDGES[name]] = steps.localise(dev, labels["dev"], test, labels["test"])
     line = ", ".join(f"{name} {f1:.3f}" for name, f1 in f1_by_name(found).items())
     return found, f"F1 on {len(solutions['test'])} solutions: {line}"
 
@@ -610,6 +609,11 @@ def localise(job: Job) -> tuple[dict, str]:
 def f1_by_name(found: dict) -> dict[str, float]:
     """Of what `localise` has found."""
     return found["guesses"] | {name: signal["f1"][0] for name, signal in found["signals"].items()}
+
+
+def points_by_name(found: dict) -> dict[str, float]:
+    """Likewise, without a threshold."""
+    return found["guess_points"] | {name: signal["points"] for name, signal in found["signals"].items()}
 
 
 def irl_policy(job: Job) -> tuple[dict, str]:
@@ -697,14 +701,13 @@ def summary() -> dict:
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
             one["auroc" + suffix] = ranking["auroc"]
-        for stage in (stage for stage in ("irl", "grpo") if stage in stages):
-            metrics = stages[stage]["metrics"]
-            ends = [round(metrics[i]["rollout"]["entropy"], 2) for i in (0, -1)]
-            one.setdefault("trained", {})[stage] = {"steps": len(metrics), "entropy": ends}
+        trained = {stage: stages[stage]["metrics"] for stage in ("irl", "grpo") if stage in stages}
+        entropy = lambda metrics, i: metrics[i]["rollout"]["entropy"]
+        one["trained"] = {stage: {"steps": len(m), "entropy": [entropy(m, 0), entropy(m, -1)]} for stage, m in trained.items()}
         if "rerank" in stages:
             one["told"] = stages["rerank"].get("told", {})
         if "localise" in stages:
-            one["processbench"], one["points"] = f1_by_name(stages["localise"]), stages["localise"]["points"]
+            one["processbench"], one["points"] = f1_by_name(stages["localise"]), points_by_name(stages["localise"])
         for what in ("memory_gb", "seconds"):
             one[what] = {stage: found[what] for stage, found in stages.items()}
         models[folder.name] = one | json.loads((folder / "about.json").read_text())
@@ -723,7 +726,7 @@ def markdown(found: dict) -> str:
         hours = sum(one["seconds"].values()) / 3600
         lines += [f"## {name}", "", f"{about}, {hours:.1f} hours. `{one['command']}`", *head("", "T=1", "greedy")]
         lines += [row(method, share(r["t1"]), share(r["greedy"])) for method, r in one["gsm8k"].items()]
-        for method, r in one.get("trained", {}).items():
+        for method, r in one["trained"].items():
             first, last = r["entropy"]
             lines += ["", f"{method}: {r['steps']} steps from SFT; -log pi of a sampled token {first:.2f} to {last:.2f}"]
         for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
@@ -744,9 +747,9 @@ def markdown(found: dict) -> str:
 
 
 def readme_table(found: dict) -> str:
-    """README.md's table, a column per model: accuracies, best of 8 of the few-shot base's samples, F1 on ProcessBench, of what
-    is there."""
-    models = found["models"]
+    """README.md's table, a column per model that is through reranking: accuracies, best of 8 of the few-shot base's samples, F1
+    on ProcessBench."""
+    models = {name: one for name, one in found["models"].items() if "rerank" in one}
     head = [f"{name}, {one['demonstrations']} demonstrations, {one['questions']} questions" for name, one in models.items()]
     accuracy = lambda one, method: " / ".join(tables.short(one["gsm8k"].get(method, {}).get(key)) for key in ("t1", "greedy"))
     best = lambda one, way: tables.short(one.get("rerank", {}).get("8", {}).get(way))

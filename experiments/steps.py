@@ -231,7 +231,7 @@ def guess_f1(c: float) -> float:
     return 2 * c / (1 + c**0.5) ** 2
 
 
-def guessed(solutions: list[Solution]) -> dict[str, float]:
+def guess_points(solutions: list[Solution]) -> dict[str, float]:
     """{"chance", "longest": the share of wrong solutions whose first wrong step is named} by what asks no model."""
     wrong = [s for s in solutions if s.label >= 0]
     share = lambda hits: sum(hits) / max(1, len(wrong))
@@ -242,7 +242,7 @@ def guessed(solutions: list[Solution]) -> dict[str, float]:
 def guesses(solutions: list[Solution]) -> dict[str, float]:
     """{"chance", "longest": F1} of what asks no model, exactly. A threshold of length would be one of the writer's style, and
     says nothing of another's."""
-    return {name: guess_f1(c) for name, c in guessed(solutions).items()}
+    return {name: guess_f1(c) for name, c in guess_points(solutions).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -286,17 +286,16 @@ def localise(dev: dict, dev_labels: torch.Tensor, test: dict, test_labels: torch
     needs no threshold.
     """
     dev, test = ({rule: standardised(scores) for rule, scores in part.items()} for part in (dev, test))
-    wrong = test_labels >= 0
     tried = []
     for rule in dev:
         scores, labels = dev[rule], dev_labels
         if not (labels < 0).any():
             scores, labels = right_parts(scores, labels)
+        points = accuracies(predict(test[rule], ABSENT, "lowest"), test_labels)["wrong"]
         for pointer in POINTERS:
             threshold, dev_f1 = best_threshold(scores, labels, pointer)
             predicted = predict(test[rule], threshold, pointer)
             found = accuracies(predicted, test_labels)
-            points = accuracies(test[rule][wrong].argmin(1), test_labels[wrong])["wrong"]
             tried.append(found | {"points": points, "rule": rule, "pointer": pointer, "threshold": threshold, "dev_f1": dev_f1,
                                   "f1": f1_interval(predicted, test_labels)})  # fmt: skip
     every = {f"{one['rule']} {one['pointer']}": one["f1"][0] for one in tried}
@@ -340,10 +339,10 @@ def by_rule(scored: list[dict[str, list[float]]]) -> dict[str, torch.Tensor]:
     return {rule: padded([one[rule] for one in scored]) for rule in RULES}
 
 
-def show(results: dict, guesses: dict[str, float]) -> str:
+def show(results: dict, guessed: dict[str, float]) -> str:
     """A line per signal."""
     lines = [f"{'':18s}  {'F1':22s}{'wrong':>8s}{'right':>8s}  chosen on dev, in standard deviations of a set's steps"]
-    lines += [f"{name:18s}  {f1:.3f}" for name, f1 in guesses.items()]
+    lines += [f"{name:18s}  {f1:.3f}" for name, f1 in guessed.items()]
     for name, r in results.items():
         f1 = "{:.3f} [{:.3f}, {:.3f}]".format(*r["f1"])
         chosen = f"{r['rule']}, {r['pointer']} below {r['threshold']:.3g}"
