@@ -588,7 +588,18 @@ def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dic
             table[f"{name}_{rule}"] = torch.tensor([one[rule] for one in records])
         table[name] = table[f"{name}_mean"]
     voters = {f"weighted_majority_{kind}": kind for kind in KINDS if kind in scores}
-    return rerank.choice_results(plain.correct, keys, table, voters)
+    alike = {name: correlation(values, length) for name, values in table.items()}
+    return rerank.choice_results(plain.correct, keys, table, voters) | {"length": alike}
+
+
+def correlation(scores: torch.Tensor, length: torch.Tensor) -> float:
+    """Pearson's, within questions: [Q, n] both. A judge near -1 has learnt that experts are brief, not what is right.
+
+    >>> correlation(torch.tensor([[1.0, 2.0], [11.0, 10.0]]), torch.tensor([[5.0, 7.0], [9.0, 7.0]]))
+    1.0
+    """
+    a, b = (x - x.mean(1, keepdim=True) for x in (scores, length))
+    return round(float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)), 3)
 
 
 def localise(job: Job) -> tuple[dict, str]:
@@ -691,9 +702,9 @@ README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
 
 
 def summary() -> dict:
-    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "auroc", "rerank_sft", "auroc_sft", "told",
-    "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of what
-    is there."""
+    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "auroc", "length", "rerank_sft", "auroc_sft",
+    "length_sft", "told", "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device",
+    "command"}}}, of what is there."""
     models = {}
     for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
         stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
@@ -701,7 +712,7 @@ def summary() -> dict:
         for source, suffix in (("few_shot", ""), ("sft", "_sft")) if "rerank" in stages else ():
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
-            one["auroc" + suffix] = ranking["auroc"]
+            one["auroc" + suffix], one["length" + suffix] = ranking["auroc"], ranking["length"]
         trained = {stage: stages[stage]["metrics"] for stage in ("irl", "grpo") if stage in stages}
         entropy = lambda metrics, i: metrics[i]["rollout"]["entropy"]
         one["trained"] = {stage: {"steps": len(m), "entropy": [entropy(m, 0), entropy(m, -1)]} for stage, m in trained.items()}
@@ -731,10 +742,11 @@ def markdown(found: dict) -> str:
             first, last = r["entropy"]
             lines += ["", f"{method}: {r['steps']} steps from SFT; -log pi of a sampled token {first:.2f} to {last:.2f}"]
         for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
-            ranking, areas = one.get("rerank" + suffix, {}), one.get("auroc" + suffix, {})
-            lines += head(f"best of n, {whose} samples", *ranking, "AUROC") if ranking else []
+            ranking, areas, alike = (one.get(key + suffix, {}) for key in ("rerank", "auroc", "length"))
+            lines += head(f"best of n, {whose} samples", *ranking, "AUROC", "correlation with length") if ranking else []
             for way in next(iter(ranking.values()), ()):
-                lines.append(row(way, *(share(found[way]) for found in ranking.values()), area(areas.get(way))))
+                measures = (area(found.get(way)) for found in (areas, alike))
+                lines.append(row(way, *(share(found[way]) for found in ranking.values()), *measures))
         if one.get("told"):
             kinds = {"broken": "an expert's solution above it with one thing broken", "sft": "above SFT's samples"}
             lines += head("% of comparisons", *kinds.values())

@@ -129,6 +129,8 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
     ways = {"random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "longest", "reward", "reward_dense_last",
             "reward_sparse", "weighted_majority_reward", "oracle"}  # fmt: skip
     assert ways <= set(one["rerank"]["2"]) and ways <= set(one["rerank_sft"]["2"])
+    assert one["length"]["longest"] == 1.0 == -one["length_sft"]["shortest"] and set(one["length"]) >= ways - {"random", "oracle",
+           "majority", "weighted_majority_reward"}  # fmt: skip
     assert {"reward", "logprob", "sft_logprob", "longest", "chance"} <= set(one["processbench"])
     assert set(one["told"]["reward"]) == {"broken", "sft"} and one["told"]["logprob"].keys() == {"broken"}
     assert set(one["seconds"]) == set(one["memory_gb"]) == set(real.STAGES)
