@@ -49,7 +49,7 @@ def sample_chunk(model, prompts, ends, max_new_tokens, group, temperature, top_p
     # Prompts are padded on the left, so that all rows write their next token in the same column. Each prompt is read
     # once; its keys and values are then repeated for the G samples of its group.
     longest = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [P, L]
+    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # [P, L], L the longest
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # [P, L]
     positions = _positions(mask)
     decoder, (weight, softcap) = model.get_decoder(), output_layer(model)

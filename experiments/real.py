@@ -12,7 +12,8 @@ runs/real-<model>/, where the trained models are too: `rerank.py --run runs/real
     sft, sft_samples      adapters on the demonstrations, and what they write
     sft_fair              SFT averaged with its start, at a temperature; both chosen on validation
     negatives             answers of SFT and of the few-shot model to the demonstrations' questions, for all rewards
-    reward                f = log p_phi with AIRL's logit;  reward_dense, reward_sparse: the paper's head with GAIL's
+    reward                f = log p_phi with AIRL's logit;  reward_dense, reward_sparse: the paper's head with GAIL's;
+                          reward_broken: the sparse head, learnt from broken copies alone
     judge_base, judge_..  what the base, SFT, fair SFT and each reward say of all samples, of experts' solutions and the same
                           with one thing broken, and of each step of solutions
     irl, grpo             policies that go on from SFT, as far as --minutes go; GRPO takes as many steps
@@ -70,6 +71,8 @@ KINDS = {
     "reward": dict(reward="likelihood", logit="airl", granularity="dense"),
     "reward_dense": dict(reward="head", logit="gail", granularity="dense"),
     "reward_sparse": dict(reward="head", logit="gail", granularity="sparse"),
+    # the control: all negatives are broken copies, in the experts' own style, so that style tells nothing
+    "reward_broken": dict(reward="head", logit="gail", granularity="sparse", rollouts_per_expert=0, perturbed=4),
 }
 RULES = ("mean", "last", "lowest")
 SOURCES = {"few_shot": "few_shot", "sft": "sft_samples"}  # whose samples are judged: where they are
@@ -461,11 +464,13 @@ def learn_reward(kind: str, job: Job) -> tuple[dict, str]:
     though half of the negatives are another's: as with replay, old writers are compared with the present one.)"""
     run, ids = job.run, partial(data.response_ids, job.run.tokenizer)
     texts = job.found("negatives")["negatives"]
+    settings = replace(run.s, **KINDS[kind])
     pool = [{"sft": one["sft"], "few_shot": [ids(text) for text in one["few_shot"]]} for one in texts]
+    pool = pool if settings.rollouts_per_expert else [{}] * len(pool)
     discriminator = job.discriminator(kind)
     job.recall(discriminator.reward_model.model, "sft")
     pi = job.load("sft") if discriminator.logit == "airl" else None
-    trainer = RewardTrainer(run.s, run.tokenizer, discriminator, pi, run.experts, pool)
+    trainer = RewardTrainer(settings, run.tokenizer, discriminator, pi, run.experts, pool)
     count = max(1, (1 if job.args.quick else 2) * len(run.experts) // run.s.questions)
     metrics = train_steps(job, kind, trainer, count)
     job.keep(discriminator.reward_model.model, kind)
@@ -657,6 +662,7 @@ STAGES: dict[str, Callable] = {
     **{f"judge_{name}": partial(judge, name) for name in ("base", "sft", "sft_fair", "reward")}, "irl": irl_policy, "grpo": grpo,
     "reward_dense": partial(learn_reward, "reward_dense"), "judge_reward_dense": partial(judge, "reward_dense"),
     "reward_sparse": partial(learn_reward, "reward_sparse"), "judge_reward_sparse": partial(judge, "reward_sparse"),
+    "reward_broken": partial(learn_reward, "reward_broken"), "judge_reward_broken": partial(judge, "reward_broken"),
     "rerank": rerank_samples, "localise": localise,
 }  # fmt: skip
 

@@ -127,7 +127,7 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
     one = json.loads((tmp_path / "results" / "real.json").read_text())["models"]["tiny"]
     assert set(one["gsm8k"]) == set(real.METHODS) and all(len(r["t1"]) == len(r["greedy"]) == 3 for r in one["gsm8k"].values())
     ways = {"random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "longest", "reward", "reward_dense_last",
-            "reward_sparse", "weighted_majority_reward", "oracle"}  # fmt: skip
+            "reward_sparse", "reward_broken", "weighted_majority_reward", "oracle"}  # fmt: skip
     assert ways <= set(one["rerank"]["2"]) and ways <= set(one["rerank_sft"]["2"])
     assert {"longest", "reward_sparse", "logprob"} <= set(one["length"]) == set(one["length_sft"])
     assert {"reward", "logprob", "sft_logprob", "longest", "chance"} <= set(one["processbench"])
