@@ -703,7 +703,7 @@ METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples
            "grpo": "grpo"}  # fmt: skip
 # README.md's rows: their names in results/real.json, and there
 README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples"} | tables.README_METHODS
-README_SIGNALS = {name: tables.README_CHOICES[name] for name in ("logprob", "sft_fair_logprob", "reward")}
+README_SIGNALS = {name: tables.README_CHOICES[name] for name in ("logprob", "sft_fair_logprob", "reward", "reward_dense")}
 README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
 
 
