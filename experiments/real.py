@@ -151,15 +151,15 @@ class Job:
         """The prompt that shows worked examples first. They are training examples beside the demonstrations."""
         return few_shot_ids(self.run.tokenizer, self.run.extra[:SHOTS], question)
 
-    def discriminator(self, kind: str) -> reward.Discriminator:
-        """One of that kind, with a new adapter on the base."""
+    def run_of(self, kind: str) -> train.Run:
+        """The run with the settings of that kind of reward; its load_discriminator() puts a new adapter on the base."""
         run = copy.copy(self.run)
         run.s = replace(run.s, **KINDS[kind])
-        return run.load_discriminator()
+        return run
 
     def trained_discriminator(self, kind: str) -> reward.Discriminator:
         """What `learn_reward` has trained."""
-        found = self.discriminator(kind)
+        found = self.run_of(kind).load_discriminator()
         self.recall(found.reward_model.model, kind)
         return found
 
@@ -462,15 +462,14 @@ def learn_reward(kind: str, job: Job) -> tuple[dict, str]:
     """Two passes over the demonstrations, from SFT's weights, where a likelihood is pi itself: D = 1/2 everywhere. From the
     base's, updates are spent on making up for SFT, whose pi is the better one on demonstrations. (SFT's policy stands for pi,
     though half of the negatives are another's: as with replay, old writers are compared with the present one.)"""
-    run, ids = job.run, partial(data.response_ids, job.run.tokenizer)
+    run, ids = job.run_of(kind), partial(data.response_ids, job.run.tokenizer)
     texts = job.found("negatives")["negatives"]
-    settings = replace(run.s, **KINDS[kind])
     pool = [{"sft": one["sft"], "few_shot": [ids(text) for text in one["few_shot"]]} for one in texts]
-    pool = pool if settings.rollouts_per_expert else [{}] * len(pool)
-    discriminator = job.discriminator(kind)
+    pool = pool if run.s.rollouts_per_expert else [{}] * len(pool)
+    discriminator = run.load_discriminator()
     job.recall(discriminator.reward_model.model, "sft")
     pi = job.load("sft") if discriminator.logit == "airl" else None
-    trainer = RewardTrainer(settings, run.tokenizer, discriminator, pi, run.experts, pool)
+    trainer = RewardTrainer(run.s, run.tokenizer, discriminator, pi, run.experts, pool)
     count = max(1, (1 if job.args.quick else 2) * len(run.experts) // run.s.questions)
     metrics = train_steps(job, kind, trainer, count)
     job.keep(discriminator.reward_model.model, kind)
@@ -660,9 +659,8 @@ STAGES: dict[str, Callable] = {
     "zero_shot": zero_shot, "few_shot": few_shot, "sft": sft, "sft_samples": sft_samples, "sft_fair": sft_fair,
     "negatives": negatives, "reward": partial(learn_reward, "reward"),
     **{f"judge_{name}": partial(judge, name) for name in ("base", "sft", "sft_fair", "reward")}, "irl": irl_policy, "grpo": grpo,
-    "reward_dense": partial(learn_reward, "reward_dense"), "judge_reward_dense": partial(judge, "reward_dense"),
-    "reward_sparse": partial(learn_reward, "reward_sparse"), "judge_reward_sparse": partial(judge, "reward_sparse"),
-    "reward_broken": partial(learn_reward, "reward_broken"), "judge_reward_broken": partial(judge, "reward_broken"),
+    **{name: partial(stage, kind) for kind in KINDS if kind != "reward"
+       for name, stage in ((kind, learn_reward), (f"judge_{kind}", judge))},
     "rerank": rerank_samples, "localise": localise,
 }  # fmt: skip
 
@@ -723,7 +721,7 @@ def summary() -> dict:
         entropy = lambda metrics, i: metrics[i]["rollout"]["entropy"]
         one["trained"] = {stage: {"steps": len(m), "entropy": [entropy(m, 0), entropy(m, -1)]} for stage, m in trained.items()}
         if "rerank" in stages:
-            one["told"] = stages["rerank"].get("told", {})
+            one["told"] = stages["rerank"]["told"]
         if "localise" in stages:
             one["processbench"], one["points"] = f1_by_name(stages["localise"]), points_by_name(stages["localise"])
         for what in ("memory_gb", "seconds"):
@@ -771,7 +769,7 @@ def readme_table(found: dict) -> str:
     models = {name: one for name, one in found["models"].items() if "rerank" in one}
     head = [f"{name}, {one['demonstrations']} demonstrations, {one['questions']} questions" for name, one in models.items()]
     accuracy = lambda one, method: " / ".join(tables.short(one["gsm8k"].get(method, {}).get(key)) for key in ("t1", "greedy"))
-    best = lambda one, way: tables.short(one.get("rerank", {}).get("8", {}).get(way))
+    best = lambda one, way: tables.short(one["rerank"].get("8", {}).get(way))
     points = lambda one, signal: f"{100 * f1:.1f}" if (f1 := one.get("processbench", {}).get(signal)) is not None else "–"
     rows = []
     for what, names, cell in (("", README_METHODS, accuracy), ("best of 8: ", tables.README_CHOICES, best),
