@@ -706,9 +706,9 @@ README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
 
 
 def summary() -> dict:
-    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "auroc", "length", "rerank_sft", "auroc_sft",
-    "length_sft", "told", "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device",
-    "command"}}}, of what is there."""
+    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "beyond", "auroc", "length", "rerank_sft",
+    "beyond_sft", "auroc_sft", "length_sft", "told", "processbench", "points", "memory_gb", "seconds", "demonstrations",
+    "questions", "device", "command"}}}, of what is there."""
     models = {}
     for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
         stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
@@ -716,7 +716,8 @@ def summary() -> dict:
         for source, suffix in (("few_shot", ""), ("sft", "_sft")) if "rerank" in stages else ():
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
-            one["auroc" + suffix], one["length" + suffix] = ranking["auroc"], ranking["length"]
+            for what in ("beyond", "auroc", "length"):
+                one[what + suffix] = ranking[what]
         trained = {stage: stages[stage]["metrics"] for stage in ("irl", "grpo") if stage in stages}
         entropy = lambda metrics, i: metrics[i]["rollout"]["entropy"]
         one["trained"] = {stage: {"steps": len(m), "entropy": [entropy(m, 0), entropy(m, -1)]} for stage, m in trained.items()}
@@ -746,11 +747,12 @@ def markdown(found: dict) -> str:
             first, last = r["entropy"]
             lines += ["", f"{method}: {r['steps']} steps from SFT; -log pi of a sampled token {first:.2f} to {last:.2f}"]
         for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
-            ranking, areas, alike = (one.get(key + suffix, {}) for key in ("rerank", "auroc", "length"))
-            lines += head(f"best of n, {whose} samples", *ranking, "AUROC", "correlation with length") if ranking else []
+            ranking, beyond, areas, alike = (one.get(k + suffix, {}) for k in ("rerank", "beyond", "auroc", "length"))
+            measures = ("beyond random", "AUROC", "correlation with length")
+            lines += head(f"best of n, {whose} samples", *ranking, *measures) if ranking else []
             for way in next(iter(ranking.values()), ()):
-                measures = (area(found.get(way)) for found in (areas, alike))
-                lines.append(row(way, *(share(found[way]) for found in ranking.values()), *measures))
+                cells = [share(found[way]) for found in ranking.values()] + [share(beyond[way]) if way in beyond else "-"]
+                lines.append(row(way, *cells, *(area(found.get(way)) for found in (areas, alike))))
         if one.get("told"):
             kinds = {"broken": "an expert's solution above it with one thing broken", "sft": "above SFT's samples"}
             lines += head("% of comparisons", *kinds.values())

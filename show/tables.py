@@ -51,7 +51,9 @@ def show_results(results: dict) -> str:
     """The results of rerank.py: `rerank.rerank_results` under "rerank" and, if it is there, "localise"."""
     ranking = results["rerank"]
     ns = [key for key in ranking if key.isdigit()]
-    ways = [["best of n =", *ns], *([way, *(ranking[n][way] for n in ns)] for way in ranking[ns[0]])]
+    columns, beyond = [ranking[n] for n in ns], ranking["beyond"]
+    ways = [["best of n =", *ns, "beyond random"]]
+    ways += [[way, *(found[way] for found in columns), beyond.get(way)] for way in columns[0]]
     ks = [["k =", *ns], *([at, *ranking[at].values()] for at in ("pass@k", "success@k") if at in ranking)]
     areas = [["right from wrong", "AUROC"], *map(list, ranking["auroc"].items())]
     texts = [aligned(rows, [18] * len(rows[0])) for rows in (ways, ks, areas)]

@@ -490,6 +490,8 @@ def test_rerank_results_by_hand(shipped):
     assert mean["2"]["logprob"] == pytest.approx(1 / 6)
     assert mean["4"]["majority"] == 0.5 and mean["4"]["weighted_majority"] == mean["4"]["reward"] == 1.0
     assert found["success@k"]["1"][0] == 1.0
+    assert {name: gain[0] for name, gain in found["beyond"].items() if name in ("majority", "reward", "logprob")} == {
+        "majority": 0.0, "reward": 0.5, "logprob": -0.5}  # fmt: skip
     assert found["auroc"]["reward"] == 1.0 and found["auroc"]["logprob"] == 0.0
     json.dumps(found, allow_nan=False)
 
@@ -515,6 +517,16 @@ def test_a_judge_is_the_averaged_model_before_its_logits_are_divided(run, shippe
     assert set(judges) == {"sft_fair_logprob"}
     found = signals(written(tokenizer, [RIGHT, WRONG]).batch, discriminator, policy_model, judges)
     torch.testing.assert_close(found["sft_fair_logprob"][0], found["logprob"][0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_gain_over_random_is_paired_by_question():
+    """Of the easy questions' samples 3 of 4 are right, of the hard ones' 1. The score lifts 3/4 to 1 and 1/4 to 1/2: by 1/4
+    everywhere, so that the gain has no spread, though both accuracies have."""
+    correct = T([[1.0, 1.0, 0.0, 1.0]] * 5 + [[0.0, 0.0, 0.0, 1.0]] * 5)
+    score = T([[1.0, 1.0, 0.0, 1.0]] * 5 + [[0.0, 0.0, 1.0, 1.0]] * 5)
+    found = rerank.choice_results(correct, torch.zeros(10, 4, dtype=torch.long), {"score": score}, {})
+    assert found["4"]["random"][2] > found["4"]["score"][1]  # side by side the intervals overlap
+    assert found["beyond"]["score"] == [0.25, 0.25, 0.25] and "random" not in found["beyond"]
 
 
 def test_rerank_results_go_by_the_rule(shipped):
