@@ -205,6 +205,13 @@ def auroc(scores: torch.Tensor, correct: torch.Tensor) -> float | None:
     return int(twice.sum()) / (2 * len(right) * len(wrong)) if len(right) and len(wrong) else None
 
 
+def auroc_within(scores: torch.Tensor, correct: torch.Tensor) -> list[float] | None:
+    """Mean of the questions' own AUROCs, [Q, N] both, as [mean, low, high]: can the score rank one question's candidates? Over
+    the questions that have right ones and wrong ones; None without any."""
+    areas = [area for area in map(auroc, scores, correct) if area is not None]
+    return bootstrap(torch.tensor(areas)) if areas else None
+
+
 def bootstrap(values: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[float]:
     """[mean, low, high]: the mean over questions with its 95% percentile interval (Efron 1979): [Q] -> three. Not candidates
     are drawn again: those of one question resemble each other, and the interval would be too narrow."""
@@ -309,14 +316,16 @@ def choice_results(correct: torch.Tensor, keys: torch.Tensor, scores: dict[str, 
                    seed: int = 0) -> dict:  # fmt: skip
     """`accuracies` for n = 1, 2, 4, .. N: {"4": {"random": [mean, low, high], ..}, ..}; "beyond", of the best of N: what a way
     gains over random. Both are right or wrong on the same questions, hard ones and easy ones: the interval of the difference
-    per question is narrower than two intervals side by side. Then "pass@k" and "auroc" (all candidates pooled)."""
+    per question is narrower than two intervals side by side. Then "pass@k"; "auroc" (all candidates pooled), which a score
+    that knows hard questions from easy ones can earn as well; "auroc_within" (`auroc_within`), which it cannot."""
     total, results = correct.shape[1], {}
     for n in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
         row = accuracies(correct, keys, scores, voters, n, seed)
         results[str(n)] = {name: bootstrap(values, seed=seed) for name, values in row.items()}
     beyond = {name: bootstrap(values - row["random"], seed=seed) for name, values in row.items() if name != "random"}
+    results |= {"beyond": beyond, "pass@k": {n: row["oracle"] for n, row in results.items()}}
     areas = {name: auroc(values.flatten(), correct.flatten()) for name, values in scores.items()}
-    return results | {"beyond": beyond, "pass@k": {n: row["oracle"] for n, row in results.items()}, "auroc": areas}
+    return results | {"auroc": areas, "auroc_within": {name: auroc_within(values, correct) for name, values in scores.items()}}
 
 
 def rerank_results(candidates: Candidates, readings: dict[str, Reading], rule: str = "mean", seed: int = 0) -> dict:

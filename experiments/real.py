@@ -73,6 +73,7 @@ KINDS = {
     "reward_sparse": dict(reward="head", logit="gail", granularity="sparse"),
     # the control: all negatives are broken copies, in the experts' own style, so that style tells nothing
     "reward_broken": dict(reward="head", logit="gail", granularity="sparse", rollouts_per_expert=0, perturbed=4),
+    "reward_broken_dense": dict(reward="head", logit="gail", granularity="dense", rollouts_per_expert=0, perturbed=4),
 }
 RULES = ("mean", "last", "lowest")
 SOURCES = {"few_shot": "few_shot", "sft": "sft_samples"}  # whose samples are judged: where they are
@@ -703,12 +704,15 @@ METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples
 README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples"} | tables.README_METHODS
 README_SIGNALS = {name: tables.README_CHOICES[name] for name in ("logprob", "sft_fair_logprob", "reward", "reward_dense")}
 README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
+# what reranking has found, and results/real.md's names of it
+MEASURES = {"rerank": "", "beyond": "beyond random", "auroc": "AUROC", "auroc_within": "AUROC within questions",
+            "length": "correlation with length"}  # fmt: skip
 
 
 def summary() -> dict:
-    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "beyond", "auroc", "length", "rerank_sft",
-    "beyond_sft", "auroc_sft", "length_sft", "told", "processbench", "points", "memory_gb", "seconds", "demonstrations",
-    "questions", "device", "command"}}}, of what is there."""
+    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "beyond", "auroc", "auroc_within", "length",
+    "told", "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of what is
+    there; "rerank_sft" and so on: of SFT's samples."""
     models = {}
     for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
         stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
@@ -716,7 +720,7 @@ def summary() -> dict:
         for source, suffix in (("few_shot", ""), ("sft", "_sft")) if "rerank" in stages else ():
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
-            for what in ("beyond", "auroc", "length"):
+            for what in ("beyond", "auroc", "auroc_within", "length"):
                 one[what + suffix] = ranking[what]
         trained = {stage: stages[stage]["metrics"] for stage in ("irl", "grpo") if stage in stages}
         entropy = lambda metrics, i: metrics[i]["rollout"]["entropy"]
@@ -735,6 +739,7 @@ def markdown(found: dict) -> str:
     """The summary as tables; shares of a hundred."""
     share = lambda v: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in v))
     area = lambda v: "-" if v is None else f"{v:.3f}"
+    spread = lambda v: "-" if v is None else "{:.3f} [{:.3f}, {:.3f}]".format(*v)
     row = lambda *cells: "| " + " | ".join(cells) + " |"
     head = lambda *cells: ["", row(*cells), row(*["---"] * len(cells))]
     lines = []
@@ -747,12 +752,12 @@ def markdown(found: dict) -> str:
             first, last = r["entropy"]
             lines += ["", f"{method}: {r['steps']} steps from SFT; -log pi of a sampled token {first:.2f} to {last:.2f}"]
         for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
-            ranking, beyond, areas, alike = (one.get(k + suffix, {}) for k in ("rerank", "beyond", "auroc", "length"))
-            measures = ("beyond random", "AUROC", "correlation with length")
-            lines += head(f"best of n, {whose} samples", *ranking, *measures) if ranking else []
+            ranking, beyond, areas, within, alike = (one.get(k + suffix, {}) for k in MEASURES)
+            lines += head(f"best of n, {whose} samples", *ranking, *list(MEASURES.values())[1:]) if ranking else []
             for way in next(iter(ranking.values()), ()):
                 cells = [share(found[way]) for found in ranking.values()] + [share(beyond[way]) if way in beyond else "-"]
-                lines.append(row(way, *cells, *(area(found.get(way)) for found in (areas, alike))))
+                cells += [area(areas.get(way)), spread(within.get(way)), area(alike.get(way))]
+                lines.append(row(way, *cells))
         if one.get("told"):
             kinds = {"broken": "an expert's solution above it with one thing broken", "sft": "above SFT's samples"}
             lines += head("% of comparisons", *kinds.values())

@@ -55,7 +55,8 @@ def show_results(results: dict) -> str:
     ways = [["best of n =", *ns, "beyond random"]]
     ways += [[way, *(found[way] for found in columns), beyond.get(way)] for way in columns[0]]
     ks = [["k =", *ns], *([at, *ranking[at].values()] for at in ("pass@k", "success@k") if at in ranking)]
-    areas = [["right from wrong", "AUROC"], *map(list, ranking["auroc"].items())]
+    areas = [["right from wrong", "AUROC", "within questions"]]
+    areas += [[name, area, ranking["auroc_within"][name]] for name, area in ranking["auroc"].items()]
     texts = [aligned(rows, [18] * len(rows[0])) for rows in (ways, ks, areas)]
     titles = {"natural": "the policy's own errors", "single": "expert traces with a single thing broken"}
     for kind, found in results.get("localise", {}).items():

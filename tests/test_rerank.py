@@ -519,6 +519,15 @@ def test_a_judge_is_the_averaged_model_before_its_logits_are_divided(run, shippe
     torch.testing.assert_close(found["sft_fair_logprob"][0], found["logprob"][0], atol=1e-4, rtol=1e-4)
 
 
+def test_auroc_within_does_not_see_which_question_is_easy():
+    """A score that knows hard questions from easy ones and nothing else; one that only ranks each question's candidates."""
+    correct = T([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    easy, ranks = T([[2.0] * 4, [1.0] * 4, [0.0] * 4]), correct + T([[0.0], [5.0], [9.0]])
+    assert rerank.auroc(easy.flatten(), correct.flatten()) > 0.8 > 0.5 > rerank.auroc(ranks.flatten(), correct.flatten())
+    assert rerank.auroc_within(easy, correct) == [0.5, 0.5, 0.5] and rerank.auroc_within(ranks, correct) == [1.0, 1.0, 1.0]
+    assert rerank.auroc_within(-ranks[:2], correct[:2])[0] == 0.0 and rerank.auroc_within(easy[2:], correct[2:]) is None
+
+
 def test_a_gain_over_random_is_paired_by_question():
     """Of the easy questions' samples 3 of 4 are right, of the hard ones' 1. The score lifts 3/4 to 1 and 1/4 to 1/2: by 1/4
     everywhere, so that the gain has no spread, though both accuracies have."""
