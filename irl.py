@@ -96,7 +96,7 @@ class IRL:
         with data.no_verifier():
             policy.set_constant_rate(self.reward_optimizer, s.warm_up_lr)
             examples = data.draw(self.experts, s.questions, self.rng)
-            if s.discriminator_coef:
+            if s.discriminator_coef and s.rollouts_per_expert:
                 rollout, _ = self.rollout([e.question for e in examples], s.rollouts_per_expert)
             return self.update_discriminator(examples, rollout, s.rollouts_per_expert)
 

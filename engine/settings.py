@@ -52,7 +52,7 @@ class Settings:
     reward_nll: float = setting(1.0, "weight of the demonstrations' likelihood in a likelihood reward's loss")
     discriminator_coef: float = setting(1.0, "weight of the discriminator's own loss; 0 leaves the likelihood alone")
     reward_average: float = setting(None, "share of its start in the reward's weights after the warm-up", SHARE)
-    rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included", COUNT)
+    rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included; 0: broken copies alone")
     perturbed: int = setting(2, "broken copies of each demonstration as negatives")
     replay: int = setting(4, "old rollouts kept per question; 0 for none")
     warm_up: int = setting(None, "discriminator updates before the policy's first; if not given, 4 passes over the "
@@ -240,7 +240,8 @@ def check_given(given: dict, s: Settings) -> None:
     for name, idle, beside in (
         ("interval", s.granularity != "interval", f"--granularity {s.granularity}"),
         ("entropy_coef", s.logit == "gail", "--logit gail"),
-        ("replay", s.rollouts_per_expert == 1, "--rollouts-per-expert 1, of which half, rounded down, would be old"),
+        ("replay", s.rollouts_per_expert < 2,
+         f"--rollouts-per-expert {s.rollouts_per_expert}, of which half, rounded down, would be old"),
         ("reward_clip", sums_all(s), "--policy-loss exact, which sums f itself"),
         ("reward_lr", s.reward == "random", "--reward random"),
     ):
@@ -255,6 +256,8 @@ def check(s: Settings) -> None:
     for wrong, why in (
         (not set(s.methods) <= set(METHODS), f"no method '{s.method}': {', '.join(METHODS)}, some with commas between, or all"),
         (s.rollouts_per_expert > s.group, f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group}"),
+        (not (s.rollouts_per_expert or s.perturbed or alone),
+         "--rollouts-per-expert 0 and --perturbed 0 leave the discriminator no negatives: give one of them"),
         (alone and not s.likelihood_alone,
          f"{alone} leaves the likelihood alone, which takes --reward likelihood and a --reward-nll above 0"),
         (s.policy_loss == "exact" and not scores_all_actions(s),

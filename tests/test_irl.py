@@ -31,6 +31,22 @@ def make_loop(shipped, settings, **changes):
     return irl.IRL(s, tokenizer, model, discriminator, experts, extra)
 
 
+def test_broken_copies_alone_are_enough_to_learn_from(shipped, settings, monkeypatch):
+    """rollouts_per_expert 0: the discriminator asks the policy for nothing, before it acts and beside it."""
+    loop = make_loop(shipped, settings, demonstrations=8, questions=4, rollouts_per_expert=0, perturbed=3, reward_lr=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "sample", None)
+        assert abs(loop.warm_up()["accuracy"] - 0.5) < 0.01  # AIRL's f is log pi yet
+        for _ in range(9):
+            told = loop.warm_up()
+    assert told["accuracy"] > 0.6 and told["d_expert"] > told["d_negative"]
+    seen, compare = [], reward.compare
+    monkeypatch.setattr(reward, "compare", lambda *args: seen.append(compare(*args)) or seen[-1])
+    loop.step()
+    negative, start = seen[0].negative, seen[0].negative_from
+    assert len(negative) and (start > negative.prompt_lengths).all()  # copies of an expert's first tokens, all of them
+
+
 def accuracy(loop, questions=64):
     examples = data.load_examples("words", "validation", questions)
     prompts = [data.prompt_ids(loop.tokenizer, e.question) for e in examples]

@@ -220,6 +220,7 @@ def test_a_run_can_be_used_afterwards(capsys, monkeypatch):
     ("--interval 5", "--interval 5 changes nothing beside --granularity dense"),
     ("--logit gail --entropy-coef 0.5", "--entropy-coef 0.5 changes nothing beside --logit gail"),
     ("--replay 8 --rollouts-per-expert 1", "--replay 8 changes nothing beside --rollouts-per-expert 1"),
+    ("--rollouts-per-expert 0 --perturbed 0", "--rollouts-per-expert 0 and --perturbed 0 leave the discriminator no negatives"),
     ("--reward-clip 5", "--reward-clip 5.0 changes nothing beside --policy-loss exact"),
     ("--reward random --reward-lr 1e-4", "--reward-lr 0.0001 changes nothing beside --reward random"),
 ])  # fmt: skip
