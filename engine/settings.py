@@ -256,7 +256,7 @@ def check(s: Settings) -> None:
     for wrong, why in (
         (not set(s.methods) <= set(METHODS), f"no method '{s.method}': {', '.join(METHODS)}, some with commas between, or all"),
         (s.rollouts_per_expert > s.group, f"--rollouts-per-expert {s.rollouts_per_expert} is more than --group {s.group}"),
-        (not (s.rollouts_per_expert or s.perturbed or alone),
+        ("irl" in s.methods and s.discriminator_coef and not (s.rollouts_per_expert or s.perturbed),
          "--rollouts-per-expert 0 and --perturbed 0 leave the discriminator no negatives: give one of them"),
         (alone and not s.likelihood_alone,
          f"{alone} leaves the likelihood alone, which takes --reward likelihood and a --reward-nll above 0"),

@@ -125,6 +125,7 @@ TRACES = {
     "advantages scaled over the batch": "--advantage-scale batch",
     "800 steps, none of the three": f"{LONG} {LONG_CHOICES['none of the three']}",
     "no perturbed negatives": "--perturbed 0",
+    "perturbed negatives alone": "--rollouts-per-expert 0",
     "a random head": "--reward random",
     "half of the demonstrations broken": "--wrong-demonstrations 0.5",
     "start at SFT": "--start sft",
