@@ -702,7 +702,8 @@ METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples
            "grpo": "grpo"}  # fmt: skip
 # README.md's rows: their names in results/real.json, and there
 README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples"} | tables.README_METHODS
-README_SIGNALS = {name: tables.README_CHOICES[name] for name in ("logprob", "sft_fair_logprob", "reward", "reward_dense")}
+README_SIGNALS = {name: tables.README_CHOICES[name] for name in
+                  ("logprob", "sft_fair_logprob", "reward", "reward_dense", "reward_broken_dense")}  # fmt: skip
 README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
 # what reranking has found, and results/real.md's names of it
 MEASURES = {"rerank": "", "beyond": "beyond random", "auroc": "AUROC", "auroc_within": "AUROC within questions",
@@ -771,9 +772,9 @@ def markdown(found: dict) -> str:
 
 
 def readme_table(found: dict) -> str:
-    """README.md's table, a column per model that is through reranking: accuracies, best of 8 of the few-shot base's samples, F1
-    on ProcessBench."""
-    models = {name: one for name, one in found["models"].items() if "rerank" in one}
+    """README.md's table, a column per model that is through IRL and reranking: accuracies, best of 8 of the few-shot base's
+    samples, F1 on ProcessBench."""
+    models = {name: one for name, one in found["models"].items() if "rerank" in one and "irl" in one["gsm8k"]}
     head = [f"{name}, {one['demonstrations']} demonstrations, {one['questions']} questions" for name, one in models.items()]
     accuracy = lambda one, method: " / ".join(tables.short(one["gsm8k"].get(method, {}).get(key)) for key in ("t1", "greedy"))
     best = lambda one, way: tables.short(one["rerank"].get("8", {}).get(way))

@@ -399,8 +399,8 @@ README_METHODS = {"base": "base", "base_sharpened": "base, logits divided by 0.2
 README_CHOICES = {"random": "at random", "majority": "majority vote", "logprob": "base's log-probability",
                   "sft_fair_logprob": "fair SFT's log-probability", "longest": "the longest",
                   "own_grade": "base's own grade", "reward": "**learned reward**", "reward_dense": "the paper's head, dense",
-                  "reward_sparse": "the paper's head, sparse", "reward_broken": "that, from broken copies",
-                  "oracle": "oracle"}  # fmt: skip
+                  "reward_sparse": "the paper's head, sparse", "reward_broken_dense": "dense, from broken copies",
+                  "reward_broken": "sparse, from broken copies", "oracle": "oracle"}  # fmt: skip
 NOTHING_YET = "No results of this version are here yet: run `python -m experiments.run`."
 
 
