@@ -212,6 +212,19 @@ def auroc_within(scores: torch.Tensor, correct: torch.Tensor) -> list[float] | N
     return bootstrap(torch.tensor(areas)) if areas else None
 
 
+def auroc_beyond(scores: torch.Tensor, other: torch.Tensor, correct: torch.Tensor, draws: int = 1000,
+                 seed: int = 0) -> list[float] | None:  # fmt: skip
+    """By how much the scores' AUROC, all candidates pooled, is above the other scores': [Q, N] each -> [difference, low, high].
+    Questions are drawn again (`bootstrap` says why), the same for both. None where nothing is right, or nothing wrong."""
+    gap = lambda q: auroc(scores[q].flatten(), correct[q].flatten()) - auroc(other[q].flatten(), correct[q].flatten())
+    mixed = lambda q: 0 < correct[q].mean() < 1
+    if not mixed(slice(None)):
+        return None
+    drawn = torch.randint(len(correct), (draws, len(correct)), generator=torch.Generator().manual_seed(seed))
+    low, high = torch.tensor([gap(q) for q in drawn if mixed(q)]).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [gap(slice(None)), low, high]
+
+
 def bootstrap(values: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[float]:
     """[mean, low, high]: the mean over questions with its 95% percentile interval (Efron 1979): [Q] -> three. Not candidates
     are drawn again: those of one question resemble each other, and the interval would be too narrow."""

@@ -594,7 +594,8 @@ def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dic
         table[name] = table[f"{name}_mean"]
     voters = {f"weighted_majority_{kind}": kind for kind in KINDS if kind in scores}
     alike = {name: correlation(values, length) for name, values in table.items()}
-    return rerank.choice_results(plain.correct, keys, table, voters) | {"length": alike}
+    beyond = {name: rerank.auroc_beyond(values, table["logprob"], plain.correct) for name, values in table.items()}
+    return rerank.choice_results(plain.correct, keys, table, voters) | {"auroc_beyond": beyond, "length": alike}
 
 
 def correlation(scores: torch.Tensor, length: torch.Tensor) -> float:
@@ -702,18 +703,17 @@ METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples
            "grpo": "grpo"}  # fmt: skip
 # README.md's rows: their names in results/real.json, and there
 README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples"} | tables.README_METHODS
-README_SIGNALS = {name: tables.README_CHOICES[name] for name in
-                  ("logprob", "sft_fair_logprob", "reward", "reward_dense", "reward_broken_dense")}  # fmt: skip
+README_SIGNALS = {name: tables.README_CHOICES[name] for name in ("logprob", "sft_fair_logprob", *KINDS)}
 README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
 # what reranking has found, and results/real.md's names of it
-MEASURES = {"rerank": "", "beyond": "beyond random", "auroc": "AUROC", "auroc_within": "AUROC within questions",
-            "length": "correlation with length"}  # fmt: skip
+MEASURES = {"rerank": "", "beyond": "beyond random", "auroc": "AUROC", "auroc_beyond": "beyond log-probability's",
+            "auroc_within": "AUROC within questions", "length": "correlation with length"}  # fmt: skip
 
 
 def summary() -> dict:
-    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "beyond", "auroc", "auroc_within", "length",
-    "told", "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device", "command"}}}, of what is
-    there; "rerank_sft" and so on: of SFT's samples."""
+    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "beyond", "auroc", "auroc_beyond", "auroc_within",
+    "length", "told", "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device",
+    "command"}}}, of what is there; "rerank_sft" and so on: of SFT's samples."""
     models = {}
     for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
         stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
@@ -721,7 +721,7 @@ def summary() -> dict:
         for source, suffix in (("few_shot", ""), ("sft", "_sft")) if "rerank" in stages else ():
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
-            for what in ("beyond", "auroc", "auroc_within", "length"):
+            for what in list(MEASURES)[1:]:
                 one[what + suffix] = ranking[what]
         trained = {stage: stages[stage]["metrics"] for stage in ("irl", "grpo") if stage in stages}
         entropy = lambda metrics, i: metrics[i]["rollout"]["entropy"]
@@ -753,11 +753,11 @@ def markdown(found: dict) -> str:
             first, last = r["entropy"]
             lines += ["", f"{method}: {r['steps']} steps from SFT; -log pi of a sampled token {first:.2f} to {last:.2f}"]
         for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
-            ranking, beyond, areas, within, alike = (one.get(k + suffix, {}) for k in MEASURES)
+            ranking, beyond, areas, over, within, alike = (one.get(k + suffix, {}) for k in MEASURES)
             lines += head(f"best of n, {whose} samples", *ranking, *list(MEASURES.values())[1:]) if ranking else []
             for way in next(iter(ranking.values()), ()):
                 cells = [share(found[way]) for found in ranking.values()] + [share(beyond[way]) if way in beyond else "-"]
-                cells += [area(areas.get(way)), spread(within.get(way)), area(alike.get(way))]
+                cells += [area(areas.get(way)), spread(over.get(way)), spread(within.get(way)), area(alike.get(way))]
                 lines.append(row(way, *cells))
         if one.get("told"):
             kinds = {"broken": "an expert's solution above it with one thing broken", "sft": "above SFT's samples"}

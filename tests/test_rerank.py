@@ -528,6 +528,18 @@ def test_auroc_within_does_not_see_which_question_is_easy():
     assert rerank.auroc_within(-ranks[:2], correct[:2])[0] == 0.0 and rerank.auroc_within(easy[2:], correct[2:]) is None
 
 
+def test_auroc_beyond_compares_two_scores_on_the_same_questions():
+    """Against itself nothing, against the truth what is missing; half of the questions right, drawn again, both move alike."""
+    generator = torch.Generator().manual_seed(0)
+    correct = (torch.rand(50, 4, generator=generator) < 0.5).float()
+    noisy = correct + torch.randn(50, 4, generator=generator)
+    assert rerank.auroc_beyond(noisy, noisy, correct) == [0.0, 0.0, 0.0]
+    gap, low, high = rerank.auroc_beyond(correct, noisy, correct)
+    assert gap == pytest.approx(1 - rerank.auroc(noisy.flatten(), correct.flatten())) and 0 < low < gap < high < 0.5
+    assert rerank.auroc_beyond(noisy, correct, correct)[0] == -gap
+    assert rerank.auroc_beyond(noisy, noisy, torch.ones(50, 4)) is None
+
+
 def test_a_gain_over_random_is_paired_by_question():
     """Of the easy questions' samples 3 of 4 are right, of the hard ones' 1. The score lifts 3/4 to 1 and 1/4 to 1/2: by 1/4
     everywhere, so that the gain has no spread, though both accuracies have."""
