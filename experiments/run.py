@@ -44,14 +44,16 @@ QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --fair-steps 4 --warm-up 4 
 
 # What is changed, in train.py's flags. PPO is the loss that takes every reward.
 PPO = "--policy-loss ppo --gamma 0.9"
+LONG = "--max-steps 800 --policy-lr 4e-4"  # IRL on countdown: GRPO's steps and rate (experiments/choose.py)
 # countdown's reward is a head, which has no likelihood term: there the likelihood alone is a run of its own
 LIKELIHOOD = ("--method irl --reward likelihood --logit airl --granularity dense --discriminator-coef 0 --start reward "
               "--policy-loss exact --gamma 0 --reward-clip 0 --reward-lr 1e-5 --reward-average 0.5 --warm-up-lr 3e-4 "
               "--policy-lr 3e-5 --max-steps 100")  # fmt: skip
+# the control of the discriminator: it never sees a trace of the policy's, so no expert is told from the policy
+BROKEN = f"--method irl --rerank-questions 250 --rerank-n 16 --rollouts-per-expert 0 {LONG}"
 # what IRL's temperature alone does for the base: fair SFT with nothing learnt
 SHARPENED = "--method sft_fair --fair-steps 1 --fair-lr 0 --fair-average 1 --fair-temperature 0.2"
-# IRL on countdown: GRPO's steps and rate (experiments/choose.py), and how the reward that it practises on was chosen
-LONG = "--max-steps 800 --policy-lr 4e-4"
+# how the reward that IRL practises on was chosen on countdown
 LONG_CHOICES = {
     "averaged, standing still, clipped": "",
     "advantages scaled over the batch": "--advantage-scale batch",
@@ -105,6 +107,7 @@ ABLATIONS = {
     "group 2": f"{BASE} --group 2 --questions 32",
     "group 16": f"{BASE} --group 16 --questions 4",
     "perturbed 1": f"{BASE} --perturbed 1",
+    "perturbed negatives alone": f"{BASE} --rollouts-per-expert 0",
     "2 discriminator updates": f"{BASE} --discriminator-updates 2",
     "alpha 0.5": f"{BASE} --entropy-coef 0.5",
     "label smoothing 0.3": f"{BASE} --label-smoothing 0.3",
@@ -190,6 +193,7 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
             trials.append(Trial(f"{data}-fair-greedy-{size}-{seed}", f"{flags} {greedy}"))
             if data == "countdown":
                 trials.append(Trial(f"{data}-likelihood-{size}-{seed}", f"{flags} {LIKELIHOOD}"))
+                trials.append(Trial(f"{data}-broken-{size}-{seed}", f"{flags} {BROKEN}"))
     return trials
 
 

@@ -25,6 +25,7 @@ NAMES = {"base": "base", "base_sharpened": "base, logits divided by 0.2", "sft":
          "sft_fair": "SFT, averaged and sharpened, best at T = 1",
          "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
          "likelihood_only": "IRL without its discriminator", "irl": "**IRL, no verifier**",
+         "broken_only": "IRL whose discriminator learns from broken copies alone",
          "own_grade": "a policy on the base's own grade, no demonstrations", "grpo": "GRPO, true answers"}  # fmt: skip
 RULES = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "reward_lowest", "reward_last",
          "reward_discounted", "weighted_majority", "oracle")  # fmt: skip
@@ -121,6 +122,7 @@ def main_summary() -> dict:
             "sft_fair_greedy": "the same, best greedy",
             "likelihood_only": "without the discriminator's loss: on words default settings, on countdown runs.LIKELIHOOD",
             "irl": "default settings; on countdown GRPO's steps and rate",
+            "broken_only": "the same, but its negatives are broken copies alone: the discriminator sees no trace of the policy",
             "own_grade": "the same with the base's own grade as the reward: no demonstrations, the same for every size",
             "grpo": "steps and rate that were best at temperature 1; one run per seed, the same for every size",
             "rerank reward": "mean of f over the tokens of a trace; longest, shortest: of response tokens",
@@ -137,6 +139,7 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
         alone = seeds_of(f"{data}-likelihood-{size}")
         where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
+        where["broken_only"] = (seeds_of(f"{data}-broken-{size}"), "irl")
         where["base_sharpened"] = (seeds_of(f"{data}-base-sharpened"), "sft_fair")
         where["own_grade"] = (seeds_of(f"{data}-own-grade"), "irl")
         where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
@@ -146,12 +149,14 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
             for method, (results, name) in where.items()
         }
     size = max(by_size, key=lambda n: (len(by_size[n]), n == 256))  # 256, if as many seeds are there as of others
-    found = by_size[size]
+    found, broken = by_size[size], seeds_of(f"{data}-broken-{size}")
     summary["seeds"], summary["judged with"] = {str(n): len(results) for n, results in by_size.items()}, size
     for n in ("4", "8", "16"):
         summary["rerank"][n] = {rule: over_seeds(found, "rerank", n, rule) for rule in RULES}
+        summary["rerank"][n]["reward_broken"] = over_seeds(broken, "rerank", n, "reward")
     areas = [rule for rule in RULES if over_seeds(found, "rerank", "auroc", rule)]
     summary["auroc"] = {rule: over_seeds(found, "rerank", "auroc", rule) for rule in areas}
+    summary["auroc"]["reward_broken"] = over_seeds(broken, "rerank", "auroc", "reward")
     for kind in ("natural", "single"):
         hits = {
             hit: {s: over_seeds(found, "localise", kind, hit, path) for s, path in SIGNALS.items()}
@@ -198,7 +203,8 @@ def main_tables(data: str, summary: dict) -> list[str]:
         rows = [[NAMES[m], *(percent(v.get(k)) for k in ("t1", "greedy", "pass@4"))] for m, v in methods.items()]
         head = ["", "T = 1", "greedy", "pass@4"]
         parts.append(f"### {data}, {size} demonstrations\n\n" + table(head, filled(rows)))
-    rows = [[rule, *(percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16"))] for rule in RULES]
+    every = (*RULES, "reward_broken")
+    rows = [[rule, *(percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16"))] for rule in every]
     rows = [[*row, percent(summary["auroc"].get(row[0]))] for row in rows]
     head = ["chosen by", "N = 4", "N = 8", "N = 16", "AUROC"]
     parts.append(f"### {data}, best of N samples of the base\n\n" + table(head, rows))
@@ -381,7 +387,7 @@ def draw_best_of_n(path: Path) -> None:
 CHOSEN_BY = {"random": "a random pick", "longest": "the longest", "shortest": "the shortest", "majority": "majority vote",
                 "logprob": "the base's own log-probability", "sft_logprob": "the SFT model's log-probability",
                 "sft_fair_logprob": "the averaged SFT model's log-probability", "reward": "**the learned reward**, mean of f",
-                "oracle": "an oracle"}  # fmt: skip
+                "reward_broken": "the same, learned from broken copies alone", "oracle": "an oracle"}  # fmt: skip
 POINTED_AT = {"reward": "**reward**: first token below −1",
                   "sft_logprob": "SFT model's log-probability: first below −1",
                   "sft_fair_logprob": "averaged SFT model's log-probability: first below −1",
@@ -393,8 +399,9 @@ POINTED_AT = {"reward": "**reward**: first token below −1",
 
 
 # README.md's rows: their names in summary.json, and there
-README_METHODS = {"base": "base", "base_sharpened": "base, logits divided by 0.2", "sft": "SFT", "sft_fair": "fair SFT",
+README_METHODS = {"base": "base", "sft": "SFT", "sft_fair": "fair SFT",
                   "likelihood_only": "IRL's likelihood, no discriminator", "irl": "**IRL**",
+                  "broken_only": "IRL, broken copies alone",
                   "own_grade": "a policy on the base's own grade", "grpo": "GRPO, true answers"}  # fmt: skip
 README_CHOICES = {"random": "at random", "majority": "majority vote", "logprob": "base's log-probability",
                   "sft_fair_logprob": "fair SFT's log-probability", "longest": "the longest",
@@ -460,7 +467,7 @@ def full_tables(summary: dict) -> str:
         rows = [[name, *(percent(main[n][method][key]) for n in main for key in keys)] for method, name in NAMES.items()]
         parts.append(table(head, filled(rows)))
         ns, kinds = ("4", "8", "16"), [kind for kind in ("natural", "single") if kind in found]
-        rows = [[name, *(percent(ranking[n].get(rule)) for n in ns)] for rule, name in CHOSEN_BY.items()]
+        rows = filled([[name, *(percent(ranking[n].get(rule)) for n in ns)] for rule, name in CHOSEN_BY.items()])
         if summary[task].get("own_grade"):
             rows.append(["the base's own grade", *(percent(summary[task]["own_grade"].get(n)) for n in ns)])
         parts.append(table([f"{task}: best of N samples of the base, chosen by", *(f"N = {n}" for n in ns)], rows))
@@ -472,7 +479,9 @@ def full_tables(summary: dict) -> str:
         if summary[task].get("alarms", {}).get("wrong", {}).get("reward"):
             parts.append(alarm_table(summary[task]))
         if value := summary[task]["auroc"].get("reward"):
-            parts.append(f"*{task}: AUROC of the reward, right against wrong traces: {percent(value)} in %.*")
+            broken = summary[task]["auroc"].get("reward_broken")
+            also = f"; from broken copies alone {percent(broken)}" if broken else ""
+            parts.append(f"*{task}: AUROC of the reward, right against wrong traces: {percent(value)} in %{also}.*")
     if not parts:
         return NOTHING_YET
     runs_of_irl = f"collapses: {summary['collapses']} in {summary['runs']} runs of IRL in these tables"

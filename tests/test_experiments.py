@@ -47,8 +47,8 @@ def test_the_summary_has_every_method_by_data_and_size(results):
     trial["rerank"] = {n: ways for n in ("4", "8", "16")} | {"auroc": dict.fromkeys(("longest", "reward"), 0.9)}
     for data, sizes in (("words", (64, 256, 1024)), ("countdown", (64, 256))):
         trial["localise"] = {"natural": hits, "single": hits} if data == "words" else {}
-        own = ["countdown-own-grade"] * (data == "countdown")
-        once = [f"{data}-grpo", f"{data}-base-sharpened", *own]
+        alone = ["countdown-own-grade", "countdown-broken-64", "countdown-broken-256"] * (data == "countdown")
+        once = [f"{data}-grpo", f"{data}-base-sharpened", *alone]
         for name in [f"{data}-{kind}-{size}" for size in sizes for kind in ("main", "fair-greedy")] + once:
             for seed in (0, 1):
                 runs.keep(results / "trials" / f"{name}-{seed}.json", json.dumps(trial | {"settings": {"seed": seed}}))
@@ -58,9 +58,9 @@ def test_the_summary_has_every_method_by_data_and_size(results):
         main = summary[data]["main"]
         assert list(main) == sizes
         for methods in main.values():
-            names = ["base", "base_sharpened", "sft", "sft_fair", "sft_fair_greedy", "likelihood_only", "irl", "own_grade"]
-            assert list(methods) == [*names, "grpo"]
-            here = [m for name, m in methods.items() if (data, name) != ("words", "own_grade")]  # words' base grades nothing
+            names = ["base", "base_sharpened", "sft", "sft_fair", "sft_fair_greedy", "likelihood_only", "irl"]
+            assert list(methods) == [*names, "broken_only", "own_grade", "grpo"]
+            here = [m for name, m in methods.items() if data != "words" or name not in ("broken_only", "own_grade")]
             assert all(m["t1"][0] == 0.5 and m["greedy"][0] == 0.6 and m["pass@4"][0] == 0.7 for m in here)
         assert {"longest", "shortest", "sft_fair_logprob", "reward", "oracle"} <= set(summary[data]["rerank"]["16"])
         assert summary[data]["auroc"]["longest"][0] == 0.9
