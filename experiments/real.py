@@ -781,7 +781,7 @@ def readme_table(found: dict) -> str:
     points = lambda one, signal: f"{100 * f1:.1f}" if (f1 := one.get("processbench", {}).get(signal)) is not None else "–"
     rows = []
     for what, names, cell in (("", README_METHODS, accuracy), ("best of 8: ", tables.README_CHOICES, best),
-                              ("first wrong step, F1: ", README_SIGNALS, points)):  # fmt: skip
+                              ("first error, F1: ", README_SIGNALS, points)):  # fmt: skip
         rows += [[what + label, *(cell(one, name) for one in models.values())] for name, label in names.items()]
     return tables.table(["GSM8K, % right: T=1 / greedy", *head], tables.filled(rows))
 

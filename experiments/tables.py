@@ -405,9 +405,9 @@ README_METHODS = {"base": "base", "sft": "SFT", "sft_fair": "fair SFT",
                   "own_grade": "a policy on the base's own grade", "grpo": "GRPO, true answers"}  # fmt: skip
 README_CHOICES = {"random": "at random", "majority": "majority vote", "logprob": "base's log-probability",
                   "sft_fair_logprob": "fair SFT's log-probability", "longest": "the longest",
-                  "own_grade": "base's own grade", "reward": "**learned reward**", "reward_dense": "the paper's head, dense",
-                  "reward_sparse": "the paper's head, sparse", "reward_broken_dense": "dense, from broken copies",
-                  "reward_broken": "sparse, from broken copies", "oracle": "oracle"}  # fmt: skip
+                  "own_grade": "base's own grade", "reward": "**learned reward**", "reward_dense": "paper's head, dense",
+                  "reward_sparse": "paper's head, sparse", "reward_broken_dense": "dense, broken copies",
+                  "reward_broken": "sparse, broken copies", "oracle": "oracle"}  # fmt: skip
 NOTHING_YET = "No results of this version are here yet: run `python -m experiments.run`."
 
 
