@@ -133,7 +133,7 @@ def main_summary() -> dict:
 
 def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
     """The part of one kind of problems."""
-    summary: dict = {"main": {}, "rerank": {}, "auroc": {}, "localise": {}}
+    summary: dict = {"main": {}, "broken beyond irl": {}, "rerank": {}, "auroc": {}, "localise": {}}
     for size, found in by_size.items():
         where = {method: (found, method) for method in NAMES}
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
@@ -148,6 +148,8 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
             | {"pass@4": over_seeds(results, "methods", name, "pass@k", "4")}
             for method, (results, name) in where.items()
         }
+        alone = seeds_of(f"{data}-broken-{size}")
+        summary["broken beyond irl"][str(size)] = {key: beyond(alone, found, "methods", "irl", key) for key in ("t1", "greedy")}
     size = max(by_size, key=lambda n: (len(by_size[n]), n == 256))  # 256, if as many seeds are there as of others
     found, broken = by_size[size], seeds_of(f"{data}-broken-{size}")
     summary["seeds"], summary["judged with"] = {str(n): len(results) for n, results in by_size.items()}, size
@@ -478,6 +480,10 @@ def full_tables(summary: dict) -> str:
             parts.append(table(head, filled(rows)))  # a head that reads whole traces points nowhere
         if summary[task].get("alarms", {}).get("wrong", {}).get("reward"):
             parts.append(alarm_table(summary[task]))
+        gains = {n: gain for n, gain in summary[task]["broken beyond irl"].items() if gain["t1"]}
+        if gains:
+            said = [f"{n} demonstrations {percent(g['t1'], True)} / {percent(g['greedy'], True)}" for n, g in gains.items()]
+            parts.append(f"*{task}: from broken copies alone, beyond IRL with the same seed, T = 1 / greedy: {'; '.join(said)}.*")
         if value := summary[task]["auroc"].get("reward"):
             broken = summary[task]["auroc"].get("reward_broken")
             also = f"; from broken copies alone {percent(broken)}" if broken else ""
