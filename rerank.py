@@ -312,28 +312,22 @@ def place_results(batch: data.Batch, truth: torch.Tensor, questions: torch.Tenso
 # 4. Results -----------------------------------------------------------------------------------------------------------
 
 
-def accuracies(correct: torch.Tensor, keys: torch.Tensor, scores: dict[str, torch.Tensor], voters: dict[str, str], n: int,
-               seed: int = 0) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Accuracy of every way to choose among n candidates, per question: {"random": [Q], ..}. scores: [Q, N] each. voters:
-    weighted vote -> the score that weighs. A way is of use if it lies above random, an even draw; none lies above the oracle,
-    right if any of the n is."""
-    row = {"random": correct.mean(1), "majority": majority_vote(correct, keys, n, seed=seed)}
-    row |= {name: best_of_n(correct, values, n) for name, values in scores.items()}
-    for name, weighs in voters.items():
-        row[name] = majority_vote(correct, keys, n, vote_weights(scores[weighs]), seed=seed)
-    right = correct.sum(1).int().tolist()  # c of pass@k, per question
-    return row | {"oracle": torch.tensor([pass_at_k(correct.shape[1], c, n) for c in right])}
-
-
 def choice_results(correct: torch.Tensor, keys: torch.Tensor, scores: dict[str, torch.Tensor], voters: dict[str, str],
                    seed: int = 0) -> dict:  # fmt: skip
-    """`accuracies` for n = 1, 2, 4, .. N: {"4": {"random": [mean, low, high], ..}, ..}; "beyond", of the best of N: what a way
-    gains over random. Both are right or wrong on the same questions, hard ones and easy ones: the interval of the difference
-    per question is narrower than two intervals side by side. Then "pass@k"; "auroc" (all candidates pooled), which a score
-    that knows hard questions from easy ones can earn as well; "auroc_within" (`auroc_within`), which it cannot."""
-    total, results = correct.shape[1], {}
+    """Accuracy of every way to choose among n = 1, 2, 4, .. N candidates: {"4": {"random": [mean, low, high], ..}, ..}.
+    scores: [Q, N] each. voters: weighted vote -> the score that weighs. A way is of use if it lies above random, an even draw;
+    none lies above the oracle, right if any of the n is. Then, of the best of N, "beyond": what a way gains over random. Both
+    are right or wrong on the same questions, hard ones and easy ones: the interval of the difference per question is narrower
+    than two intervals side by side. Then "pass@k"; "auroc" (all candidates pooled), which a score that knows hard questions
+    from easy ones can earn as well; "auroc_within" (`auroc_within`), which it cannot."""
+    total, right = correct.shape[1], correct.sum(1).int().tolist()  # c of pass@k, per question
+    results: dict = {}
     for n in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
-        row = accuracies(correct, keys, scores, voters, n, seed)
+        row = {"random": correct.mean(1), "majority": majority_vote(correct, keys, n, seed=seed)}
+        row |= {name: best_of_n(correct, values, n) for name, values in scores.items()}
+        for name, weighs in voters.items():
+            row[name] = majority_vote(correct, keys, n, vote_weights(scores[weighs]), seed=seed)
+        row["oracle"] = torch.tensor([pass_at_k(total, c, n) for c in right])
         results[str(n)] = {name: bootstrap(values, seed=seed) for name, values in row.items()}
     beyond = {name: bootstrap(values - row["random"], seed=seed) for name, values in row.items() if name != "random"}
     results |= {"beyond": beyond, "pass@k": {n: row["oracle"] for n, row in results.items()}}

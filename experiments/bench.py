@@ -479,8 +479,8 @@ def bench_step(work: Work, rounds: int, seconds: float, with_irl: bool = True) -
     ours = our_steps(work)
     if not with_irl:
         del ours["irl"]
-    # A large model gets nearly all of this wrong, and groups that are all wrong are left out by us and not by TRL: it would be
-    # no race. There every other answer counts as right, so that all groups teach.
+    # Groups that are all right or all wrong are left out by us and not by TRL: with a model that solves few of these problems
+    # it would be no race. There every other answer counts as right, so that all groups teach.
     every_other = itertools.cycle((True, False))
     large = work.model != Work.model
     with mock.patch.object(data, "is_correct", lambda *_: next(every_other)) if large else contextlib.nullcontext():

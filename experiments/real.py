@@ -705,8 +705,8 @@ METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples
 README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples"} | tables.README_METHODS
 README_SIGNALS = {name: tables.README_CHOICES[name] for name in ("logprob", "sft_fair_logprob", *KINDS)}
 README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
-# what reranking has found, and results/real.md's names of it
-MEASURES = {"rerank": "", "beyond": "beyond random", "auroc": "AUROC", "auroc_beyond": "beyond log-probability's",
+# what reranking has found beside accuracies, and results/real.md's names of it
+MEASURES = {"beyond": "beyond random", "auroc": "AUROC", "auroc_beyond": "beyond log-probability's",
             "auroc_within": "AUROC within questions", "length": "correlation with length"}  # fmt: skip
 
 
@@ -721,8 +721,7 @@ def summary() -> dict:
         for source, suffix in (("few_shot", ""), ("sft", "_sft")) if "rerank" in stages else ():
             ranking = stages["rerank"][source]
             one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
-            for what in list(MEASURES)[1:]:
-                one[what + suffix] = ranking[what]
+            one |= {what + suffix: ranking[what] for what in MEASURES}
         trained = {stage: stages[stage]["metrics"] for stage in ("irl", "grpo") if stage in stages}
         entropy = lambda metrics, i: metrics[i]["rollout"]["entropy"]
         one["trained"] = {stage: {"steps": len(m), "entropy": [entropy(m, 0), entropy(m, -1)]} for stage, m in trained.items()}
@@ -753,8 +752,9 @@ def markdown(found: dict) -> str:
             first, last = r["entropy"]
             lines += ["", f"{method}: {r['steps']} steps from SFT; -log pi of a sampled token {first:.2f} to {last:.2f}"]
         for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
-            ranking, beyond, areas, over, within, alike = (one.get(k + suffix, {}) for k in MEASURES)
-            lines += head(f"best of n, {whose} samples", *ranking, *list(MEASURES.values())[1:]) if ranking else []
+            ranking = one.get("rerank" + suffix, {})
+            beyond, areas, over, within, alike = (one.get(what + suffix, {}) for what in MEASURES)
+            lines += head(f"best of n, {whose} samples", *ranking, *MEASURES.values()) if ranking else []
             for way in next(iter(ranking.values()), ()):
                 cells = [share(found[way]) for found in ranking.values()] + [share(beyond[way]) if way in beyond else "-"]
                 cells += [area(areas.get(way)), spread(over.get(way)), spread(within.get(way)), area(alike.get(way))]

@@ -134,12 +134,13 @@ def main_summary() -> dict:
 def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
     """The part of one kind of problems."""
     summary: dict = {"main": {}, "broken beyond irl": {}, "rerank": {}, "auroc": {}, "localise": {}}
+    broken = {size: seeds_of(f"{data}-broken-{size}") for size in by_size}
     for size, found in by_size.items():
         where = {method: (found, method) for method in NAMES}
         where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
         alone = seeds_of(f"{data}-likelihood-{size}")
         where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
-        where["broken_only"] = (seeds_of(f"{data}-broken-{size}"), "irl")
+        where["broken_only"] = (broken[size], "irl")
         where["base_sharpened"] = (seeds_of(f"{data}-base-sharpened"), "sft_fair")
         where["own_grade"] = (seeds_of(f"{data}-own-grade"), "irl")
         where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
@@ -148,17 +149,17 @@ def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
             | {"pass@4": over_seeds(results, "methods", name, "pass@k", "4")}
             for method, (results, name) in where.items()
         }
-        alone = seeds_of(f"{data}-broken-{size}")
-        summary["broken beyond irl"][str(size)] = {key: beyond(alone, found, "methods", "irl", key) for key in ("t1", "greedy")}
+        gains = {key: beyond(broken[size], found, "methods", "irl", key) for key in ("t1", "greedy")}
+        summary["broken beyond irl"][str(size)] = gains
     size = max(by_size, key=lambda n: (len(by_size[n]), n == 256))  # 256, if as many seeds are there as of others
-    found, broken = by_size[size], seeds_of(f"{data}-broken-{size}")
+    found = by_size[size]
     summary["seeds"], summary["judged with"] = {str(n): len(results) for n, results in by_size.items()}, size
     for n in ("4", "8", "16"):
         summary["rerank"][n] = {rule: over_seeds(found, "rerank", n, rule) for rule in RULES}
-        summary["rerank"][n]["reward_broken"] = over_seeds(broken, "rerank", n, "reward")
+        summary["rerank"][n]["reward_broken"] = over_seeds(broken[size], "rerank", n, "reward")
     areas = [rule for rule in RULES if over_seeds(found, "rerank", "auroc", rule)]
     summary["auroc"] = {rule: over_seeds(found, "rerank", "auroc", rule) for rule in areas}
-    summary["auroc"]["reward_broken"] = over_seeds(broken, "rerank", "auroc", "reward")
+    summary["auroc"]["reward_broken"] = over_seeds(broken[size], "rerank", "auroc", "reward")
     for kind in ("natural", "single"):
         hits = {
             hit: {s: over_seeds(found, "localise", kind, hit, path) for s, path in SIGNALS.items()}

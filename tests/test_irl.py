@@ -31,6 +31,16 @@ def make_loop(shipped, settings, **changes):
     return irl.IRL(s, tokenizer, model, discriminator, experts, extra)
 
 
+def accuracy(loop, questions=64):
+    examples = data.load_examples("words", "validation", questions)
+    prompts = [data.prompt_ids(loop.tokenizer, e.question) for e in examples]
+    batch = policy.sample(loop.policy_model, prompts, (loop.tokenizer.eos_token_id,), 64, group=4,
+                          generator=torch.Generator().manual_seed(0)).batch  # fmt: skip
+    return sum(
+        data.is_correct(examples[i // 4], data.decode(loop.tokenizer, batch.response(i))) for i in range(len(batch))
+    ) / len(batch)
+
+
 def test_broken_copies_alone_are_enough_to_learn_from(shipped, settings, monkeypatch):
     """rollouts_per_expert 0: the discriminator asks the policy for nothing, before it acts and beside it."""
     loop = make_loop(shipped, settings, demonstrations=8, questions=4, rollouts_per_expert=0, perturbed=3, reward_lr=1e-3)
@@ -45,16 +55,6 @@ def test_broken_copies_alone_are_enough_to_learn_from(shipped, settings, monkeyp
     loop.step()
     negative, start = seen[0].negative, seen[0].negative_from
     assert len(negative) and (start > negative.prompt_lengths).all()  # copies of an expert's first tokens, all of them
-
-
-def accuracy(loop, questions=64):
-    examples = data.load_examples("words", "validation", questions)
-    prompts = [data.prompt_ids(loop.tokenizer, e.question) for e in examples]
-    batch = policy.sample(loop.policy_model, prompts, (loop.tokenizer.eos_token_id,), 64, group=4,
-                          generator=torch.Generator().manual_seed(0)).batch  # fmt: skip
-    return sum(
-        data.is_correct(examples[i // 4], data.decode(loop.tokenizer, batch.response(i))) for i in range(len(batch))
-    ) / len(batch)
 
 
 def test_a_policy_improves_from_demonstrations_alone(shipped, settings):
