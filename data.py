@@ -58,8 +58,9 @@ class Example:
 
 
 def load_examples(source: str, split: str, count: int | None = None, seed: int = 0,
-                  steps: int = 3, largest: int = 40) -> list[Example]:  # fmt: skip
+                  steps: int = 3, largest: int = 40, in_words: bool = False) -> list[Example]:  # fmt: skip
     """Examples of one split, shuffled by `seed`, at most `count` of them (None: all, or 1,000 of what is made here).
+    in_words: countdown's questions are sentences, which a pretrained model can read.
 
     source: 'words' (`steps` and `largest` set how hard it is), 'countdown', 'gsm8k' or 'medreason' (from the hub), a file
     of JSON lines with question, trace, answer, or a folder that holds train.jsonl and test.jsonl. Splits are disjoint: a
@@ -68,7 +69,7 @@ def load_examples(source: str, split: str, count: int | None = None, seed: int =
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}': one of {', '.join(SPLITS)}")
     if source in EMBEDDED:
-        found = EMBEDDED[source].solutions(split, count or 1000, seed, steps=steps, largest=largest)
+        found = EMBEDDED[source].solutions(split, count or 1000, seed, steps=steps, largest=largest, in_words=in_words)
         return [Example(*solution, task=source) for solution in found]
     if source in records.HUB:
         found = records.from_hub(source, split)

@@ -463,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         policy_model, tokenizer = loading.load_policy(loading.BASE, device)
         models, discriminator, judges = [policy_model], None, {}
-        settings = {"data": "words", "words_steps": 3, "words_largest": 40, "max_new_tokens": 64}
+        settings = {"model": "base", "data": "words", "words_steps": 3, "words_largest": 40, "max_new_tokens": 64}
     context = min(map(loading.context_length, models))
     if given:
         candidates = from_texts(tokenizer, *given, context)
@@ -471,7 +471,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{args.candidates} is text, whoever wrote it: {tokens} tokens of the run's own tokenizer are judged")
     else:
         words, new_tokens = (settings["words_steps"], settings["words_largest"]), settings["max_new_tokens"]
-        examples = data.load_examples(settings["data"], "test", args.questions, args.seed, *words)
+        in_words = settings["model"] not in loading.SHIPPED
+        examples = data.load_examples(settings["data"], "test", args.questions, args.seed, *words, in_words)
         examples, dropped = data.fit_context(tokenizer, examples, context, new_tokens)
         if dropped:
             print(f"{dropped} questions are too long for the models' context of {context} tokens: skipped")

@@ -89,7 +89,8 @@ class Run:
         s, parts, dropped = self.s, [], 0
         counts = (("train", s.demonstrations + s.extra_questions), ("validation", 100), (s.test_split, s.eval_questions))
         for split, count in counts:
-            examples = data.load_examples(s.data, split, count, s.seed, s.words_steps, s.words_largest)
+            examples = data.load_examples(s.data, split, count, s.seed, s.words_steps, s.words_largest,
+                                          in_words=s.model not in loading.SHIPPED)  # fmt: skip
             examples, too_long = data.fit_context(self.tokenizer, examples, self.context, s.max_new_tokens)
             parts.append(examples)
             dropped += too_long

@@ -14,6 +14,7 @@ than author. Nothing tells it which grade is to be wished for.
 
 import itertools
 import random
+import re
 
 from tasks import common
 from tasks.common import Solution, first_wrong, wrong_digit
@@ -60,15 +61,31 @@ def make_problem(rng: random.Random) -> tuple[Numbers, int]:
             return numbers, left[0]
 
 
-def question_of(numbers: Numbers, target: int) -> str:
-    """The text of a problem: '7 12 4 > 15'."""
-    return " ".join(map(str, numbers)) + f" > {target}"
+def question_of(numbers: Numbers, target: int, in_words: bool = False) -> str:
+    """The text of a problem. The base that ships here reads '7 12 4 > 15'. A pretrained model reads words.
+
+    >>> question_of((7, 12, 4), 15)
+    '7 12 4 > 15'
+    >>> question_of((7, 12, 4), 15, in_words=True).split(":")[0]
+    'Reach 15 with the numbers 7, 12 and 4'
+    """
+    if not in_words:
+        return " ".join(map(str, numbers)) + f" > {target}"
+    listed = ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
+    rules = "Use each number once. Each line adds or subtracts two of the numbers that are left."
+    return f"Reach {target} with the numbers {listed}: {rules}"
 
 
 def problem_of(question: str) -> tuple[Numbers, int]:
-    """question_of, backwards: '7 12 4 > 15' -> ((7, 12, 4), 15)."""
-    numbers, target = question.split(" > ")
-    return tuple(map(int, numbers.split())), int(target)
+    """question_of, backwards.
+
+    >>> problem_of("7 12 4 > 15"), problem_of(question_of((7, 12, 4), 15, in_words=True))
+    (((7, 12, 4), 15), ((7, 12, 4), 15))
+    """
+    integers = [int(digits) for digits in re.findall(r"\d+", question)]
+    if question.startswith("Reach"):  # the target comes first
+        return tuple(integers[1:]), integers[0]
+    return tuple(integers[:-1]), integers[-1]
 
 
 def split_of(numbers: Numbers, target: int) -> str:
@@ -91,9 +108,9 @@ def attempt(numbers: Numbers, target: int, rng: random.Random, aims: bool = True
     return "\n".join(lines), numbers[0], true and numbers[0] == target
 
 
-def solutions(split: str, count: int, seed: int = 0, **unused) -> list[Solution]:
+def solutions(split: str, count: int, seed: int = 0, in_words: bool = False, **unused) -> list[Solution]:
     """An expert's solutions of at most `count` different problems of one split; fewer if there are no more. The same
-    arguments, the same problems."""
+    arguments, the same problems. in_words: their questions are as `question_of` writes them for a pretrained model."""
     rng, found = random.Random(f"countdown {split} {seed}"), {}
     for _ in range(100 * count):
         numbers, target = make_problem(rng)
@@ -102,7 +119,11 @@ def solutions(split: str, count: int, seed: int = 0, **unused) -> list[Solution]
         if len(found) == count:
             break
     rng = random.Random(f"countdown experts {split} {seed}")
-    return [Solution(question_of(*problem), attempt(*problem, rng)[0], str(problem[1])) for problem in found.values()]
+    solved = []
+    for numbers, target in found.values():
+        trace, _, _ = attempt(numbers, target, rng)
+        solved.append(Solution(question_of(numbers, target, in_words), trace, str(target)))
+    return solved
 
 
 def first_error(expert, response: str) -> int | None:

@@ -110,7 +110,9 @@ def words_problems(split: str, count: int, seed: int = 0, steps: int = 3, larges
     raise UserError(f"only {len(problems)} different problems with steps={steps}, largest={largest}; {count} were asked for")
 
 
-def solutions(split: str, count: int, seed: int = 0, steps: int = 3, largest: int = 40) -> list[Solution]:
+def solutions(
+    split: str, count: int, seed: int = 0, steps: int = 3, largest: int = 40, **unused
+) -> list[Solution]:
     """An expert's solutions of `words_problems`."""
     return [solve(problem) for problem in words_problems(split, count, seed, steps, largest)]
 
