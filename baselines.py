@@ -1,12 +1,13 @@
 """What IRL is measured against, with the same sampler, losses and optimizer.
 
-SFT imitates the demonstrations: it sees what IRL sees and never samples. GRPO (Shao et al. 2024, arXiv 2402.03300)
-samples and asks a verifier about each answer: it sees what IRL may not see, and shows what a verifier buys. It is the
-only place where the answer check enters training, and the reason why these two live outside irl.py. (No part of Algorithm 1.)
+SFT imitates the demonstrations: it sees what IRL sees and never samples. GRPO (Shao et al. 2024,
+arXiv 2402.03300) samples and asks a verifier about each answer: it sees what IRL may not see, and
+shows what a verifier buys. It is the only place where the answer check enters training, and the
+reason why these two live outside irl.py. (No part of Algorithm 1.)
 
-    equation                                         where            test, in tests/test_irl.py
-    -log pi of the demonstrations' tokens            SFT.step         sft_fits_its_demonstrations
-    A = (R - mean R) / std R, R = 1 if right         GRPO.step        grpo_leaves_out_only_what_teaches_nothing
+    equation                                     where        test in tests/test_irl.py
+    -log pi of the demonstrations' tokens        SFT.step     sft_fits_its_demonstrations
+    A = (R - mean R) / std R, R = 1 if right     GRPO.step    grpo_leaves_out_only_what_teaches_nothing
 
 Run `python baselines.py` for a few updates of each on the shipped base.
 """
@@ -18,105 +19,163 @@ import torch
 
 import data
 import policy
-from engine import loading
+from data import Batch, Example
+from engine import loading, memory, parallel
 from engine.settings import parse_settings
-from irl import IRL
 
 
 @dataclass
 class SFT:
-    """Supervised fine-tuning on the demonstrations, response tokens only, with warm-up and linear decay of the rate."""
+    """Supervised fine-tuning on the demonstrations' responses."""
 
     settings: object
     tokenizer: object
     policy_model: torch.nn.Module
-    experts: list[data.Example]
+    experts: list[Example]  # tokenised
 
-    changes = ("policy_model", "optimizer", "rng", "done")  # what a checkpoint keeps
+    changes = ("policy_model", "optimizer", "rng", "steps_done")  # what a checkpoint keeps
 
     def __post_init__(self):
         self.optimizer = policy.make_optimizer(self.policy_model, self.settings.sft_lr)
         self.rng = random.Random(f"sft {self.settings.seed}")
-        self.done = 0
+        self.steps_done = 0
 
     def step(self) -> dict:
         """One update on a batch of demonstrations: minimise -log pi(expert's token)."""
         s = self.settings
-        policy.set_rate(self.optimizer, s.sft_lr, self.done, s.sft_steps)
-        batch = data.demonstration_batch(
-            self.tokenizer, data.draw(self.experts, s.sft_batch, self.rng), self.policy_model.device
-        )
-        loss = lambda rows: policy.sft_loss(self.policy_model, batch[rows])
-        metrics = policy.descend(self.policy_model, self.optimizer, batch, loss, s)
-        self.done += 1
+        policy.set_rate(self.optimizer, s.sft_lr, self.steps_done, s.sft_steps)
+        examples = data.draw(self.experts, s.sft_batch, self.rng)
+        batch = data.demonstration_batch(examples, self.policy_model.device)
+
+        # A mean over the response tokens (the end token among them) of the whole batch, of all
+        # processes: the size of a micro-batch sets the memory and nothing else.
+        n_tokens = parallel.total(float(batch.response_mask.sum()))
+        self.policy_model.train()
+        mean_loss = 0.0
+        for rows in memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens):
+            logprobs = policy.token_logprobs(self.policy_model, batch[rows])  # [B, T]
+            loss = -logprobs.sum() / n_tokens
+            loss.backward()  # gradients of all micro-batches add up
+            mean_loss += float(loss.detach())
+        mean_loss = parallel.total(mean_loss)
+        metrics = policy.optimizer_step(self.optimizer, mean_loss)
+
+        self.steps_done += 1
         return {"policy": metrics}
 
 
 @dataclass
 class GRPO:
-    """Group-relative policy optimisation on the true answer: reward 1 if it is right, 0 if not."""
+    """Group-relative policy optimisation on the true answer: reward 1 if it is right, 0 if not.
+
+    It starts from the same policy as IRL (train.Run) and sees the same questions. For each it
+    has the answer, which IRL has not.
+    """
 
     settings: object
     tokenizer: object
     policy_model: torch.nn.Module
-    examples: list[data.Example]  # all questions that IRL's policy sees, and their answers, which IRL does not have
+    examples: list[Example]  # tokenised
 
-    changes = ("policy_model", "optimizer", "rng", "generator", "done")  # what a checkpoint keeps
+    # what a checkpoint keeps
+    changes = ("policy_model", "optimizer", "rng", "generator", "steps_done")
 
     def __post_init__(self):
+        seed = self.settings.seed
         self.optimizer = policy.make_optimizer(self.policy_model, self.settings.grpo_lr)
-        self.rng = random.Random(f"grpo {self.settings.seed}")
-        self.generator = torch.Generator(self.policy_model.device).manual_seed(self.settings.seed)
-        self.ends = data.end_tokens(self.tokenizer, self.policy_model)
-        self.done = 0
+        self.rng = random.Random(f"grpo {seed}")
+        self.generator = torch.Generator(self.policy_model.device).manual_seed(seed)
+        self.end_tokens = data.end_tokens(self.tokenizer, self.policy_model)
+        self.steps_done = 0
 
     def step(self) -> dict:
-        """Rollout, verify, normalise within the group, policy gradient."""
+        """Sample, verify, compare within the group, policy gradient."""
         s = self.settings
-        policy.set_rate(self.optimizer, s.grpo_lr, self.done, s.grpo_steps)
+        policy.set_rate(self.optimizer, s.grpo_lr, self.steps_done, s.grpo_steps)
+
+        # 1. Sample: G responses to each question.
         examples = data.draw(self.examples, s.questions, self.rng)
-        rollout, sampled = self.rollout([e.question for e in examples], s.group)
-        batch, mask = rollout.batch, rollout.batch.response_mask
-        texts = [data.decode(self.tokenizer, batch.response(row)) for row in range(len(batch))]
-        outcomes = torch.tensor([float(data.is_correct(examples[i // s.group], text)) for i, text in enumerate(texts)])
-        advantages = policy.grpo_advantages(outcomes, s.group).to(mask.device)[:, None] * mask  # [B, T]
-        # A group that was all right, or all wrong, has no advantage and no gradient: its rows are left out. Late in
-        # training that is most of them.
-        taught = advantages.any(1).nonzero().squeeze(-1)
-        loss = lambda rows: self.loss(batch[rows], rollout.logprobs[rows], advantages[rows])
-        metrics = policy.descend(self.policy_model, self.optimizer, batch, loss, s, s.epochs, taught)
-        self.done += 1
-        return {"rollout": sampled, "reward": {"mean": float(outcomes.mean())}, "policy": metrics}
+        rollout, sampled = policy.rollout(
+            self.policy_model, examples, self.end_tokens, s.group, s, self.generator
+        )
+        batch = rollout.batch
 
-    rollout = IRL.rollout  # the same stage 1
+        # 2. Verify: R = 1 or 0 for each response.
+        outcomes = torch.zeros(len(batch))
+        for row in range(len(batch)):
+            text = data.decode(self.tokenizer, batch.response(row))
+            outcomes[row] = float(data.is_correct(examples[row // s.group], text))
 
-    def loss(self, batch: data.Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        """PPO's clipped loss with the group's advantage on every token of a trace, summed over them: a number."""
-        s, chosen = self.settings, batch.response_mask.bool()
-        old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
-        hidden = policy.hidden_states(self.policy_model, batch)  # [N, H]
-        loss = lambda logprobs, n: policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
-        return policy.loss_of_logprobs(self.policy_model, hidden, batch, loss, s.temperature)
+        # 3. Compare: one advantage per response, on each of its tokens.
+        mask = batch.response_mask
+        advantages = policy.grpo_advantages(outcomes, s.group).to(mask.device)
+        advantages = advantages[:, None] * mask  # [B, T]
+
+        # 4. Policy gradient.
+        metrics = self.update_policy(batch, rollout.logprobs, advantages)
+        self.steps_done += 1
+        return {
+            "rollout": sampled,
+            "reward": {"mean": float(outcomes.mean())},
+            "policy": metrics,
+        }
+
+    def update_policy(
+        self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor
+    ) -> dict:
+        """`epochs` optimizer steps on one rollout. Returns the last one's metrics."""
+        s = self.settings
+        n_tokens = parallel.total(float(batch.response_mask.sum()))
+        # A group that was all right, or all wrong, has no advantage and no gradient: its rows
+        # are left out of the forward pass, not of the mean. Late in training that is most rows.
+        teaching = advantages.any(1).nonzero().squeeze(-1)
+        self.policy_model.train()
+        for _ in range(s.epochs):
+            mean_loss = 0.0
+            lengths = batch.lengths[teaching]
+            for part in memory.micro_batches(lengths, s.micro_batch, s.micro_tokens):
+                rows = teaching[part]
+                loss = self.loss(batch[rows], old_logprobs[rows], advantages[rows]) / n_tokens
+                loss.backward()  # gradients of all micro-batches add up
+                mean_loss += float(loss.detach())
+            mean_loss = parallel.total(mean_loss)
+            metrics = policy.optimizer_step(self.optimizer, mean_loss)
+        return metrics
+
+    def loss(
+        self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor
+    ) -> torch.Tensor:
+        """PPO's clipped loss, summed over the response tokens of some rows: a number."""
+        s = self.settings
+        width = batch.tokens.shape[1]  # cut to the longest of these rows
+        logprobs = policy.token_logprobs(self.policy_model, batch, s.temperature)  # [B, T]
+        token_losses = policy.ppo_loss(
+            logprobs, old_logprobs[:, :width], advantages[:, :width], s.ppo_clip
+        )
+        return token_losses.sum()
 
 
 def main() -> None:
     loading.quiet()
     flags = "--demonstrations 64 --questions 16 --group 4 --max-steps 3 --sft-steps 15 --device cpu"
     settings = parse_settings(flags.split())
-    examples = data.load_examples("words", "train", 64)
+    model, tokenizer = loading.load_policy("base")
+    examples = data.tokenize(tokenizer, data.load_examples("words", "train", 64))
+
     print("SFT: -log pi of the demonstrations' tokens")
-    trainer = SFT(settings, *reversed(loading.load_policy("base")), examples)
+    trainer = SFT(settings, tokenizer, model, examples)
     for update in range(1, settings.sft_steps + 1):
         metrics = trainer.step()
         if update % 5 == 0:
             print(f"  update {update:2d}  loss {metrics['policy']['loss']:.3f}")
+
     print("GRPO: the mean reward is the share of samples that the answer check accepts")
-    trainer = GRPO(settings, *reversed(loading.load_policy("base")), examples)
+    model, tokenizer = loading.load_policy("base")  # the base again
+    trainer = GRPO(settings, tokenizer, model, examples)
     for step in range(1, settings.max_steps + 1):
         metrics = trainer.step()
-        print(
-            f"  step {step}  " + ", ".join(f"{k} {v:.3f}" for k, v in (metrics["reward"] | metrics["policy"]).items())
-        )
+        shown = metrics["reward"] | metrics["policy"]
+        print(f"  step {step}  " + ", ".join(f"{k} {v:.3f}" for k, v in shown.items()))
 
 
 if __name__ == "__main__":

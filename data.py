@@ -25,7 +25,7 @@ import os.path
 import random
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +55,9 @@ class Example:
     answer: str
     options: tuple[str, ...] = ()
     task: str = ""
+    # Its tokens, from `tokenize`. Not compared: two examples are equal if their texts are.
+    prompt: list[int] = field(default_factory=list, compare=False, repr=False)
+    response: list[int] = field(default_factory=list, compare=False, repr=False)
 
 
 def load_examples(source: str, split: str, count: int | None = None, seed: int = 0,
@@ -115,6 +118,21 @@ def response_text(trace: str, answer: str) -> str:
 def response_ids(tokenizer, text: str) -> list[int]:
     """The response's tokens and the end token. The end token is part of the response: it is trained, scored, paid."""
     return token_ids(tokenizer, text) + [end_tokens(tokenizer)[0]]
+
+
+def tokenize(tokenizer, examples: list[Example]) -> list[Example]:
+    """The same examples with their tokens, made once: every later step takes them from here."""
+    tokenised = []
+    for example in examples:
+        prompt = prompt_ids(tokenizer, example.question)
+        response = response_ids(tokenizer, response_text(example.trace, example.answer))
+        tokenised.append(replace(example, prompt=prompt, response=response))
+    return tokenised
+
+
+def question_only(example: Example) -> Example:
+    """What a policy may see of an example: its question. Trace and answer are taken away."""
+    return replace(example, trace="", answer="", response=[])
 
 
 def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
@@ -225,10 +243,10 @@ def cat_batches(*batches: Batch) -> Batch:
     return Batch(tokens, torch.cat([b.prompt_lengths for b in batches]), torch.cat([b.lengths for b in batches]))
 
 
-def demonstration_batch(tokenizer, examples: list[Example], device="cpu") -> Batch:
-    """Expert demonstrations as a Batch: prompt, <think> trace </think> <answer> answer </answer>, end token."""
-    prompts = [prompt_ids(tokenizer, e.question) for e in examples]
-    responses = [response_ids(tokenizer, response_text(e.trace, e.answer)) for e in examples]
+def demonstration_batch(examples: list[Example], device="cpu") -> Batch:
+    """Tokenised demonstrations as a Batch: prompt, <think> trace </think>, answer, end token."""
+    prompts = [example.prompt for example in examples]
+    responses = [example.response for example in examples]
     return make_batch(prompts, responses, device)
 
 

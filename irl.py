@@ -1,24 +1,30 @@
 """Inverse reinforcement learning for reasoning: the loop (arXiv 2510.01857, Algorithm 1).
 
-    0. warm-up         ours, not the paper's: the discriminator learns alone, then `end_warm_up` averages the reward's weights
-                       with their start and, where f is a likelihood, has the policy start at the best policy for this f
-    repeat             (the paper's Algorithm 1)
+    0. warm-up         ours, not the paper's: the discriminator learns alone. Then `end_warm_up`
+                       averages the reward's weights with their start and, where f is a
+                       likelihood, lets the policy start at the best policy for this f
+    repeat             (the paper's Algorithm 1: `IRL.step`)
         1. rollout         the policy answers some questions, `group` times each
-        2. discriminator   learns to tell the experts' traces from these (and older, and broken) ones; or stands still since
-                           the warm-up (--reward-lr 0, as on countdown)
-        3. reward          its score of every token, r_t = f - alpha log pi
-        4. policy          one step. By default on E_{a~pi}[r_t], summed over all actions a: then r_t of the sampled tokens is
-                           logged and not used. Else a policy gradient on r_t and what follows
+        2. discriminator   learns to tell the experts' traces from these (and from older and
+                           broken ones); with --reward-lr 0 it stands still after the warm-up
+        3. reward          its score of every token becomes r_t = f - alpha log pi
+        4. policy          one step uphill: on E_{a~pi}[r_t], summed over all actions a, or
+                           a policy gradient on the r_t of the sampled tokens and what follows
 
-Nobody checks an answer here: every step runs inside `data.no_verifier()`, where the answer check raises. (The baselines, SFT
-and GRPO, are in baselines.py. GRPO may look.)
+Read `IRL.step`, then the four stages below it, in this order. Each `backward()` and each optimizer
+step of the method stands in this file. What they call is in reward.py (f, D, losses) and policy.py
+(sampling, log-probabilities, returns, losses).
 
-    equation                                               where                          test, in tests/test_irl.py
-    Algorithm 1                                            IRL.step                       a_policy_improves_from_demonstrations_..
-    pi ~ exp(f / alpha) is best for r at gamma = 0         IRL.end_warm_up                the_policy_starts_at_the_averaged_reward
-    max E_{a~pi}[f - alpha log pi], gamma = 0 (ours)       IRL.exact_loss                 exact_loss_equals_the_plain_loop
-    A_t = G_t - b_t, or F_t - its mean (method of v1, v2)  IRL.advantages                 sums_over_actions_and_..
-    no verifier in training                                data.no_verifier               training_raises_if_..
+Nobody checks an answer here: every step runs inside `data.no_verifier()`, where the answer check
+raises. (The baselines, SFT and GRPO, are in baselines.py. GRPO may look.)
+
+    equation                                         where                      test in tests/test_irl.py
+    Algorithm 1                                      IRL.step                   a_policy_improves_..
+    L of the discriminator                           IRL.discriminator_step     micro_batches_..
+    pi ~ exp(f / alpha) is best for r, gamma = 0     IRL.end_warm_up            the_policy_starts_at_..
+    max E_{a~pi}[f - alpha log pi], gamma = 0 (ours) IRL.expected_reward        exact_loss_equals_..
+    A_t = G_t - b_t, or F_t less its mean (v1, v2)   IRL.advantages             sums_over_actions_..
+    no verifier in training                          data.no_verifier           training_raises_if_..
 
 Run `python irl.py` for three iterations on the shipped base, stage by stage.
 """
@@ -29,228 +35,394 @@ from dataclasses import dataclass, field
 import torch
 
 import data
+import logprob
 import policy
 import reward
-from data import Example
-from engine import loading, logprob, lora
-from engine.settings import parse_settings, sums_all
+from data import Batch, Example
+from engine import loading, lora, memory, parallel
+from engine.settings import parse_settings
 from policy import Rollout
 
 
 @dataclass
 class IRL:
-    """All that changes during training, and what it needs. `settings` is Settings, read only."""
+    """All that changes during training, and what it needs.
+
+    settings: engine.settings.Settings, read only.
+    experts: the demonstrations, tokenised (data.tokenize): question, trace, answer.
+    extra: questions without a demonstration, tokenised, their answers removed
+        (data.question_only). Only the policy sees them.
+    """
 
     settings: object
     tokenizer: object
     policy_model: torch.nn.Module
     discriminator: reward.Discriminator
-    experts: list[Example]  # the demonstrations: question, trace, answer
-    extra: list[str] = field(default_factory=list)  # questions without a demonstration: only the policy sees them
+    experts: list[Example]
+    extra: list[Example] = field(default_factory=list)
 
-    changes = ("policy_model", "discriminator.reward_model", "policy_optimizer", "reward_optimizer", "replay", "rng",
-               "generator", "done")  # what a checkpoint keeps  # fmt: skip
+    # what a checkpoint keeps
+    changes = (
+        "policy_model",
+        "discriminator.reward_model",
+        "policy_optimizer",
+        "reward_optimizer",
+        "replay",
+        "rng",
+        "generator",
+        "steps_done",
+    )
 
     def __post_init__(self):
         s = self.settings
+        self.reward_model = self.discriminator.reward_model
         self.policy_optimizer = policy.make_optimizer(self.policy_model, s.policy_lr)
-        self.reward_optimizer = policy.make_optimizer(self.discriminator.reward_model, s.reward_lr)
-        self.rng = random.Random(f"irl {s.seed}")
-        self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)
+        self.reward_optimizer = policy.make_optimizer(self.reward_model, s.reward_lr)
+        self.rng = random.Random(f"irl {s.seed}")  # draws questions, broken copies, old samples
+        self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)  # samples
         self.replay = reward.Replay(s.replay)
-        self.ends = data.end_tokens(self.tokenizer, self.policy_model)
-        self.done = 0
-        self.reward_start = lora.start_of(self.discriminator.reward_model) if s.reward_average else []
+        self.end_tokens = data.end_tokens(self.tokenizer, self.policy_model)
+        self.steps_done = 0
+        self.reward_start = []
+        if s.reward_average:  # `end_warm_up` will average with these
+            self.reward_start = lora.start_of(self.reward_model)
         if s.kl_coef:
             self.keep_reference()
             self.changes = (*self.changes, "reference")
 
+    # Algorithm 1 ------------------------------------------------------------------------------
+
     def step(self) -> dict:
-        """One iteration of Algorithm 1. Returns every stage's metrics."""
-        s, metrics = self.settings, {}
-        policy.set_rate(self.policy_optimizer, s.policy_lr, self.done, s.max_steps)
+        """One iteration. Returns each stage's metrics: {"rollout": {..}, "discriminator": ..}."""
+        s = self.settings
+        metrics = {}
+        policy.set_rate(self.policy_optimizer, s.policy_lr, self.steps_done, s.max_steps)
         policy.set_constant_rate(self.reward_optimizer, s.reward_lr)
         with data.no_verifier():
+            # Which questions: those of some demonstrations first, then some extra ones.
             examples, questions = self.draw()
-            rollout, metrics["rollout"] = self.rollout(questions, s.group)  # G traces per question
+
+            # 1. The policy answers each question G times: B = questions x G rows.
+            rollout, metrics["rollout"] = self.rollout(questions, s.group)
+
+            # 2. The discriminator learns: is a token the expert's or the policy's?
             if s.reward_lr:
-                metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)  # D: expert or policy?
-            rewards, reward_hidden, metrics["reward"] = self.rewards(rollout)  # [B, T], [B, T, H]
-            metrics["policy"] = self.update_policy(rollout, rewards, reward_hidden)
-        self.done += 1
+                metrics["discriminator"] = self.update_discriminator(examples, rollout, s.group)
+
+            # 3. Its score becomes a reward for each token, [B, T].
+            rewards, reward_states, metrics["reward"] = self.rewards(rollout)
+
+            # 4. The policy takes a step towards more of it.
+            metrics["policy"] = self.update_policy(rollout, rewards, reward_states)
+        self.steps_done += 1
         return metrics
 
-    def draw(self) -> tuple[list[Example], list[str]]:
-        """Demonstrations for the discriminator, and the questions of a step: theirs first. Half of them are extra ones, if
-        there are any; where the discriminator stands still, all questions are alike."""
+    def draw(self) -> tuple[list[Example], list[Example]]:
+        """(demonstrations for the discriminator, all questions of a step: theirs come first).
+
+        Half of the questions are extra ones, if there are any. Where the discriminator stands
+        still no demonstration is needed, and all questions are alike.
+        """
         s = self.settings
         if not s.reward_lr:
-            return [], data.draw([e.question for e in self.experts] + self.extra, s.questions, self.rng)
-        examples = data.draw(self.experts, s.questions - (s.questions // 2 if self.extra else 0), self.rng)
-        return examples, [e.question for e in examples] + data.draw(self.extra, s.questions // 2, self.rng)
+            return [], data.draw(self.experts + self.extra, s.questions, self.rng)
+        n_extra = 0
+        if self.extra:
+            n_extra = s.questions // 2
+        examples = data.draw(self.experts, s.questions - n_extra, self.rng)
+        return examples, examples + data.draw(self.extra, n_extra, self.rng)
+
+    # 1. Rollout -------------------------------------------------------------------------------
+
+    def rollout(self, questions: list[Example], group: int) -> tuple[Rollout, dict]:
+        """`group` responses to each question from the policy as it is now: rows i*group + g."""
+        return policy.rollout(
+            self.policy_model, questions, self.end_tokens, group, self.settings, self.generator
+        )
+
+    # 2. Discriminator -------------------------------------------------------------------------
+
+    def update_discriminator(
+        self, examples: list[Example], rollout: Rollout | None, group: int
+    ) -> dict:
+        """Experts against negatives. Rows i*group .. of the rollout answer examples[i].
+
+        Negatives of each demonstration: some samples of the policy, of which a part may be older
+        ones (replay), and broken copies of the expert's own trace (negatives.py).
+        """
+        s = self.settings
+        samples = [[] for _ in examples]
+        n_broken = 0
+        if s.discriminator_coef:  # with 0 negatives would weigh nothing
+            n_broken = s.perturbed
+            for i, example in enumerate(examples):
+                first = i * group
+                rows = range(first, first + s.rollouts_per_expert)
+                fresh = [rollout.batch.response(row) for row in rows]
+                n_old = 0
+                if s.replay:
+                    n_old = s.rollouts_per_expert // 2
+                old = self.replay.draw(example.question, n_old, self.rng)
+                self.replay.add(example.question, fresh)
+                # Old samples take the place of fresh ones: the number of negatives stays.
+                samples[i] = fresh[: len(fresh) - len(old)] + old
+        for _ in range(s.discriminator_updates):
+            comparison = reward.compare(
+                self.tokenizer, examples, samples, n_broken, self.rng, self.policy_model.device
+            )
+            metrics = self.discriminator_step(comparison)
+        return metrics
+
+    def discriminator_step(self, comparison: reward.Comparison) -> dict:
+        """One optimizer step on
+
+            L = c_D (1/2 mean_expert BCE(logit, 1) + 1/2 mean_negative BCE(logit, 0))
+                - c_L mean_expert log p_phi
+
+        Each mean is over a trace's counted tokens, then over the traces. Returns its metrics.
+        """
+        s = self.settings
+        # A trace weighs the same in whichever process and micro-batch it is.
+        n_experts = parallel.total(len(comparison.expert))
+        n_negatives = parallel.total(len(comparison.negative))
+        sums = {}
+        for part in comparison.parts(s.micro_batch, s.micro_tokens):
+            batch = data.cat_batches(part.expert, part.negative)  # E experts above M negatives
+            is_expert = part.is_expert()  # [E + M]
+
+            # f, with a gradient; log pi, without. GAIL's logit needs no policy.
+            f = self.reward_model.scores(batch)  # [E + M, T]
+            log_pi = torch.zeros_like(f)
+            if s.logit == "airl":
+                with torch.no_grad():
+                    log_pi = policy.token_logprobs(self.policy_model, batch, s.temperature)
+            logits = self.discriminator.logits(batch, f, log_pi)  # [E + M, T]
+
+            # The weights of the tokens that count sum to 1/2 over all experts, and over all
+            # negatives. A broken copy counts from its first changed token on.
+            counted = self.discriminator.score_mask(batch) * part.from_change_on(batch)
+            weights = reward.comparison_weights(counted, is_expert, n_experts, n_negatives)
+            loss = s.discriminator_coef * reward.discriminator_loss(
+                logits, is_expert, weights, s.label_smoothing
+            )
+
+            # The demonstrations' likelihood, ours. A head's f is no likelihood.
+            if s.reward_nll and self.reward_model.scores_all_actions:
+                mask = batch.response_mask * is_expert[:, None]
+                likelihood = (reward.trace_weights(mask, n_experts) * f).sum()
+                loss = loss - s.reward_nll * likelihood
+
+            loss.backward()  # gradients of all parts add up
+            with torch.no_grad():
+                parts = reward.discriminator_metrics(logits, is_expert, weights)
+            parts["loss"] = float(loss.detach())
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value
+        sums = parallel.total_of(sums)
+        return sums | policy.optimizer_step(self.reward_optimizer, sums["loss"])
+
+    # 3. Reward --------------------------------------------------------------------------------
+
+    def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """(r_t of each response token [B, T], the states that f was read off [B, T, H], metrics).
+
+        The token ids that were sampled are scored, not their text. From the states stage 4 reads
+        f of all other actions too, where f is a likelihood.
+        """
+        s = self.settings
+        batch = rollout.batch
+        size = (s.micro_batch, s.micro_tokens)
+        states = policy.in_chunks(self.reward_model.states, batch, *size)  # [B, T, H]
+        f = policy.in_chunks(self.reward_model.scores, batch, *size, states)  # [B, T]
+        rewards = self.discriminator.token_rewards(batch, f, rollout.logprobs, s.entropy_coef)
+        score_mask = self.discriminator.score_mask(batch).bool()  # elsewhere r_t is 0: no opinion
+        if s.granularity == "sparse":
+            rewards = reward.worst_if_cut_off(rewards, score_mask, rollout.finished)
+        lowest = rewards.masked_fill(~score_mask, torch.inf).amin(1).mean()
+        metrics = {"mean": float(rewards.sum() / score_mask.sum()), "lowest": float(lowest)}
+        return rewards, states, metrics
+
+    # 4. Policy --------------------------------------------------------------------------------
+
+    def update_policy(
+        self, rollout: Rollout, rewards: torch.Tensor, reward_states: torch.Tensor
+    ) -> dict:
+        """`epochs` optimizer steps on one rollout. Returns the last one's metrics."""
+        s = self.settings
+        batch = rollout.batch
+        advantages = self.advantages(batch, rewards)  # [B, T]
+        # The loss is a mean over the response tokens of the whole batch, of all processes: the
+        # size of a micro-batch sets the memory and nothing else.
+        n_tokens = parallel.total(float(batch.response_mask.sum()))
+        self.policy_model.train()
+        for _ in range(s.epochs):
+            mean_loss = 0.0
+            for rows in memory.micro_batches(batch.lengths, s.micro_batch, s.micro_tokens):
+                part = batch[rows]
+                width = part.tokens.shape[1]  # cut to the longest of these rows
+                loss = self.policy_loss(
+                    part,
+                    rollout.logprobs[rows, :width],
+                    advantages[rows, :width],
+                    reward_states[rows, :width],
+                )
+                loss = loss / n_tokens
+                loss.backward()  # gradients of all micro-batches add up
+                mean_loss += float(loss.detach())
+            mean_loss = parallel.total(mean_loss)
+            metrics = policy.optimizer_step(self.policy_optimizer, mean_loss)
+        return metrics
+
+    def advantages(self, batch: Batch, rewards: torch.Tensor) -> torch.Tensor:
+        """A_t: what the sampled token and all after it brought, beyond what was expected. [B, T]
+
+        G_t = r_t + gamma G_{t+1} is the return, b_t the mean of the question's other samples.
+        With the exact loss r_t itself is summed over all actions: only what follows it,
+        F_t = gamma G_{t+1}, is sampled. F_t is 0 after an end token, and that counts in the
+        group's mean: ending is compared with going on.
+        """
+        s = self.settings
+        mask = batch.response_mask
+        returns = policy.returns_to_go(rewards, mask, s.gamma)
+        if s.policy_loss == "exact":
+            following = s.gamma * policy.shift_left(returns) * mask  # F_t
+            return following - policy.group_baseline(following, mask, s.group)
+        advantages = returns - policy.group_baseline(returns, mask, s.group)
+        if s.advantage_scale == "group":
+            return policy.normalise_by_group(advantages, mask, s.group)
+        # One scale for the rows of all processes.
+        sums = {"squares": float((advantages**2 * mask).sum()), "tokens": float(mask.sum())}
+        sums = parallel.total_of(sums)
+        return policy.normalise(advantages, mask, sums["squares"], sums["tokens"])
+
+    def policy_loss(
+        self,
+        batch: Batch,
+        old_logprobs: torch.Tensor,
+        advantages: torch.Tensor,
+        reward_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """The loss of some rows, summed over their response tokens: a number.
+
+        old_logprobs, advantages: [B, T]; reward_states: [B, T, H]. policy.py has the equations.
+        """
+        s = self.settings
+        hidden = policy.hidden_states(self.policy_model, batch)  # [N, H], N response tokens
+        loss = 0.0
+        if s.policy_loss == "exact":
+            loss = -self.expected_reward(batch, reward_states, hidden).sum()
+            if not s.gamma and not s.kl_coef:  # the default on words: no sampled token counts
+                return loss
+
+        logprobs = policy.logprobs_of(self.policy_model, hidden, batch, s.temperature)  # [B, T]
+        if s.policy_loss == "ppo":
+            token_losses = policy.ppo_loss(logprobs, old_logprobs, advantages, s.ppo_clip)
+        else:
+            token_losses = policy.reinforce_loss(logprobs, advantages)
+        if s.kl_coef:
+            with torch.no_grad():
+                reference = policy.token_logprobs(self.reference, batch, s.temperature)
+            token_losses = token_losses + s.kl_coef * policy.kl_k3(logprobs, reference)
+        return loss + token_losses.sum()
+
+    def expected_reward(
+        self, batch: Batch, reward_states: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token: [N].
+
+        Its gradient is through pi alone (logprob.expected_reward has it by hand). reward_states
+        [B, T, H] are those of stage 3; hidden [N, H] are the policy's, computed if not given.
+        """
+        s = self.settings
+        if hidden is None:
+            hidden = policy.hidden_states(self.policy_model, batch)
+        weight, softcap = logprob.output_layer(self.policy_model)
+        reward_weight, _ = logprob.output_layer(self.reward_model.model)
+        reward_hidden = reward_states[batch.response_mask.bool()]  # [N, H]
+        return logprob.expected_reward(
+            hidden, weight, reward_hidden, reward_weight, s.entropy_coef, s.temperature, softcap
+        )
+
+    # 0. Warm-up -------------------------------------------------------------------------------
 
     def warm_up(self) -> dict:
-        """Step 0, one of many: an update of the discriminator alone, on fresh samples of a policy that stands still. A policy
-        that starts on a reward at chance learns noise."""
-        s, rollout = self.settings, None
+        """One of many updates of the discriminator alone, on fresh samples of a policy that
+        stands still. A policy that starts on a reward at chance learns noise."""
+        s = self.settings
+        rollout = None
         with data.no_verifier():
             policy.set_constant_rate(self.reward_optimizer, s.warm_up_lr)
             examples = data.draw(self.experts, s.questions, self.rng)
             if s.discriminator_coef and s.rollouts_per_expert:
-                rollout, _ = self.rollout([e.question for e in examples], s.rollouts_per_expert)
+                rollout, _ = self.rollout(examples, s.rollouts_per_expert)
             return self.update_discriminator(examples, rollout, s.rollouts_per_expert)
 
     @torch.no_grad()
     def end_warm_up(self) -> None:
-        """Step 0, its end. On words this alone makes nearly all of the result; the paper has no such step.
+        """On words this alone makes nearly all of the result; the paper has no such step.
 
-        The reward's weights are averaged with their start (lora.average says why). With start = reward the policy then begins
-        at the optimum for this f: E[f - alpha log pi] is greatest at pi ~ exp(f / alpha), which is the reward's own network
-        with its logits divided by alpha, as long as gamma = 0 and f is a likelihood. (pi is the policy as it samples in
+        The reward's weights are averaged with their start (lora.average says why). With
+        start = reward the policy then begins at the optimum for this f: E[f - alpha log pi] is
+        greatest at pi ~ exp(f / alpha), which is the reward's own network with its logits divided
+        by alpha, as long as gamma = 0 and f is a likelihood. (pi is the policy as it samples in
         training, at --temperature.) With adapters, these alone are copied.
         """
-        s, reward_model = self.settings, self.discriminator.reward_model
-        lora.average(reward_model, self.reward_start, s.reward_average)
+        s = self.settings
+        lora.average(self.reward_model, self.reward_start, s.reward_average)
         self.reward_start = []
         if s.start == "reward":
-            for parameter, learnt in zip(lora.trained(self.policy_model), lora.trained(reward_model), strict=True):
-                parameter.copy_(learnt)
+            parameters = lora.trained(self.policy_model)
+            learnt = lora.trained(self.reward_model)
+            for parameter, value in zip(parameters, learnt, strict=True):
+                parameter.copy_(value)
             policy.divide_logits(self.policy_model, s.entropy_coef / s.temperature)
             if s.kl_coef:
                 self.keep_reference()
 
     def keep_reference(self) -> None:
-        """pi_ref is the policy as it is now. No optimizer has its parameters; what is frozen in the policy is shared."""
+        """pi_ref is the policy as it is now. What is frozen in the policy is shared with it."""
         self.reference = lora.share(self.policy_model)
 
-    def rollout(self, questions: list[str], group: int) -> tuple[Rollout, dict]:
-        """Stage 1. `group` responses to each question, sampled from the policy as it is now."""
-        s = self.settings
-        prompts = [data.prompt_ids(self.tokenizer, question) for question in questions]
-        rollout = policy.sample(self.policy_model, prompts, self.ends, s.max_new_tokens, group,
-                                s.temperature, s.top_p, self.generator, s.sample_rows)  # fmt: skip
-        mask = rollout.batch.response_mask
-        entropy = -rollout.logprobs.sum() / mask.sum()  # of the sampled tokens: -E log pi
-        found = {"length": mask.sum(1).mean(), "finished": rollout.finished.float().mean(), "entropy": entropy}
-        return rollout, {name: float(value) for name, value in found.items()}
 
-    def update_discriminator(self, examples: list[Example], rollout: Rollout | None, group: int) -> dict:
-        """Stage 2. Rows i*group .. of the rollout answer examples[i]. A few of them, some that the policy wrote before
-        to the same question, and broken copies of the expert's trace are the negatives. With discriminator_coef 0 they
-        would weigh nothing, and are left out: what trains is the demonstrations' likelihood."""
-        s, negatives = self.settings, []
-        compared = bool(s.discriminator_coef)
-        for i, example in enumerate(examples if compared else ()):
-            fresh = [rollout.batch.response(i * group + g) for g in range(s.rollouts_per_expert)]
-            old = self.replay.draw(example.question, s.rollouts_per_expert // 2 if s.replay else 0, self.rng)
-            self.replay.add(example.question, fresh)
-            negatives.append(fresh[: len(fresh) - len(old)] + old)
-        for _ in range(s.discriminator_updates):
-            comparison = reward.compare(self.tokenizer, examples, negatives or [[]] * len(examples),
-                                        s.perturbed * compared, self.rng, self.policy_model.device)  # fmt: skip
-            metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
-                                    s.label_smoothing, s.reward_nll, s.micro_batch, s.temperature, s.micro_tokens,
-                                    s.discriminator_coef)  # fmt: skip
-        return metrics
+def first_logprob(model, experts: list[Example]) -> float:
+    """Mean log pi of the demonstrations' first token.
 
-    def rewards(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Stage 3. r_t for every response token, [B, T], and the reward model's hidden states, [B, T, H], from which
-        stage 4 reads f of all other actions too. The same token ids that were sampled are scored."""
-        s, batch, reward_model = self.settings, rollout.batch, self.discriminator.reward_model
-        hidden = policy.in_chunks(reward_model.hidden, batch, s.micro_batch, tokens=s.micro_tokens)
-        scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, hidden, tokens=s.micro_tokens)  # f, [B, T]
-        rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
-        read = self.discriminator.ends(batch).bool()  # elsewhere r_t is 0, which is no opinion
-        if s.granularity == "sparse":
-            rewards = reward.worst_if_cut_off(rewards, read, rollout.finished)
-        lowest = rewards.masked_fill(~read, torch.inf).amin(1).mean()
-        return rewards, hidden, {"mean": float(rewards.sum() / read.sum()), "lowest": float(lowest)}
+    The exact loss's gradient on an action is proportional to pi(a), and sampling must meet it:
+    a policy that never begins as the experts do learns it from SFT alone.
+    """
+    prompts = [example.prompt for example in experts]
+    first_tokens = [example.response[:1] for example in experts]
+    batch = data.make_batch(prompts, first_tokens, model.device)
 
-    def update_policy(self, rollout: Rollout, rewards: torch.Tensor, reward_hidden: torch.Tensor) -> dict:
-        """Stage 4. One step of the policy (`epochs` of them on one rollout)."""
-        s, batch = self.settings, rollout.batch
-        if sums_all(s):  # the default: nothing hangs on the sampled tokens
-            loss = lambda rows: self.exact_loss(batch[rows], reward_hidden[rows])
-        else:
-            advantages = self.advantages(batch, rewards)  # [B, T]
-            loss = lambda rows: self.policy_loss(
-                batch[rows], rollout.logprobs[rows], advantages[rows], reward_hidden[rows])  # fmt: skip
-        return policy.descend(self.policy_model, self.policy_optimizer, batch, loss, s, s.epochs)
+    def logprobs(part: Batch) -> torch.Tensor:
+        return policy.token_logprobs(model, part)
 
-    def advantages(self, batch: data.Batch, rewards: torch.Tensor) -> torch.Tensor:
-        """A_t: what the sampled token and what follows brought, beyond what was to be expected. [B, T]
-
-        Where r_t itself is summed over all actions, only F_t = gamma G_{t+1}, what follows, is sampled. It is 0 after an end
-        token, and that counts in the group's mean: ending is compared with going on.
-        """
-        s, mask = self.settings, batch.response_mask
-        returns = policy.returns_to_go(rewards, mask, s.gamma)
-        if s.policy_loss == "exact":
-            following = s.gamma * torch.nn.functional.pad(returns[:, 1:], (0, 1)) * mask  # F_t
-            return following - policy.group_baseline(following, mask, s.group)
-        group = s.group if s.advantage_scale == "group" else 0
-        return policy.normalise(returns - policy.group_baseline(returns, mask, s.group), mask, group)
-
-    def expected_reward(self, batch: data.Batch, reward_hidden, hidden=None, method=logprob.expected_reward):
-        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token, [N], or whatever `method` makes of it: their
-        sum. The gradient, if any, is through pi. reward_hidden [B, T, H] are those of stage 3; the policy's own, hidden
-        [N, H], are computed if they are not at hand."""
-        s, reward_model = self.settings, self.discriminator.reward_model.model
-        hidden = policy.hidden_states(self.policy_model, batch) if hidden is None else hidden
-        (weight, softcap), (reward_weight, _) = map(logprob.output_layer, (self.policy_model, reward_model))
-        reward_hidden = reward_hidden[:, : batch.tokens.shape[1]][batch.response_mask.bool()]  # [N, H]
-        return method(hidden, weight, reward_hidden, reward_weight, s.entropy_coef, s.temperature, softcap)
-
-    def exact_loss(self, batch: data.Batch, reward_hidden, hidden=None) -> torch.Tensor:
-        """-sum_t E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] over the response tokens of some rows: a number."""
-        return -self.expected_reward(batch, reward_hidden, hidden, logprob.expected_reward_sum)
-
-    def policy_loss(self, batch: data.Batch, old_logprobs, advantages, reward_hidden) -> torch.Tensor:
-        """The loss of some rows, summed over their response tokens: a number. policy.py has the equations."""
-        s, chosen = self.settings, batch.response_mask.bool()
-        old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
-        hidden = policy.hidden_states(self.policy_model, batch)  # [N, H]
-        # r_t over all actions, if it can be; what follows, and other rewards, from the sampled one
-        loss = self.exact_loss(batch, reward_hidden, hidden) if s.policy_loss == "exact" else 0.0
-        if s.kl_coef:
-            with torch.no_grad():
-                reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]  # [N]
-
-        def sampled(logprobs, n):
-            """Of some tokens, a slice n of 0..N: a loss for each."""
-            if s.policy_loss == "ppo":
-                loss = policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
-            else:
-                loss = policy.reinforce_loss(logprobs, advantages[n])
-            return loss + s.kl_coef * policy.kl_k3(logprobs, reference[n]) if s.kl_coef else loss
-
-        return loss + policy.loss_of_logprobs(self.policy_model, hidden, batch, sampled, s.temperature)
-
-
-def first_logprob(model, tokenizer, experts: list[Example]) -> float:
-    """Mean log pi of the demonstrations' first token. The exact loss's gradient on an action is proportional to pi(a), and
-    sampling must meet it: a policy that never begins so learns it from SFT alone."""
-    prompts = [data.prompt_ids(tokenizer, e.question) for e in experts]
-    first = [data.response_ids(tokenizer, data.response_text(e.trace, e.answer))[:1] for e in experts]
-    batch = data.make_batch(prompts, first, model.device)
-    return float(policy.in_chunks(lambda b: policy.token_logprobs(model, b), batch, 4).sum()) / len(experts)
+    return float(policy.in_chunks(logprobs, batch, 4).sum()) / len(experts)
 
 
 def main() -> None:
     loading.quiet()
-    settings = parse_settings("--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu".split())
+    flags = "--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu"
+    settings = parse_settings(flags.split())
     model, tokenizer = loading.load_policy("base")
-    discriminator = reward.make_discriminator(reward.load_reward("likelihood", "base"), tokenizer)
-    loop = IRL(settings, tokenizer, model, discriminator, data.load_examples("words", "train", 64))
-    print(f"{len(loop.experts)} demonstrations, for instance\n{loop.experts[0].question}\n{loop.experts[0].trace}\n")
+    experts = data.tokenize(tokenizer, data.load_examples("words", "train", 64))
+    reward_model = reward.load_reward("likelihood", "base")
+    loop = IRL(
+        settings, tokenizer, model, reward.make_discriminator(reward_model, tokenizer), experts
+    )
+    print(f"{len(experts)} demonstrations, for instance\n{experts[0].question}\n{experts[0].trace}")
     for _ in range(10):
         metrics = loop.warm_up()
     loop.end_warm_up()
-    print("after 10 warm-up updates, discriminator: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+    print("\nafter 10 warm-up updates:", in_one_line(metrics))
     for iteration in range(1, 4):
         print(f"\niteration {iteration}")
         for stage, metrics in loop.step().items():
-            print(f"  {stage:14s}" + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+            print(f"  {stage:14s}{in_one_line(metrics)}")
+
+
+def in_one_line(metrics: dict) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
 
 
 if __name__ == "__main__":

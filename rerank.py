@@ -370,11 +370,11 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
     names = (*LOGPROBS, "reward") if likelihood else LOGPROBS
     results["alarms"] = {name: alarm_rates(*readings[name], right) for name in names if name in readings}
     if examples[0].task:
-        how = (discriminator.ends_step.cpu(), likelihood, seed)
+        how = (discriminator.step_end_tokens.cpu(), likelihood, seed)
         truth = natural_errors(candidates, tokenizer, data.end_tokens(tokenizer, policy_model))
         natural = place_results(batch, truth, torch.arange(len(batch)) // candidates.n, readings, *how)
         rng, single = random.Random(f"broken {seed}"), {"count": 0}
-        broken = reward.compare(tokenizer, examples, [[] for _ in examples], PERTURBED_PER_EXPERT, rng)
+        broken = reward.compare(tokenizer, data.tokenize(tokenizer, examples), [[] for _ in examples], PERTURBED_PER_EXPERT, rng)
         if len(broken.negative):
             said = signals(broken.negative, discriminator, policy_model, judges)
             single = place_results(broken.negative, broken.negative_from, broken.pair, said, *how)

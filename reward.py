@@ -1,33 +1,38 @@
-"""The reward: a discriminator that tells expert traces from the policy's own, read as a reward per token.
+"""The reward: a discriminator that tells expert traces from the policy's, read as a reward per token.
 
-In Algorithm 1 this is the discriminator's update (stage 2) and the reward (stage 3). f is `scores`, the reward model's own
-opinion of each token. D = sigmoid(logit) is the probability that a token is the expert's. One update descends on
+In Algorithm 1 this is the discriminator (stage 2) and the reward (stage 3). f is `scores`, the
+reward model's own opinion of each token. D = sigmoid(logit) is the probability that a token is the
+expert's. One update (irl.IRL.discriminator_step) descends on
 
-    L = c_D [ 1/2 mean_expert BCE(logit, 1) + 1/2 mean_negative BCE(logit, 0) ]  -  c_L mean_expert log p_phi(a|s)
+    L = c_D (1/2 mean_expert BCE(logit, 1) + 1/2 mean_negative BCE(logit, 0))
+        - c_L mean_expert log p_phi(a|s)
 
-each mean over a trace's counted tokens, then over the traces; c_D is --discriminator-coef. The last term, the likelihood of
-the demonstrations, is ours and for a likelihood alone (c_L, --reward-nll). A negative is a sample, an older sample, or an
-expert's trace with one thing broken, which counts from the first changed token on (`compare`).
+Each mean is over a trace's counted tokens, then over the traces. c_D is --discriminator-coef. The
+last term, the likelihood of the demonstrations, is ours, and for a likelihood alone (c_L,
+--reward-nll). A negative is a sample, an older sample, or an expert's trace with one thing broken,
+which counts from the first changed token on (`compare`).
 
-    equation                                            where                           test, in tests/test_reward.py
-    D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits            airl_discriminator_by_hand
-    logit = f (GAIL; 2510.01857's released code)        discriminator_logits            airl_discriminator_by_hand
-    BCE, smoothed labels (released code)                bce_loss                        bce_by_hand
-    half experts, half negatives (released code)        comparison_loss                 comparison_loss_by_hand
-    r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards     rewards_are_clipped_and_sharpened
-    sparse, interval, dense (2510.01857, v1 and v2)     segment_ends, segment_sums      segment_ends, segment_sums_..
-    f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward    a_likelihood_is_.., a_head_reads_..
-    perturbed negatives (2510.01857)                    data.perturbed_negatives, compare  perturbed_negatives_count_from_..
+    equation                                            where                      test in tests/test_reward.py
+    D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits       airl_discriminator_by_hand
+    logit = f (GAIL; 2510.01857's released code)        discriminator_logits       airl_discriminator_by_hand
+    BCE, smoothed labels (released code)                bce_loss                   bce_by_hand
+    half experts, half negatives (released code)        comparison_weights         comparison_loss_by_hand
+    r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards  rewards_are_clipped_..
+    sparse, interval, dense (2510.01857, v1 and v2)     segment_ends, segment_sums segment_ends, segment_sums_..
+    f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward a_likelihood_is_.., a_head_..
+    perturbed negatives (2510.01857)                    negatives.py, compare      perturbed_negatives_count_from_..
 
-Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy was; nearly so with smoothed
-labels, and as far as the negatives are the policy's own. With logit = f it is the log-ratio expert / policy, and is worth
-nothing once the policy has moved on.
+Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy
+was; nearly so with smoothed labels, and as far as the negatives are the policy's own. With
+logit = f it is the log-ratio expert / policy, and is worth nothing once the policy has moved on.
 
-Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every token of two traces.
+Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every
+token of two traces.
 """
 
 import random
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,49 +41,108 @@ from transformers import AutoModelForTokenClassification
 
 import data
 import policy
-from data import Batch
-from engine import loading, memory, parallel, sampler
+from data import Batch, Example
+from engine import loading, memory, sampler
 
-# 1. Equations --------------------------------------------------------------------------------------------------------
+# 1. Equations ---------------------------------------------------------------------------------
 
 
-def discriminator_logits(scores: torch.Tensor, policy_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
-    """logit D: 'airl' f - log pi (Fu et al. 2018), 'gail' f (Ho & Ermon 2016). Shapes alike, any.
+def discriminator_logits(
+    scores: torch.Tensor, policy_logprobs: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """logit D: 'airl' f - log pi (Fu et al. 2018), 'gail' f (Ho & Ermon 2016). Any shape.
 
     >>> f, log_pi = torch.tensor([0.2]).log(), torch.tensor([0.6]).log()
     >>> discriminator_logits(f, log_pi, "airl").sigmoid()  # 0.2 / (0.2 + 0.6)
     tensor([0.2500])
     """
-    return scores - policy_logprobs if kind == "airl" else scores
+    if kind == "airl":
+        return scores - policy_logprobs
+    return scores
 
 
-def bce_loss(logits: torch.Tensor, is_expert: float, smoothing: float) -> torch.Tensor:
-    """Binary cross-entropy per token, expert 1, policy 0, both moved towards 1/2 by label smoothing.
+def bce_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Binary cross-entropy per token; label 1: expert, 0: policy. Both labels move towards 1/2.
 
-    Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where nothing overlaps.
+    Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where
+    nothing overlaps.
 
-    >>> bce_loss(torch.tensor([0.0]), 1.0, 0.1)  # log 2, whatever the label
+    >>> bce_loss(torch.tensor([0.0]), torch.tensor([1.0]), 0.1)  # log 2, whatever the label
     tensor([0.6931])
     """
-    target = torch.full_like(logits, is_expert * (1 - smoothing) + smoothing / 2)
-    return binary_cross_entropy_with_logits(logits, target, reduction="none")
+    targets = labels * (1 - smoothing) + smoothing / 2
+    return binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def trace_weights(mask: torch.Tensor) -> torch.Tensor:
-    """Weights [B, T] that take the mean over each trace's counted tokens, then over the traces: they sum to 1.
+def trace_weights(counted: torch.Tensor, n_traces: float | None = None) -> torch.Tensor:
+    """Weights [B, T]: the mean over each trace's counted tokens, then over `n_traces` traces.
+
+    counted: [B, T], 1 on the tokens that count. n_traces: by default B; more where these rows are
+    a part of a whole. The weights of a whole sum to 1.
 
     >>> trace_weights(torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]))
     tensor([[0.0000, 0.2500, 0.2500],
             [0.0000, 0.5000, 0.0000]])
     """
-    return mask / mask.sum(1, keepdim=True).clamp(min=1) / max(1, len(mask))
+    if n_traces is None:
+        n_traces = len(counted)
+    tokens = counted.sum(1, keepdim=True).clamp(min=1)
+    return counted / tokens / max(1, n_traces)
 
 
-def segment_ends(batch: Batch, granularity: str, interval: int, ends_step: torch.Tensor) -> torch.Tensor:
+def comparison_weights(
+    counted: torch.Tensor, is_expert: torch.Tensor, n_experts: float, n_negatives: float
+) -> torch.Tensor:
+    """Weights [B, T] of a comparison's tokens: 1/2 for all experts, 1/2 for all negatives.
+
+    counted: [B, T], 1 on the tokens that count; is_expert: [B], 1 or 0; n_experts, n_negatives:
+    the numbers of traces of the whole comparison, of which these rows may be a part.
+
+    >>> comparison_weights(torch.ones(3, 1), torch.tensor([1.0, 0.0, 0.0]), 1, 2).flatten()
+    tensor([0.5000, 0.2500, 0.2500])
+    """
+    of_expert = trace_weights(counted, n_experts)
+    of_negative = trace_weights(counted, n_negatives)
+    return 0.5 * torch.where(is_expert[:, None] > 0, of_expert, of_negative)
+
+
+def discriminator_loss(
+    logits: torch.Tensor, is_expert: torch.Tensor, weights: torch.Tensor, smoothing: float
+) -> torch.Tensor:
+    """sum_t w_t BCE(logit_t, label) over rows [B, T]: a number.
+
+    The weights are those of the whole comparison: the losses of its parts add up to its loss.
+    """
+    labels = is_expert[:, None].expand_as(logits)
+    return (weights * bce_loss(logits, labels, smoothing)).sum()
+
+
+def discriminator_metrics(
+    logits: torch.Tensor, is_expert: torch.Tensor, weights: torch.Tensor
+) -> dict[str, float]:
+    """Mean D of experts and of negatives, and the share of tokens on the right side of 1/2.
+
+    D = 1/2, where AIRL starts, is right half of the time.
+    """
+    expert = is_expert[:, None] > 0
+    D = logits.sigmoid()
+    direction = torch.where(expert, logits.sign(), -logits.sign())  # 1 right, -1 wrong, 0 neither
+    return {
+        # the weights of each side sum to 1/2
+        "d_expert": float(2 * (weights * D * expert).sum()),
+        "d_negative": float(2 * (weights * D * ~expert).sum()),
+        "accuracy": float((weights * (1 + direction) / 2).sum()),
+    }
+
+
+def segment_ends(
+    batch: Batch, granularity: str, interval: int, step_end_tokens: torch.Tensor
+) -> torch.Tensor:
     """[B, T], 1 on the tokens where a score is read.
 
-    dense: every response token. sparse: the last one. interval: the last token of each step (ends_step [V]: it holds a
-    newline), or every `interval` tokens if interval > 0; the last token always.
+    dense: every response token. sparse: the last one. interval: the last token of each step
+    (step_end_tokens [V] bool: it holds a newline), or every `interval` tokens if interval > 0;
+    the last token always.
     """
     mask = batch.response_mask
     if granularity == "dense":
@@ -88,32 +152,36 @@ def segment_ends(batch: Batch, granularity: str, interval: int, ends_step: torch
     if granularity == "interval" and interval > 0:
         ends = ends | ((positions - batch.prompt_lengths[:, None] + 1) % interval == 0)
     elif granularity == "interval":
-        ends = ends | ends_step[batch.tokens]
+        ends = ends | step_end_tokens[batch.tokens]
     return mask * ends
 
 
 def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Sum `values` over each segment and place it on the segment's last token: [B, T] -> [B, T], 0 elsewhere.
+    """Sum `values` over each segment and place it on the segment's last token: [B, T].
 
-    >>> segment_sums(torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3), torch.tensor([[0.0, 1.0, 1.0]]))
+    >>> ends = torch.tensor([[0.0, 1.0, 1.0]])
+    >>> segment_sums(torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3), ends)
     tensor([[0., 3., 3.]])
     """
     total = (values * mask).cumsum(1)
-    # the running total at the previous segment end, carried forward
-    at_end = torch.where(ends.bool(), torch.arange(values.shape[1], device=values.device), -1)
-    last_end = pad(at_end.cummax(1).values[:, :-1], (1, 0), value=-1)  # [B, T], -1 before the first end
-    before = torch.where(last_end >= 0, total.gather(1, last_end.clamp(min=0)), torch.zeros_like(total))
+    # The running total at the previous segment's end, carried forward.
+    columns = torch.arange(values.shape[1], device=values.device)
+    end_columns = torch.where(ends.bool(), columns, -1)
+    last_end = pad(end_columns.cummax(1).values[:, :-1], (1, 0), value=-1)  # -1: none before
+    before = total.gather(1, last_end.clamp(min=0))
+    before = torch.where(last_end >= 0, before, torch.zeros_like(total))
     return (total - before) * ends
 
 
-# 2. Two reward models ------------------------------------------------------------------------------------------------
+# 2. Two reward models -------------------------------------------------------------------------
 
 
 class LikelihoodReward(torch.nn.Module):
     """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart.
 
-    It starts as a copy of the base, with all that this knows already in f; if the policy does, too, f - log pi = 0 and D = 1/2
-    everywhere, at temperature 1. It scores every token of the vocabulary at once.
+    It starts as a copy of the base, so all that the base knows is in f from the start. Where the
+    policy is the base too, f - log pi = 0 and D = 1/2 everywhere, at temperature 1. It scores
+    every token of the vocabulary at once.
     """
 
     scores_all_actions = True
@@ -122,47 +190,69 @@ class LikelihoodReward(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """What f(s_t, .) is read off: [B, T, H], the hidden state that has read the tokens before t."""
-        return policy.spread(policy.hidden_states(self.model, batch), batch.response_mask)
+    def states(self, batch: Batch) -> torch.Tensor:
+        """What f(s_t, .) is read off: the hidden state *before* token t. [B, T, H]"""
+        hidden = policy.hidden_states(self.model, batch)  # [N, H]
+        return policy.spread(hidden, batch.response_mask)
 
-    def scores(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
-        hidden, mask = self.hidden(batch) if hidden is None else hidden, batch.response_mask
-        return policy.spread(policy.logprobs_of(self.model, hidden[mask.bool()], batch), mask)
+        if states is None:
+            states = self.states(batch)
+        hidden = states[batch.response_mask.bool()]  # [N, H]
+        return policy.logprobs_of(self.model, hidden, batch)
 
 
 class HeadReward(torch.nn.Module):
-    """f(s,a) = w . h + b, with h the hidden state that has read a: the paper's linear head on a language model. It starts at
-    f = 0, and easily learns which prompts go with which traces, rather than which steps are right."""
+    """f(s,a) = w . h + b on the hidden state that has read a: the paper's linear head.
+
+    It starts at f = 0, and easily learns which prompts go with which traces, rather than which
+    steps are right.
+    """
 
     scores_all_actions = False
 
     def __init__(self, model):
         super().__init__()
-        self.model = model  # ForTokenClassification with one label: transformers' name for just this head
+        # ForTokenClassification with one label is transformers' name for just this head.
+        self.model = model
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """What f(s_t, a_t) is read off: [B, T, H], the hidden state that has read token t itself."""
-        hidden = sampler.response_hidden(self.model, batch)[:, 1:]
+    def states(self, batch: Batch) -> torch.Tensor:
+        """What f(s_t, a_t) is read off: the hidden state *after* token t. [B, T, H]"""
+        hidden = sampler.response_hidden(self.model, batch)[:, 1:]  # [B, R, H]
         return policy.spread(hidden[policy.response_part(batch)], batch.response_mask)
 
-    def scores(self, batch: Batch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+    def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
-        hidden, head = self.hidden(batch) if hidden is None else hidden, self.model.score
-        return head(hidden.to(head.weight.dtype)).squeeze(-1).float() * batch.response_mask
+        if states is None:
+            states = self.states(batch)
+        head = self.model.score  # a linear layer, H -> 1
+        f = head(states.to(head.weight.dtype)).squeeze(-1).float()
+        return f * batch.response_mask
 
 
-def load_reward(kind: str, path: str, device="cpu", dtype=torch.float32) -> LikelihoodReward | HeadReward:
-    """A reward model from a folder or hub name: `kind` 'likelihood', 'head' or 'random'. A head that is not in the
-    checkpoint (the base has none) starts at zero, a random one anywhere."""
+def load_reward(
+    kind: str, path: str, device="cpu", dtype=torch.float32
+) -> LikelihoodReward | HeadReward:
+    """A reward model from a folder or hub name: `kind` 'likelihood', 'head' or 'random'.
+
+    A head that is not in the checkpoint (the base has none) starts at zero, a random one anywhere.
+    """
     if kind == "likelihood":
         return LikelihoodReward(loading.load_causal(path, device, dtype))
-    model, info = loading.load_model(path, AutoModelForTokenClassification, dtype, num_labels=1, output_loading_info=True)
+    model, info = loading.load_model(
+        path, AutoModelForTokenClassification, dtype, num_labels=1, output_loading_info=True
+    )
     if any("score" in key for key in info["missing_keys"]):
-        (torch.nn.init.normal_ if kind == "random" else torch.nn.init.zeros_)(model.score.weight)
+        if kind == "random":
+            torch.nn.init.normal_(model.score.weight)
+        else:
+            torch.nn.init.zeros_(model.score.weight)
         torch.nn.init.zeros_(model.score.bias)
     return HeadReward(model.to(device))
+
+
+# 3. From scores to D and to rewards -----------------------------------------------------------
 
 
 @dataclass
@@ -173,87 +263,143 @@ class Discriminator:
     logit: str  # airl or gail
     granularity: str  # dense, interval or sparse
     interval: int  # tokens per segment; 0: the trace's own steps
-    ends_step: torch.Tensor  # [V] bool, the tokens that end a step
+    step_end_tokens: torch.Tensor  # [V] bool, the tokens that end a step
     clip: float = 0.0  # rewards are held within [-clip, clip]; 0: they are not
 
-    def ends(self, batch: Batch) -> torch.Tensor:
+    def score_mask(self, batch: Batch) -> torch.Tensor:
         """[B, T], 1 where a score is read."""
-        return segment_ends(batch, self.granularity, self.interval, self.ends_step)
+        return segment_ends(batch, self.granularity, self.interval, self.step_end_tokens)
 
-    def segments(self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor):
-        """(f, log pi, ends) per segment, each [B, T], on the segment's last token.
+    def segments(
+        self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(f, log pi, score mask) per segment, each [B, T], on the segment's last token.
 
-        A segment's log pi is the sum over its tokens, and so is a likelihood's f. A head's is read at the segment's end.
+        A segment's log pi is the sum over its tokens, and so is a likelihood's f. A head's f is
+        read at the segment's end.
         """
-        ends = self.ends(batch)
+        score_mask = self.score_mask(batch)
         if self.granularity == "dense":
-            return scores, policy_logprobs, ends
+            return scores, policy_logprobs, score_mask
         mask = batch.response_mask
-        sums = segment_sums(scores, mask, ends) if self.reward_model.scores_all_actions else scores * ends
-        return sums, segment_sums(policy_logprobs, mask, ends), ends
+        if self.reward_model.scores_all_actions:
+            f = segment_sums(scores, mask, score_mask)
+        else:
+            f = scores * score_mask
+        return f, segment_sums(policy_logprobs, mask, score_mask), score_mask
 
-    def logits(self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor) -> torch.Tensor:
-        """logit D from f and log pi of the tokens, each [B, T]: [B, T], where a score is read, 0 elsewhere."""
-        scores, log_pi, ends = self.segments(batch, scores, policy_logprobs)
-        return discriminator_logits(scores, log_pi, self.logit) * ends
+    def logits(
+        self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor
+    ) -> torch.Tensor:
+        """logit D from f and log pi of the tokens: [B, T] each, 0 where no score is read."""
+        f, log_pi, score_mask = self.segments(batch, scores, policy_logprobs)
+        return discriminator_logits(f, log_pi, self.logit) * score_mask
 
     def token_rewards(
-        self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor, entropy_coef: float = 1.0
+        self,
+        batch: Batch,
+        scores: torch.Tensor,
+        policy_logprobs: torch.Tensor,
+        entropy_coef: float = 1.0,
     ) -> torch.Tensor:
-        """r_t from f and log pi of the tokens, each [B, T]: [B, T], what the policy is trained on.
+        """r_t from f and log pi of the tokens, each [B, T]: what the policy is trained on.
 
-        airl: f - alpha log pi. alpha = entropy_coef = 1 is AIRL's log D - log(1-D); less of it sharpens, because
-        maximising E[f - alpha log pi] has its optimum at pi ~ exp(f / alpha). gail: f, which holds -log pi already.
+        airl: f - alpha log pi. alpha = entropy_coef = 1 is AIRL's log D - log(1-D). Less of it
+        sharpens: E[f - alpha log pi] is greatest at pi ~ exp(f / alpha). gail: f, which is a
+        log-ratio of expert and policy already.
         """
-        scores, log_pi, ends = self.segments(batch, scores, policy_logprobs)
-        rewards = discriminator_logits(scores, entropy_coef * log_pi, self.logit) * ends
-        return rewards.clamp(-self.clip, self.clip) if self.clip else rewards
+        f, log_pi, score_mask = self.segments(batch, scores, policy_logprobs)
+        if self.logit == "airl":
+            rewards = f - entropy_coef * log_pi
+        else:
+            rewards = f
+        rewards = rewards * score_mask
+        if self.clip:
+            rewards = rewards.clamp(-self.clip, self.clip)
+        return rewards
 
 
-def worst_if_cut_off(rewards: torch.Tensor, ends: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
-    """A score per trace is learnt, and read, at its end token. A trace that ran into the length limit has none, and whatever
-    it wrote last would be read instead: it gets the lowest reward of these rows. rewards, ends [B, T], finished [B]: [B, T]
-
-    >>> worst_if_cut_off(torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2), torch.tensor([False, True]))
-    tensor([[0., 1.],
-            [0., 1.]])
-    """
-    worst = rewards.masked_fill(ends == 0, torch.inf).min()
-    return torch.where(finished[:, None], rewards, worst * ends)
+def worst_if_cut_off(
+    rewards: torch.Tensor, score_mask: torch.Tensor, finished: torch.Tensor
+) -> torch.Tensor:
+    """A trace that ran into the length limit has no end token, where a score per trace is learnt."""
+    worst = rewards.masked_fill(score_mask == 0, torch.inf).min()
+    return torch.where(finished[:, None], rewards, worst * score_mask)
 
 
-def step_end_tokens(tokenizer, size: int) -> torch.Tensor:
+def find_step_end_tokens(tokenizer, size: int) -> torch.Tensor:
     """[V] bool: which tokens hold a newline, that is, end a step of a trace."""
-    ends = torch.zeros(size, dtype=torch.bool)
+    is_end = torch.zeros(size, dtype=torch.bool)
     for token in range(min(size, len(tokenizer))):
-        ends[token] = "\n" in tokenizer.decode([token])
-    return ends
+        is_end[token] = "\n" in tokenizer.decode([token])
+    return is_end
 
 
-def make_discriminator(reward_model: LikelihoodReward | HeadReward, tokenizer, logit: str = "airl", granularity: str = "dense",
-                       interval: int = 0, clip: float = 0.0) -> Discriminator:  # fmt: skip
+def make_discriminator(
+    reward_model: LikelihoodReward | HeadReward,
+    tokenizer,
+    logit: str = "airl",
+    granularity: str = "dense",
+    interval: int = 0,
+    clip: float = 0.0,
+) -> Discriminator:
     """A discriminator on a reward model; steps end where this tokenizer writes a newline."""
-    vocabulary = reward_model.model.get_input_embeddings().num_embeddings
-    ends_step = step_end_tokens(tokenizer, vocabulary).to(reward_model.model.device)
-    return Discriminator(reward_model, logit, granularity, interval, ends_step, clip)
+    model = reward_model.model
+    vocabulary = model.get_input_embeddings().num_embeddings
+    step_end_tokens = find_step_end_tokens(tokenizer, vocabulary).to(model.device)
+    return Discriminator(reward_model, logit, granularity, interval, step_end_tokens, clip)
 
 
-# 3. Negatives --------------------------------------------------------------------------------------------------------
+# 4. Experts and their negatives ---------------------------------------------------------------
 
 
 @dataclass
 class Comparison:
     """What one discriminator update sees: experts, and negatives for the same questions."""
 
-    expert: Batch
-    negative: Batch
+    expert: Batch  # E rows
+    negative: Batch  # M rows
     pair: torch.Tensor  # [M], the expert row that answers the same question as each negative
-    negative_from: torch.Tensor  # [M], the first column that counts: of a perturbed trace, that of the change
+    # [M], the first column that counts: of a sample, that of its first token; of a broken copy,
+    # that of the first changed token
+    negative_from: torch.Tensor
+
+    def is_expert(self) -> torch.Tensor:
+        """[E + M], 1 for experts, 0 for negatives: the rows' labels, experts above."""
+        ones = torch.ones(len(self.expert), device=self.pair.device)
+        return torch.cat([ones, torch.zeros(len(self.negative), device=self.pair.device)])
+
+    def from_change_on(self, batch: Batch) -> torch.Tensor:
+        """[E + M, T], 1 from the first column that counts on. batch: experts above negatives."""
+        of_experts = torch.zeros(len(self.expert), dtype=torch.long, device=self.pair.device)
+        first = torch.cat([of_experts, self.negative_from])  # [E + M]
+        columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+        return (columns >= first[:, None]).float()
+
+    def parts(self, micro_batch: int, micro_tokens: int) -> Iterator["Comparison"]:
+        """Some experts at a time, with all their negatives: micro-batches of at most `micro_batch`
+        rows, or `micro_tokens` tokens (memory.micro_batches), but of one such family at least."""
+        n_rows = len(self.expert) + len(self.negative)
+        experts_at_once = max(1, micro_batch * len(self.expert) // n_rows)
+        family_size = 1  # rows: an expert and its negatives
+        if len(self.pair):
+            family_size += int(self.pair.bincount().max())
+        longest = self.expert.lengths.scatter_reduce(
+            0, self.pair, self.negative.lengths, "amax"
+        )  # [E], of each family
+        for rows in memory.micro_batches(family_size * longest, experts_at_once, micro_tokens):
+            chosen = torch.isin(self.pair, rows).nonzero().squeeze(-1)
+            yield Comparison(
+                self.expert[rows],
+                self.negative[chosen],
+                self.pair[chosen],
+                self.negative_from[chosen],
+            )
 
 
 class Replay:
-    """Old rollouts, a few per question: the policy shall not come back to errors that it has given up. (AIRL, section 5,
-    mixes in the last 20 iterations.)"""
+    """Old rollouts, a few per question: the policy shall not come back to errors that it has
+    given up. (AIRL, section 5, mixes in the last 20 iterations.)"""
 
     def __init__(self, per_question: int):
         self.past: dict[str, deque] = defaultdict(lambda: deque(maxlen=per_question))
@@ -277,121 +423,93 @@ class Replay:
             self.add(question, past)
 
 
-def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[int]]], perturbed: int,
-            rng: random.Random, device="cpu") -> Comparison:  # fmt: skip
-    """Experts beside negatives: rollouts[i] holds sampled responses (token lists) to examples[i].question."""
-    prompts, responses, pair, start = [], [], [], []
+def compare(
+    tokenizer,
+    examples: list[Example],
+    samples: list[list[list[int]]],
+    n_broken: int,
+    rng: random.Random,
+    device="cpu",
+) -> Comparison:
+    """Experts beside negatives for the same questions.
+
+    examples: E tokenised demonstrations. samples[i]: responses (token lists) that a policy wrote
+    to examples[i].question. n_broken: broken copies of each expert's trace, at most.
+    """
+    prompts = []
+    responses = []
+    pair = []
+    negative_from = []
     for i, example in enumerate(examples):
-        prompt = data.prompt_ids(tokenizer, example.question)
-        negatives = [(response, 0) for response in rollouts[i]]
-        negatives += data.perturbed_negatives(tokenizer, example, perturbed, rng)
+        negatives = [(response, 0) for response in samples[i]]
+        negatives += data.perturbed_negatives(tokenizer, example, n_broken, rng)
         for response, first_changed in negatives:
-            prompts.append(prompt)
+            prompts.append(example.prompt)
             responses.append(response)
             pair.append(i)
-            start.append(len(prompt) + first_changed)
-    expert = data.demonstration_batch(tokenizer, examples, device)
-    negative = data.make_batch(prompts, responses, device)
-    return Comparison(expert, negative, *(torch.tensor(x, dtype=torch.long, device=device) for x in (pair, start)))
+            negative_from.append(len(example.prompt) + first_changed)
+    return Comparison(
+        data.demonstration_batch(examples, device),
+        data.make_batch(prompts, responses, device),
+        torch.tensor(pair, dtype=torch.long, device=device),
+        torch.tensor(negative_from, dtype=torch.long, device=device),
+    )
 
 
-# 4. The discriminator's update ---------------------------------------------------------------------------------------
-
-
-def comparison_loss(logits_e, weights_e, logits_n, weights_n, smoothing: float) -> torch.Tensor:
-    """The discriminator's loss on some experts [E, T] and their negatives [M, T]: sum_t w_t BCE(logit_t), half for experts,
-    half for negatives. The weights are `trace_weights` of the whole comparison: losses of parts add up to its loss."""
-    expert = (weights_e * bce_loss(logits_e, 1.0, smoothing)).sum()
-    return 0.5 * expert + 0.5 * (weights_n * bce_loss(logits_n, 0.0, smoothing)).sum()
-
-
-def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-    """`trace_weights` of experts [E, T] and negatives [M, T], padded to one width; a negative counts from its first
-    changed token on."""
-    expert, negative = map(discriminator.ends, (comparison.expert, comparison.negative))
-    columns = torch.arange(negative.shape[1], device=negative.device)
-    negative = negative * (columns >= comparison.negative_from[:, None])
-    width = max(expert.shape[1], negative.shape[1])
-    share = lambda ends: len(ends) / max(1, parallel.total(len(ends)))  # of all traces, where several processes have some
-    return tuple(trace_weights(pad(ends, (0, width - ends.shape[1]))) * share(ends) for ends in (expert, negative))
-
-
-def expert_parts(comparison: Comparison, micro_batch: int, micro_tokens: int) -> list[torch.Tensor]:
-    """memory.micro_batches of the experts, where each brings all its negatives along: at the least one such family."""
-    expert, negative, pair = comparison.expert, comparison.negative, comparison.pair
-    per_chunk = max(1, micro_batch * len(expert) // (len(expert) + len(negative)))
-    family = 1 + int(pair.bincount().max()) if len(pair) else 1  # rows
-    longest = expert.lengths.scatter_reduce(0, pair, negative.lengths, "amax")  # [E]
-    return memory.micro_batches(family * longest, per_chunk, micro_tokens)
-
-
-def update(discriminator: Discriminator, optimizer, policy_model, comparison: Comparison,
-           smoothing: float = 0.1, nll_coef: float = 0.0, micro_batch: int = 64, temperature: float = 1.0,
-           micro_tokens: int = 0, discriminator_coef: float = 1.0) -> dict:  # fmt: skip
-    """One optimizer step of the discriminator. Micro-batches are made of experts with all their negatives.
-
-    policy_model: the current pi, at the temperature it samples with, whose log-probability AIRL's logit subtracts (of
-    experts and negatives alike; without a gradient). nll_coef is c_L, discriminator_coef c_D.
-    """
-    expert, negative = comparison.expert, comparison.negative
-    model = discriminator.reward_model
-    weights_e, weights_n = comparison_weights(discriminator, comparison)
-    experts = parallel.total(len(expert))
-    sums = defaultdict(float)
-    for rows in expert_parts(comparison, micro_batch, micro_tokens):
-        count, chosen = len(rows), torch.isin(comparison.pair, rows).nonzero().squeeze(-1)
-        both = data.cat_batches(expert[rows], negative[chosen])  # experts above, negatives below
-        scores = model.scores(both)
-        log_pi = torch.zeros_like(scores)
-        if discriminator.logit == "airl":  # GAIL's logit asks no policy: a forward pass less
-            with torch.no_grad():
-                log_pi = policy.token_logprobs(policy_model, both, temperature)
-        logits = discriminator.logits(both, scores, log_pi)  # [E + M, T]
-        logits_e, logits_n = logits[:count], logits[count:]
-        w_e, w_n = weights_e[rows, : logits.shape[1]], weights_n[chosen, : logits.shape[1]]
-        value = discriminator_coef * comparison_loss(logits_e, w_e, logits_n, w_n, smoothing)
-        if nll_coef and model.scores_all_actions:  # a head's f is no likelihood
-            likelihood = (trace_weights(both.response_mask[:count]) * scores[:count]).sum()  # mean over these experts
-            value = value - nll_coef * likelihood * count / experts
-        value.backward()
-        sums["loss"] += float(value.detach())
-        with torch.no_grad():
-            sums["d_expert"] += float((w_e * logits_e.sigmoid()).sum())
-            sums["d_negative"] += float((w_n * logits_n.sigmoid()).sum())
-            # D > 1/2 on experts, < 1/2 on negatives; D = 1/2, where AIRL starts, is right half of the time
-            right = (w_e * (1 + logits_e.sign())).sum() + (w_n * (1 - logits_n.sign())).sum()
-            sums["accuracy"] += 0.25 * float(right)
-    sums = parallel.total_of(sums)
-    return sums | policy.optimizer_step(optimizer, sums["loss"])
-
-
-SUSPICIOUS = -1.0  # log-probability below which a token is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation
+# A log-probability below this is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation.
+SUSPICIOUS = -1.0
 
 
 def main() -> None:
-    """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's mistake."""
+    """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's
+    mistake."""
     loading.quiet()
     base, tokenizer = loading.load_policy("base")
-    ends, discriminator = data.end_tokens(tokenizer, base), make_discriminator(load_reward("likelihood", "base"), tokenizer)
-    optimizer, rng = policy.make_optimizer(discriminator.reward_model, 3e-4), random.Random(0)
-    experts = data.load_examples("words", "train", 64)
-    for number in range(1, 21):
+    discriminator = make_discriminator(load_reward("likelihood", "base"), tokenizer)
+    optimizer = policy.make_optimizer(discriminator.reward_model, 3e-4)
+    experts = data.tokenize(tokenizer, data.load_examples("words", "train", 64))
+    end_tokens = data.end_tokens(tokenizer, base)
+    rng = random.Random(0)
+    for update in range(1, 21):
         examples = rng.sample(experts, 16)
-        prompts = [data.prompt_ids(tokenizer, example.question) for example in examples]
-        batch = policy.sample(base, prompts, ends, 64, group=2).batch
-        rollouts = [[batch.response(2 * i), batch.response(2 * i + 1)] for i in range(16)]
-        metrics = update(discriminator, optimizer, base, compare(tokenizer, examples, rollouts, 2, rng), nll_coef=1.0)
-        if number % 10 == 0:
-            print(f"discriminator update {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-    question = "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"
-    for trace, answer in (("3*12=36\n24+36=60\n60-9=51", "51"), ("3+12=15\n24+15=39\n39-9=30", "30")):
-        batch = data.demonstration_batch(tokenizer, [data.Example(question, trace, answer)])
+        prompts = [example.prompt for example in examples]
+        sampled = policy.sample(base, prompts, end_tokens, 64, group=2).batch
+        samples = [[sampled.response(2 * i), sampled.response(2 * i + 1)] for i in range(16)]
+        comparison = compare(tokenizer, examples, samples, 2, rng)
+
+        # irl.IRL.discriminator_step does the same in micro-batches, on several processes.
+        batch = data.cat_batches(comparison.expert, comparison.negative)
+        is_expert = comparison.is_expert()
+        f = discriminator.reward_model.scores(batch)
         with torch.no_grad():
-            scores, log_pi = discriminator.reward_model.scores(batch), policy.token_logprobs(base, batch)
-        chance = discriminator.logits(batch, scores, log_pi).sigmoid()
+            log_pi = policy.token_logprobs(base, batch)
+        logits = discriminator.logits(batch, f, log_pi)
+        counted = discriminator.score_mask(batch) * comparison.from_change_on(batch)
+        n_negatives = len(comparison.negative)
+        weights = comparison_weights(counted, is_expert, len(examples), n_negatives)
+        loss = discriminator_loss(logits, is_expert, weights, smoothing=0.1)
+        likelihood = trace_weights(comparison.expert.response_mask) * f[: len(examples), : comparison.expert.tokens.shape[1]]
+        loss = loss - likelihood.sum()
+        loss.backward()
+        policy.optimizer_step(optimizer, float(loss.detach()))
+        if update % 10 == 0:
+            metrics = discriminator_metrics(logits.detach(), is_expert, weights)
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            print(f"discriminator update {update}: loss {float(loss.detach()):.3f}, {shown}")
+
+    question = "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"
+    right = Example(question, "3*12=36\n24+36=60\n60-9=51", "51")
+    wrong = Example(question, "3+12=15\n24+15=39\n39-9=30", "30")
+    for example in data.tokenize(tokenizer, [right, wrong]):
+        batch = data.demonstration_batch([example])
+        with torch.no_grad():
+            f = discriminator.reward_model.scores(batch)
+            log_pi = policy.token_logprobs(base, batch)
+        D = discriminator.logits(batch, f, log_pi).sigmoid()
         print(f"\n{question}\n{'token':>10s}{'log pi':>10s}{'f':>10s}{'D':>10s}")
-        for t, token in enumerate(batch.response(0), int(batch.prompt_lengths[0])):
-            print(f"{tokenizer.decode([token])!r:>10s}{log_pi[0, t]:10.3f}{scores[0, t]:10.3f}{chance[0, t]:10.3f}")
+        for t in range(len(example.prompt), int(batch.lengths[0])):
+            token = tokenizer.decode([int(batch.tokens[0, t])])
+            print(f"{token!r:>10s}{log_pi[0, t]:10.3f}{f[0, t]:10.3f}{D[0, t]:10.3f}")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,10 @@ class Run:
         if min(len(experts), len(self.validation), len(self.test)) < parallel.world():
             raise UserError(f"{parallel.world()} processes need as many demonstrations, validation and test questions")
         self.data_sum = zlib.crc32(repr((experts, extra, self.validation, self.test)).encode())
-        self.experts, self.extra = parallel.share(experts), parallel.share(extra)
-        self.answered = parallel.share(train)  # GRPO's: it learns from answers, and these are not broken
+        self.experts = parallel.share(data.tokenize(self.tokenizer, experts))
+        self.extra = parallel.share(data.tokenize(self.tokenizer, extra))
+        # GRPO's: it learns from answers, and these are not broken.
+        self.answered = parallel.share(data.tokenize(self.tokenizer, train))
 
     def go(self, keeper: Keeper) -> None:
         """Every phase that is not finished yet, then the results."""
@@ -173,7 +175,7 @@ class Run:
         loop = self.keeper.resumed(self.make_loop(**{"discriminator_coef": 0.0} if method == "likelihood" else {}))
         done = self.keeper.progress.steps.get
         if self.s.start == "base" and not done(warm_up_of(method)):
-            first = irl.first_logprob(loop.policy_model, self.tokenizer, self.experts[:32])
+            first = irl.first_logprob(loop.policy_model, self.experts[:32])
             if first < -8:
                 print(f"the base all but never begins as the demonstrations do (log pi of their first token {first:.1f}): "
                       "IRL cannot teach it that, --start sft can")  # fmt: skip
@@ -233,7 +235,7 @@ class Run:
         loading.check_same_tokenizer(self.tokenizer, self.s.reward_model)
         discriminator = self.load_discriminator()
         model = self.to_train(self.load("sft" if self.s.start == "sft" else None))
-        extra = [example.question for example in self.extra]
+        extra = [data.question_only(example) for example in self.extra]
         return kind(replace(self.mine, **changes), self.tokenizer, model, discriminator, self.experts, extra)
 
     # --- models -------------------------------------------------------------------------------------------------

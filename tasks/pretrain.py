@@ -53,7 +53,7 @@ def pupil_corpus(tokenizer, count: int, seed: int, pupil: words.Pupil) -> data.B
         problem = words.make_problem(rng, steps=rng.choice((2, 3, 3, 4)))
         if split_of(problem.question) == "train":
             corpus.append(words.solve(problem, pupil, rng))
-    return data.demonstration_batch(tokenizer, corpus)
+    return data.demonstration_batch(data.tokenize(tokenizer, corpus))
 
 
 def graded_corpus(tokenizer, count: int, seed: int) -> data.Batch:
