@@ -95,8 +95,8 @@ class GRPO:
         s, chosen = self.settings, batch.response_mask.bool()
         old_logprobs, advantages = (x[:, : chosen.shape[1]][chosen] for x in (old_logprobs, advantages))  # [N]
         hidden = policy.hidden_states(self.policy_model, batch)  # [N, H]
-        loss = lambda logprobs, n: policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
-        return policy.loss_of_logprobs(self.policy_model, hidden, batch, loss, s.temperature)
+        logprobs = policy.logprobs_of(self.policy_model, hidden, batch, s.temperature)  # [N]
+        return policy.ppo_loss(logprobs, old_logprobs, advantages, s.ppo_clip).sum()
 
 
 def main() -> None:

@@ -29,10 +29,11 @@ from dataclasses import dataclass, field
 import torch
 
 import data
+import logprob
 import policy
 import reward
 from data import Example
-from engine import loading, logprob, lora
+from engine import loading, lora
 from engine.settings import parse_settings, sums_all
 from policy import Rollout
 
@@ -216,15 +217,14 @@ class IRL:
             with torch.no_grad():
                 reference = policy.token_logprobs(self.reference, batch, s.temperature)[chosen]  # [N]
 
-        def sampled(logprobs, n):
-            """Of some tokens, a slice n of 0..N: a loss for each."""
-            if s.policy_loss == "ppo":
-                loss = policy.ppo_loss(logprobs, old_logprobs[n], advantages[n], s.ppo_clip)
-            else:
-                loss = policy.reinforce_loss(logprobs, advantages[n])
-            return loss + s.kl_coef * policy.kl_k3(logprobs, reference[n]) if s.kl_coef else loss
-
-        return loss + policy.loss_of_logprobs(self.policy_model, hidden, batch, sampled, s.temperature)
+        logprobs = policy.logprobs_of(self.policy_model, hidden, batch, s.temperature)  # [N]
+        if s.policy_loss == "ppo":
+            sampled = policy.ppo_loss(logprobs, old_logprobs, advantages, s.ppo_clip)  # [N]
+        else:
+            sampled = policy.reinforce_loss(logprobs, advantages)  # [N]
+        if s.kl_coef:
+            sampled = sampled + s.kl_coef * policy.kl_k3(logprobs, reference)
+        return loss + sampled.sum()
 
 
 def first_logprob(model, tokenizer, experts: list[Example]) -> float:

@@ -4,7 +4,7 @@ In Algorithm 1 this is the rollout (stage 1) and the policy's step (stage 4). In
 of tokens[:, t], chosen after reading tokens[:, :t] (data.Batch).
 
     1. sampling                     `sample_plain` shows what `sample` does faster (engine/sampler.py)
-    2. log-probabilities            `token_logprobs_plain` shows what `token_logprobs` does with less (engine/logprob.py)
+    2. log-probabilities            `token_logprobs_plain` shows what `token_logprobs` does with less (logprob.py)
     3. returns, advantages          pure functions of rewards [B, T]
     4. losses                       SFT, REINFORCE, PPO; KL to a reference
     5. updates                      one optimizer step in micro-batches, whose size changes no gradient
@@ -28,8 +28,9 @@ from dataclasses import dataclass
 
 import torch
 
+import logprob
 from data import Batch, make_batch
-from engine import loading, logprob, memory, parallel, sampler
+from engine import loading, memory, parallel, sampler
 from engine.errors import UserError
 
 # 1. Sampling ---------------------------------------------------------------------------------------------------------
@@ -92,11 +93,23 @@ def sample(
     of the unchanged logits). top-p only narrows the choice; it is not part of the policy's density.
     """
     model.eval()
-    per_chunk, how = max(1, rows // group), (ends, max_new_tokens, group, temperature, top_p, generator, choose)
+    per_chunk = max(1, rows // group)
+    weight, softcap = logprob.output_layer(model)
+    matrix = weight.to(logprob.sum_type(weight))  # once, not at every token
+
+    def draw(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of some rows and its log pi: [B', H] -> [B'], [B']."""
+        log_pi = logprob.all_logprobs(hidden, matrix, temperature or 1.0, softcap)  # [B', V]
+        token = choose(log_pi, temperature, top_p, generator)
+        return token, log_pi.gather(-1, token[:, None]).squeeze(-1)
+
     responses, logprobs = [], []
     for start in range(0, len(prompts), per_chunk):
-        with logprob.half_precision(model.device):
-            written, of_written = sampler.sample_chunk(model, prompts[start : start + per_chunk], *how)
+        chunk = prompts[start : start + per_chunk]
+        with memory.half_precision(model.device):
+            written, of_written = sampler.sample_chunk(
+                model, chunk, ends, max_new_tokens, group, draw
+            )
         responses, logprobs = responses + written, logprobs + of_written
     repeated = [prompt for prompt in prompts for _ in range(group)]
     batch = make_batch(repeated, responses, model.device)
@@ -149,14 +162,7 @@ def token_logprobs(model, batch: Batch, temperature: float = 1.0) -> torch.Tenso
 def logprobs_of(model, hidden: torch.Tensor, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """log pi(a_t | s_t) from `hidden_states`: [N, H] -> [N]."""
     weight, softcap = logprob.output_layer(model)
-    return logprob.logprobs(hidden, weight, response_tokens(batch), temperature, softcap)
-
-
-def loss_of_logprobs(model, hidden, batch: Batch, loss: Callable, temperature: float = 1.0) -> torch.Tensor:
-    """sum_n loss(log pi(a_n|s_n), n), n all response tokens: a number, with its gradients. What training takes: told the
-    loss, logprob.py need not multiply a large vocabulary's logits twice. loss([R], slice n of 0..N) -> [R], by token."""
-    weight, softcap = logprob.output_layer(model)
-    return logprob.loss_sum(hidden, weight, response_tokens(batch), loss, temperature, softcap)
+    return logprob.token_logprobs(hidden, weight, response_tokens(batch), temperature, softcap)
 
 
 def token_entropies(model, batch: Batch) -> torch.Tensor:
@@ -304,7 +310,7 @@ def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Ten
 
 def sft_loss(model, batch: Batch) -> torch.Tensor:
     """-log pi(expert's token | expert's prefix), summed over the response tokens: a number. The end token is one."""
-    return loss_of_logprobs(model, hidden_states(model, batch), batch, lambda logprobs, n: -logprobs)
+    return -logprobs_of(model, hidden_states(model, batch), batch).sum()
 
 
 # 5. Updates ----------------------------------------------------------------------------------------------------------

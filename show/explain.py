@@ -17,9 +17,9 @@ import torch
 
 import data
 import irl
+import logprob
 import policy
 import reward
-from engine import logprob
 
 WARM_UP = 10  # updates of the discriminator before the lecture: at a fresh reward's D = 1/2 there is nothing to see
 WIDTH = 110  # columns of the output
