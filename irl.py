@@ -22,7 +22,7 @@ raises. (The baselines, SFT and GRPO, are in baselines.py. GRPO may look.)
     Algorithm 1                                      IRL.step                   a_policy_improves_..
     L of the discriminator                           IRL.discriminator_step     micro_batches_..
     pi ~ exp(f / alpha) is best for r, gamma = 0     IRL.end_warm_up            the_policy_starts_at_..
-    max E_{a~pi}[f - alpha log pi], gamma = 0 (ours) IRL.expected_reward        exact_loss_equals_..
+    max E_{a~pi}[f - alpha log pi], gamma = 0 (ours) IRL.exact_loss             exact_loss_equals_..
     A_t = G_t - b_t, or F_t less its mean (v1, v2)   IRL.advantages             sums_over_actions_..
     no verifier in training                          data.no_verifier           training_raises_if_..
 
@@ -310,7 +310,7 @@ class IRL:
         hidden = policy.hidden_states(self.policy_model, batch)  # [N, H], N response tokens
         loss = 0.0
         if s.policy_loss == "exact":
-            loss = -self.expected_reward(batch, reward_states, hidden).sum()
+            loss = self.exact_loss(batch, reward_states, hidden)
             if not s.gamma and not s.kl_coef:  # the default on words: no sampled token counts
                 return loss
 
@@ -325,21 +325,19 @@ class IRL:
             token_losses = token_losses + s.kl_coef * policy.kl_k3(logprobs, reference)
         return loss + token_losses.sum()
 
-    def expected_reward(
-        self, batch: Batch, reward_states: torch.Tensor, hidden: torch.Tensor | None = None
+    def exact_loss(
+        self, batch: Batch, reward_states: torch.Tensor, hidden: torch.Tensor
     ) -> torch.Tensor:
-        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token: [N].
+        """-sum_t E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] over the response tokens: a number.
 
-        Its gradient is through pi alone (logprob.expected_reward has it by hand). reward_states
-        [B, T, H] are those of stage 3; hidden [N, H] are the policy's, computed if not given.
+        The gradient is through pi alone; logprob.expectation_gradient has it by hand.
+        reward_states [B, T, H] are those of stage 3; hidden [N, H] are the policy's.
         """
         s = self.settings
-        if hidden is None:
-            hidden = policy.hidden_states(self.policy_model, batch)
         weight, softcap = logprob.output_layer(self.policy_model)
         reward_weight, _ = logprob.output_layer(self.reward_model.model)
         reward_hidden = reward_states[batch.response_mask.bool()]  # [N, H]
-        return logprob.expected_reward(
+        return -logprob.expected_reward_sum(
             hidden, weight, reward_hidden, reward_weight, s.entropy_coef, s.temperature, softcap
         )
 

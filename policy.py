@@ -128,20 +128,22 @@ def sample(
     """
     model.eval()
     prompts_at_once = max(1, rows // group)
+    weight, softcap = logprob.output_layer(model)
+    matrix = weight.to(logprob.sum_type(weight))  # once, not at every token
+
+    def draw(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of some rows and its log pi: [B', H] -> [B'], [B']."""
+        log_pi = logprob.all_logprobs(hidden, matrix, temperature or 1.0, softcap)  # [B', V]
+        token = choose(log_pi, temperature, top_p, generator)
+        return token, log_pi.gather(-1, token[:, None]).squeeze(-1)
+
     responses = []  # B lists of tokens
     logprobs = []  # B tensors [response length]
     for start in range(0, len(prompts), prompts_at_once):
-        with logprob.half_precision(model.device):
+        some = prompts[start : start + prompts_at_once]
+        with memory.half_precision(model.device):
             new_responses, new_logprobs = sampler.sample_chunk(
-                model,
-                prompts[start : start + prompts_at_once],
-                end_tokens,
-                max_new_tokens,
-                group,
-                temperature,
-                top_p,
-                generator,
-                choose,
+                model, some, end_tokens, max_new_tokens, group, draw
             )
         responses += new_responses
         logprobs += new_logprobs
@@ -216,7 +218,7 @@ def logprobs_of(
     """log pi(a_t | s_t) from `hidden_states`: [N, H] -> [B, T], 0 outside the response."""
     weight, softcap = logprob.output_layer(model)
     tokens = batch.tokens[batch.response_mask.bool()]  # [N], in the order of `hidden`
-    logprobs = logprob.logprobs(hidden, weight, tokens, temperature, softcap)  # [N]
+    logprobs = logprob.token_logprobs(hidden, weight, tokens, temperature, softcap)  # [N]
     return spread(logprobs, batch.response_mask)
 
 

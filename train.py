@@ -30,6 +30,7 @@ import torch
 import baselines
 import data
 import irl
+import logprob
 import policy
 import rerank
 import reward
@@ -73,6 +74,8 @@ class Run:
         """Load the base and the data. Nothing is written."""
         self.s, self.folder = s, run_folder(s.name)
         self.device = loading.pick_device(s.device)
+        if s.fused:
+            logprob.use_fused(self.device)
         self.dtype = memory.weight_type(s.weights, s.lora_rank, self.device)
         torch.manual_seed(s.seed)
         base, self.tokenizer = loading.load_policy(s.model, self.device, self.dtype)

@@ -10,7 +10,6 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engine.errors import UserError, nearest
-from engine.logprob import output_layer, scaled
 
 TASKS = Path(__file__).parents[1] / "tasks"
 # the small bases that ship with this repository, for words and for countdown (tasks/pretrain.py made them)
@@ -105,13 +104,20 @@ def check_same_tokenizer(tokenizer, other: str) -> None:
                         "wrote can be judged as text: rerank.py --candidates FILE")  # fmt: skip
 
 
+def output_layer(model) -> tuple[torch.Tensor, float]:
+    """(output matrix W [V, H], softcap): logits are softcap * tanh(W h / softcap), or W h where softcap is 0."""
+    return model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None) or 0.0
+
+
 @torch.no_grad()
 def check_output_layer(model, name: str) -> None:
     """Refuse a model whose logits are not softcap(W h), which is all that logprob.py knows: a bias or a scale after W
     would make every log-probability wrong, silently."""
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     weight, softcap = output_layer(model)
-    logits = scaled(model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T, softcap=softcap)
+    logits = model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     expected = model(tokens).logits.float()
     if logits.shape != expected.shape or (logits - expected).norm() > 0.05 * expected.norm():
         raise UserError(f"the output layer of '{name}' is not of the kind known here, a matrix without bias or scale")

@@ -47,3 +47,9 @@ def micro_batches(lengths: torch.Tensor, rows: int, tokens: int = 0) -> list[tor
     while (start := sum(counts)) < len(sizes):  # sizes[start] is the longest of its part
         counts.append(min(max(1, tokens // max(1, sizes[start])), len(sizes) - start))
     return list(order.split(counts))
+
+
+def half_precision(device: torch.device):
+    """bf16 matrix products in the layers on CUDA, float32 elsewhere. What trains and what is added up
+    stays float32. Entered anew for each forward pass, because it caches the weights it has cast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -93,6 +93,7 @@ class Settings:
     lora_alpha: float = setting(32.0, "an adapter's output counts alpha / rank times", POSITIVE)
     weights: str = setting("auto", "of the base: auto is bf16 for LoRA on CUDA, else float32", ("auto", "float32", "bf16"))
     gradient_checkpointing: bool = setting(False, "keep each layer's input only, compute the rest again in backward")
+    fused: bool = setting(False, "log-probabilities by Triton kernels, on CUDA; experiments/bench.py says whether they pay")
     sample_rows: int = setting(512, "responses sampled at once, but a --group at least: the size of the cache of keys and "
                                "values", COUNT)  # fmt: skip
     # Evaluation

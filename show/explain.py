@@ -221,10 +221,9 @@ class Lecture(irl.IRL):
         columns["r_t"] = rewards
         if s.policy_loss == "exact":
 
-            def expected(part, part_states):
-                return policy.spread(self.expected_reward(part, part_states), part.response_mask)
-
-            columns["E_pi[r]"] = policy.in_chunks(expected, batch, s.micro_batch, 0, states)
+            columns["E_pi[r]"] = policy.in_chunks(
+                self.expected_reward, batch, s.micro_batch, 0, states
+            )
         columns["return"] = policy.returns_to_go(rewards, batch.response_mask, s.gamma)
         columns["advantage"] = self.shown_advantages
 
@@ -328,6 +327,23 @@ class Lecture(irl.IRL):
         columns[self.logit_column] = logits
         columns["D"] = logits.sigmoid()
         return columns, score_mask
+
+    def expected_reward(self, batch: data.Batch, states: torch.Tensor) -> torch.Tensor:
+        """E_{a~pi}[f(s_t,a) - alpha log pi(a|s_t)] at each response token: [B, T]."""
+        s = self.settings
+        mask = batch.response_mask
+        weight, softcap = logprob.output_layer(self.policy_model)
+        reward_weight, _ = logprob.output_layer(self.reward_model.model)
+        expected = logprob.expected_reward(
+            policy.hidden_states(self.policy_model, batch),
+            weight,
+            states[mask.bool()],
+            reward_weight,
+            s.entropy_coef,
+            s.temperature,
+            softcap,
+        )
+        return policy.spread(expected, mask)
 
     @torch.no_grad()
     def all_logprobs(self, model, column: int, temperature: float) -> torch.Tensor:

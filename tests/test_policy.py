@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import data
 import policy
-from engine import loading, logprob, memory, sampler
+from engine import loading, memory, sampler
 from engine.errors import UserError
 
 MASK = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]])
@@ -62,7 +62,7 @@ def test_sampling_and_training_agree_in_half_precision(shipped, prompts, monkeyp
     decoder = model.get_decoder()
     exact = torch.autocast("cpu", enabled=False)(decoder.forward)
     monkeypatch.setattr(decoder, "forward", exact)
-    monkeypatch.setattr(logprob, "half_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(memory, "half_precision", lambda device: torch.autocast("cpu", torch.bfloat16))
     rollout = policy.sample(model, prompts, (tokenizer.eos_token_id,), 64, 2, temperature=1.5)
     trained = policy.in_chunks(lambda b: policy.token_logprobs(model, b, 1.5), rollout.batch)
     assert_close(rollout.logprobs, trained, atol=1e-3, rtol=0)
