@@ -147,7 +147,8 @@ class IRL:
             negatives.append(fresh[: len(fresh) - len(old)] + old)
         for _ in range(s.discriminator_updates):
             comparison = reward.compare(self.tokenizer, examples, negatives or [[]] * len(examples),
-                                        s.perturbed * compared, self.rng, self.policy_model.device)  # fmt: skip
+                                        s.perturbed * compared, self.rng, self.policy_model.device,
+                                        s.negatives)  # fmt: skip
             metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
                                     s.label_smoothing, s.reward_nll, s.micro_batch, s.temperature, s.micro_tokens,
                                     s.discriminator_coef)  # fmt: skip

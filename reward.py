@@ -7,7 +7,7 @@ opinion of each token. D = sigmoid(logit) is the probability that a token is the
 
 each mean over a trace's counted tokens, then over the traces; c_D is --discriminator-coef. The last term, the likelihood of
 the demonstrations, is ours and for a likelihood alone (c_L, --reward-nll). A negative is a sample, an older sample, or an
-expert's trace with one thing broken, which counts from the first changed token on (`compare`).
+expert's trace with something wrong (negatives.py), which counts from the first changed token on (`compare`).
 
     equation                                            where                           test, in tests/test_reward.py
     D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits            airl_discriminator_by_hand
@@ -17,7 +17,7 @@ expert's trace with one thing broken, which counts from the first changed token 
     r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards     rewards_are_clipped_and_sharpened
     sparse, interval, dense (2510.01857, v1 and v2)     segment_ends, segment_sums      segment_ends, segment_sums_..
     f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward    a_likelihood_is_.., a_head_reads_..
-    perturbed negatives (2510.01857)                    data.perturbed_negatives, compare  perturbed_negatives_count_from_..
+    where a negative begins to count (ours)             compare, comparison_weights     the_prefix_shared_with_the_expert_..
 
 Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy was; nearly so with smoothed
 labels, and as far as the negatives are the policy's own. With logit = f it is the log-ratio expert / policy, and is worth
@@ -38,6 +38,7 @@ import data
 import policy
 from data import Batch
 from engine import loading, memory, parallel, sampler
+from negatives import perturbed_negatives
 
 # 1. Equations --------------------------------------------------------------------------------------------------------
 
@@ -278,13 +279,14 @@ class Replay:
 
 
 def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[int]]], perturbed: int,
-            rng: random.Random, device="cpu") -> Comparison:  # fmt: skip
-    """Experts beside negatives: rollouts[i] holds sampled responses (token lists) to examples[i].question."""
+            rng: random.Random, device="cpu", kind: str = "broken") -> Comparison:  # fmt: skip
+    """Experts beside negatives: rollouts[i] holds sampled responses (token lists) to examples[i].question; of each expert's
+    trace come `perturbed` copies with something wrong, of one `kind` (negatives.perturb)."""
     prompts, responses, pair, start = [], [], [], []
     for i, example in enumerate(examples):
         prompt = data.prompt_ids(tokenizer, example.question)
         negatives = [(response, 0) for response in rollouts[i]]
-        negatives += data.perturbed_negatives(tokenizer, example, perturbed, rng)
+        negatives += perturbed_negatives(tokenizer, example, perturbed, rng, kind)
         for response, first_changed in negatives:
             prompts.append(prompt)
             responses.append(response)

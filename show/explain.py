@@ -96,7 +96,7 @@ class Lecture(irl.IRL):
         traces = [("The expert's trace", demonstration, log_pi, 0),
                   (f"The policy's, row {self.row}", rollout.batch, rollout.logprobs, self.row)]  # fmt: skip
         fresh = [[rollout.batch.response(i * group + g) for g in range(s.rollouts_per_expert)] for i in range(len(examples))]
-        comparison = reward.compare(self.tokenizer, examples, fresh, s.perturbed, random.Random(0), device)
+        comparison = reward.compare(self.tokenizer, examples, fresh, s.perturbed, random.Random(0), device, s.negatives)
         still = policy.make_optimizer(self.discriminator.reward_model, 0.0)  # a rate at which an update only measures
         measure = lambda: reward.update(self.discriminator, still, self.policy_model, comparison, s.label_smoothing,
                                         s.reward_nll, s.micro_batch, s.temperature)  # fmt: skip
