@@ -1,20 +1,17 @@
-"""Demonstrations: where they come from, how they become tokens, who may check an answer, how a trace is broken.
+"""Demonstrations: where they come from, how they become tokens, who may check an answer.
 
 Algorithm 1 (arXiv 2510.01857) starts from demonstrations D_E = {(question, trace, answer)}. It takes from here their
-tokens, and negatives that cost no sampling. The true answers, which it must not look at, are here too, behind a lock.
+tokens. The true answers, which it must not look at, are here too, behind a lock.
 
     1. demonstrations   Example; load_examples, where D_E comes from: embedded tasks, the hub, your own JSON lines
     2. tokens           question -> prompt; trace and answer -> response, *its end token included*
     3. Batch            padded tokens [B, T], with masks that come from lengths
     4. the verifier     is_correct, and the lock on it, no_verifier
-    5. perturb          an expert's trace with one thing broken. Negative is only what follows, from the first changed
-                        token on: perturbed_negatives finds its column by comparing tokens
 
     what the method needs           where                 test, in tests/test_data.py
     D_E                             load_examples         splits_are_disjoint_and_reproducible
     a_t for all t of the response   Batch.response_mask   masks_come_from_lengths_and_hold_the_end_token
     no verifier in training         no_verifier           the_verifier_can_be_locked
-    perturbed negatives             perturb               perturbations_change_something_and_are_wrong
     the first wrong token           first_error           first_error_is_exact, token_at_names_the_token_that_..
 
 Tasks and file formats are in tasks/, chat templates in engine/chat.py. Run `python data.py` to see one example of each.
@@ -23,7 +20,6 @@ Tasks and file formats are in tasks/, chat templates in engine/chat.py. Run `pyt
 import itertools
 import os.path
 import random
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +30,6 @@ from engine.chat import chat_text, end_of_turn, token_ids
 from engine.errors import UserError, nearest
 from tasks import countdown, records, words
 from tasks.answers import extract_answer, same_answer
-from tasks.common import first_difference
 
 # 1. Demonstrations --------------------------------------------------------------------------------------------------
 
@@ -48,12 +43,14 @@ SPLITS = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Example:
     """One demonstration. `options` is filled for multiple-choice questions only (perturbations draw from it). `task` is
-    the embedded task, if any, whose own checker reads whole responses."""
+    the embedded task, if any, whose own checker reads whole responses. `marks` are calculations that the data set marks in
+    the trace, for negatives that carry an error on: (place of the result, "48/2=24")."""
 
     question: str
     trace: str
     answer: str
     options: tuple[str, ...] = ()
+    marks: tuple[tuple[int, str], ...] = field(default=(), repr=False)
     task: str = ""
     # Its tokens, from `tokenize`. Not compared: two examples are equal if their texts are.
     prompt: list[int] = field(default_factory=list, compare=False, repr=False)
@@ -285,100 +282,6 @@ def first_error(expert: Example, response: str) -> int | None:
     return EMBEDDED[expert.task].first_error(expert, response)
 
 
-# 5. Perturbations ---------------------------------------------------------------------------------------------------
-# Negatives made from the expert's own traces. Nothing here knows what mistakes a policy makes; in particular '*' never
-# becomes '+', which is how the pupil of `words` goes wrong: the reward has to find that out from samples.
-
-INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*", "×": "÷", "÷": "×"}
-
-
-def perturb(example: Example, rng: random.Random, kind: str | None = None) -> Example | None:
-    """The example with one thing broken; None if it offers nothing to break.
-
-    kind: 'number' (one number of the trace), 'operator' (its inverse), 'answer' (another number, or another option),
-    'swap' (two numbers change places); drawn at random if None. A change that would change nothing, or only the order
-    of a sum or product, is not made.
-
-    >>> perturb(Example("?", "3*12=36", "36"), random.Random(0), "operator").trace
-    '3/12=36'
-    """
-    for one in [kind] if kind else rng.sample(list(PERTURBATIONS), len(PERTURBATIONS)):
-        broken = PERTURBATIONS[one](example, rng)
-        if broken is not None and broken != example:
-            return broken
-    return None
-
-
-def break_number(example: Example, rng: random.Random) -> Example | None:
-    """Another number in the place of one of the trace's."""
-    trace, spans = example.trace, [match.span() for match in re.finditer("[0-9]+", example.trace)]
-    if not spans:
-        return None
-    start, end = rng.choice(spans)
-    return replace(example, trace=trace[:start] + other_number(trace[start:end], rng) + trace[end:])
-
-
-def break_operator(example: Example, rng: random.Random) -> Example | None:
-    """An operator of the trace becomes its inverse."""
-    trace = example.trace
-    places = [match.start() for match in re.finditer(r"(?<=[\d) ])[-+*/×÷](?=[\d( $])", trace)]
-    if not places:
-        return None
-    at = rng.choice(places)
-    return replace(example, trace=trace[:at] + INVERSE[trace[at]] + trace[at + 1 :])
-
-
-def break_answer(example: Example, rng: random.Random) -> Example | None:
-    """Another option, written as the right one is, or another number."""
-    old = example.answer
-    others = [option for option in example.options if not same_answer(option, old, example.options)]
-    if others:
-        other = rng.choice(others)
-        if re.fullmatch(r"\(?[A-Za-z][.):]?", old) and old not in example.options:  # a letter stays a letter
-            letter = chr(ord("A") + example.options.index(other))
-            other = re.sub("[A-Za-z]", letter.lower() if old.islower() else letter, old)
-        return replace(example, answer=other)
-    match = re.search("[0-9]+", old)
-    if not match:
-        return None
-    return replace(example, answer=old[: match.start()] + other_number(match.group(), rng) + old[match.end() :])
-
-
-def swap_numbers(example: Example, rng: random.Random) -> Example | None:
-    """Two different numbers of the trace change places."""
-    trace, spans = example.trace, [match.span() for match in re.finditer("[0-9]+", example.trace)]
-    for _ in range(20 * (len(spans) > 1)):  # most pairs will do; a short trace of equal numbers has none
-        (a, b), (c, d) = sorted(rng.sample(spans, 2))
-        commutes = re.fullmatch(r"([\s\d]*\+)+\s*|([\s\d]*[*×])+\s*", trace[b:c])  # all of a sum, or of a product
-        if trace[a:b].lstrip("0") != trace[c:d].lstrip("0") and not commutes:
-            return replace(example, trace=trace[:a] + trace[c:d] + trace[b:c] + trace[a:b] + trace[d:])
-    return None
-
-
-def other_number(digits: str, rng: random.Random) -> str:
-    """A different number with as many digits: near (one digit off by one) or far, with equal chance. Compared as text, since
-    Python makes no integer of more than 4,300 digits."""
-    if rng.random() < 0.5:
-        place = rng.randrange(len(digits))
-        near = (int(digits[place]) + rng.choice((1, 9))) % 10
-        changed = digits[:place] + str(near) + digits[place + 1 :]
-    else:
-        changed = "".join(rng.choice("0123456789") for _ in digits)
-    leading_zero = len(changed) > 1 and changed[0] == "0" and digits[0] != "0"
-    return other_number(digits, rng) if changed == digits or leading_zero else changed
-
-
-PERTURBATIONS = {"number": break_number, "operator": break_operator, "answer": break_answer, "swap": swap_numbers}
-
-
-def perturbed_negatives(tokenizer, example: Example, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
-    """At most `count` broken copies of an expert's trace: (response tokens, index of the first changed token). A copy
-    whose tokens equal the expert's is dropped: a no-op is no negative."""
-    made = [example, *(perturb(example, rng) for _ in range(count))]
-    expert, *broken = [response_ids(tokenizer, response_text(e.trace, e.answer)) for e in made if e is not None]
-    return [(ids, first_difference(ids, expert)) for ids in broken if ids != expert]
-
-
 def main() -> None:
     rng = random.Random(0)
     problem = words.words_problems("train", 1)[0]
@@ -388,10 +291,6 @@ def main() -> None:
     print("expert     ", expert.trace.replace("\n", " | "), "->", expert.answer)
     wrong = first_error(expert, response_text(pupil.trace, pupil.answer))
     print("a pupil    ", pupil.trace.replace("\n", " | "), "->", pupil.answer, f"(first wrong character: {wrong})")
-    for kind in PERTURBATIONS:
-        if broken := perturb(expert, rng, kind):
-            at = first_difference(*(response_text(e.trace, e.answer) for e in (expert, broken)))
-            print(f"{kind:11s}", broken.trace.replace("\n", " | "), "->", broken.answer, f"(differs at {at})")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,13 @@ class IRL:
                 samples[i] = fresh[: len(fresh) - len(old)] + old
         for _ in range(s.discriminator_updates):
             comparison = reward.compare(
-                self.tokenizer, examples, samples, n_broken, self.rng, self.policy_model.device
+                self.tokenizer,
+                examples,
+                samples,
+                n_broken,
+                self.rng,
+                self.policy_model.device,
+                s.negatives,
             )
             metrics = self.discriminator_step(comparison)
         return metrics

@@ -9,8 +9,8 @@ expert's. One update (irl.IRL.discriminator_step) descends on
 
 Each mean is over a trace's counted tokens, then over the traces. c_D is --discriminator-coef. The
 last term, the likelihood of the demonstrations, is ours, and for a likelihood alone (c_L,
---reward-nll). A negative is a sample, an older sample, or an expert's trace with one thing broken,
-which counts from the first changed token on (`compare`).
+--reward-nll). A negative is a sample, an older sample, or an expert's trace with something wrong
+(negatives.py), which counts from the first changed token on (`compare`).
 
     equation                                            where                      test in tests/test_reward.py
     D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits       airl_discriminator_by_hand
@@ -43,6 +43,7 @@ import data
 import policy
 from data import Batch, Example
 from engine import loading, memory, sampler
+from negatives import perturbed_negatives
 
 # 1. Equations ---------------------------------------------------------------------------------
 
@@ -430,11 +431,13 @@ def compare(
     n_broken: int,
     rng: random.Random,
     device="cpu",
+    kind: str = "broken",
 ) -> Comparison:
     """Experts beside negatives for the same questions.
 
     examples: E tokenised demonstrations. samples[i]: responses (token lists) that a policy wrote
-    to examples[i].question. n_broken: broken copies of each expert's trace, at most.
+    to examples[i].question. n_broken: copies of each expert's trace with something wrong, at
+    most; what is wrong in them is `kind` (negatives.perturb).
     """
     prompts = []
     responses = []
@@ -442,7 +445,7 @@ def compare(
     negative_from = []
     for i, example in enumerate(examples):
         negatives = [(response, 0) for response in samples[i]]
-        negatives += data.perturbed_negatives(tokenizer, example, n_broken, rng)
+        negatives += perturbed_negatives(tokenizer, example, n_broken, rng, kind)
         for response, first_changed in negatives:
             prompts.append(example.prompt)
             responses.append(response)

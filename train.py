@@ -31,6 +31,7 @@ import baselines
 import data
 import irl
 import logprob
+import negatives
 import policy
 import rerank
 import reward
@@ -100,7 +101,7 @@ class Run:
         train, self.validation, self.test = parts
         experts, extra = train[: s.demonstrations], train[s.demonstrations :]
         rng, wrong = random.Random(f"wrong {s.seed}"), round(s.wrong_demonstrations * len(experts))
-        experts[:wrong] = [data.perturb(example, rng) or example for example in experts[:wrong]]
+        experts[:wrong] = [negatives.perturb(example, rng) or example for example in experts[:wrong]]
         if len(experts) < s.demonstrations:
             print(f"only {len(experts)} demonstrations are there, not {s.demonstrations}")
         if dropped:

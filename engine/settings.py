@@ -53,7 +53,9 @@ class Settings:
     discriminator_coef: float = setting(1.0, "weight of the discriminator's own loss; 0 leaves the likelihood alone")
     reward_average: float = setting(None, "share of its start in the reward's weights after the warm-up", SHARE)
     rollouts_per_expert: int = setting(2, "sampled negatives per demonstration, old ones included; 0: broken copies alone")
-    perturbed: int = setting(2, "broken copies of each demonstration as negatives")
+    perturbed: int = setting(2, "copies of each demonstration with something wrong, as negatives")
+    negatives: str = setting("broken", "what is wrong in them: one thing broken, a calculation whose error is carried on to "
+                             "the answer, or both, half of each", ("broken", "carried", "both"))  # fmt: skip
     replay: int = setting(4, "old rollouts kept per question; 0 for none")
     warm_up: int = setting(None, "discriminator updates before the policy's first; if not given, 4 passes over the "
                            "demonstrations, at least 60")  # fmt: skip
@@ -245,6 +247,7 @@ def check_given(given: dict, s: Settings) -> None:
          f"--rollouts-per-expert {s.rollouts_per_expert}, of which half, rounded down, would be old"),
         ("reward_clip", sums_all(s), "--policy-loss exact, which sums f itself"),
         ("reward_lr", s.reward == "random", "--reward random"),
+        ("negatives", not s.perturbed, "--perturbed 0"),
     ):
         if idle and given.get(name):
             raise UserError(f"{flag(name)} {given[name]} changes nothing beside {beside}: leave one of them out")

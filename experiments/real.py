@@ -57,6 +57,7 @@ from engine.runs import MAY_CHANGE
 from engine.settings import complete, parse_flags
 from experiments import run as runs
 from experiments import steps, tables
+from negatives import perturb
 from show.report import tidy
 from tasks.answers import extract_answer
 
@@ -452,7 +453,7 @@ class RewardTrainer:
             rows = data.draw(list(range(len(self.experts))), s.questions, self.rng)
             chosen = [[self.rng.choice(written) for written in self.pool[i].values()] for i in rows]
             comparison = reward.compare(self.tokenizer, [self.experts[i] for i in rows], chosen, s.perturbed, self.rng,
-                                        self.discriminator.reward_model.model.device)  # fmt: skip
+                                        self.discriminator.reward_model.model.device, s.negatives)  # fmt: skip
             metrics = reward.update(self.discriminator, self.optimizer, self.policy_model, comparison, s.label_smoothing,
                                     s.reward_nll, s.micro_batch, micro_tokens=s.micro_tokens)  # fmt: skip
         self.done += 1
@@ -528,7 +529,7 @@ def judge(name: str, job: Job) -> tuple[dict, str]:
 def expert_pairs(examples: list[data.Example], seed: int = 0) -> list[list[str]]:
     """Of each example [the expert's solution, the same with one thing broken]; twice the same where nothing can be broken."""
     rng, whole = random.Random(f"pairs {seed}"), lambda e: data.response_text(e.trace, e.answer)
-    return [[whole(example), whole(data.perturb(example, rng) or example)] for example in examples]
+    return [[whole(example), whole(perturb(example, rng) or example)] for example in examples]
 
 
 def own_scores(job: Job, stage: str) -> list[dict]:

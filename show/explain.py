@@ -161,7 +161,13 @@ class Lecture(irl.IRL):
             rows = range(i * group, i * group + s.rollouts_per_expert)
             samples.append([rollout.batch.response(row) for row in rows])
         comparison = reward.compare(
-            self.tokenizer, examples, samples, s.perturbed, random.Random(0), self.policy_model.device
+            self.tokenizer,
+            examples,
+            samples,
+            s.perturbed,
+            random.Random(0),
+            self.policy_model.device,
+            s.negatives,
         )
         views = [self.view(batch, log_pi) for _, batch, log_pi, _ in traces]
         before = self.measure(comparison)

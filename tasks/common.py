@@ -13,6 +13,7 @@ class Solution(NamedTuple):
     trace: str
     answer: str
     options: tuple[str, ...] = ()
+    marks: tuple[tuple[int, str], ...] = ()  # calculations that a data set marks: (place of the result, "48/2=24")
 
 
 def split_of(question: str) -> str:

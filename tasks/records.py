@@ -99,7 +99,7 @@ def from_record(record: dict) -> Solution:
     """A JSON object as a Solution. GSM8K's own form, whose answer holds the trace before '####', is understood too.
 
     >>> from_record({"question": "1+2?", "answer": "It is 1+2 = <<1+2=3>>3.\\n#### 3"})
-    Solution(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=())
+    Solution(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=(), marks=((12, '1+2=3'),))
     """
     question, answer = field(record, "question", needed=True), field(record, "answer", needed=True)
     trace, options = field(record, "trace"), record.get("options") or []
@@ -111,15 +111,32 @@ def from_record(record: dict) -> Solution:
         raise ValueError("field 'trace' is missing (the reasoning, without the answer)")
     if not isinstance(options, list):
         raise ValueError(f"field 'options' must be a list of strings, not {type(options).__name__}")
-    trace = re.sub(r"<<[^<>]{0,200}>>", "", trace).strip()  # GSM8K's calculator annotations go; a lone '<<' stays
-    return Solution(question, trace, answer.strip(), tuple(field({"options": one}, "options") or "" for one in options))
+    trace, marks = without_marks(trace)
+    options = tuple(field({"options": one}, "options") or "" for one in options)
+    return Solution(question, trace, answer.strip(), options, marks)
+
+
+def without_marks(trace: str) -> tuple[str, tuple[tuple[int, str], ...]]:
+    """(the trace without GSM8K's <<48/2=24>>, what stood in them and where). A lone '<<' stays.
+
+    >>> without_marks("It is 1+2 = <<1+2=3>>3.")
+    ('It is 1+2 = 3.', ((12, '1+2=3'),))
+    """
+    pieces = re.split(r"<<([^<>]{0,200})>>", trace.strip())  # text, mark, text, mark, .., text
+    pieces[0] = pieces[0].lstrip()
+    marks = []
+    place = 0
+    for text, mark in zip(pieces[::2], pieces[1::2]):
+        place += len(text)
+        marks.append((place, mark))
+    return "".join(pieces[::2]).strip(), tuple(marks)
 
 
 def from_medreason(row: dict) -> Solution:
     """A MedReason row: the options join the question, the answer loses its letter and its explanation.
 
     >>> tuple(from_medreason({"question": "Which vitamin?", "options": "Answer Choices:\\nA. B12\\nB. C\\nC. D",
-    ...                       "answer": "B. C. Explanation: scurvy.", "reasoning": "Scurvy is lack of C."}))
+    ...                       "answer": "B. C. Explanation: scurvy.", "reasoning": "Scurvy is lack of C."}))[:4]
     ('Which vitamin?\\nA. B12\\nB. C\\nC. D', 'Scurvy is lack of C.', 'C', ('B12', 'C', 'D'))
     """
     listed = [line.strip() for line in str(row.get("options") or "").split("\n")]

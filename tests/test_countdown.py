@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import negatives
 import rerank
 from engine import loading
 from engine.candidates import collect
@@ -114,7 +115,7 @@ def test_differences_and_slips():
 def test_broken_copies_of_experts_are_wrong():
     rng = random.Random(0)
     for example in data.load_examples("countdown", "train", 100):
-        broken = data.perturb(example, rng)
+        broken = negatives.perturb(example, rng)
         if broken:
             assert not data.is_correct(example, data.response_text(broken.trace, broken.answer))
 

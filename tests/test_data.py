@@ -1,4 +1,4 @@
-"""data.py: splits, the pupil, the step checker, answers, perturbations, masks, bad files."""
+"""data.py: splits, the pupil, the step checker, answers, masks, bad files."""
 
 import copy
 import json
@@ -178,44 +178,6 @@ def test_the_verifier_can_be_locked():
     assert data.is_correct(EXPERT, wrap(EXPERT.trace))
 
 
-# perturbations -------------------------------------------------------------------------------------------------
-
-
-def test_a_wrong_answer_is_another_option_in_the_same_form():
-    rng, written = random.Random(0), {"B": {"A", "C"}, "(b)": {"(a)", "(c)"}, "the aortic valve": {VALVES[0], VALVES[2]}}
-    for answer, others in written.items():
-        example = Example("Which?", "", answer, VALVES)
-        assert {data.perturb(example, rng, "answer").answer for _ in range(20)} == others
-
-
-def test_perturbations_change_something_and_are_wrong():
-    rng = random.Random(0)
-    for example in data.load_examples("words", "train", 200):
-        for kind in data.PERTURBATIONS:
-            broken = data.perturb(example, rng, kind)
-            if broken is None:
-                continue
-            assert data.first_error(example, wrap(broken.trace, broken.answer)) is not None  # wrong, not only different
-            assert (broken.answer != example.answer) == (kind == "answer")
-
-
-def test_no_perturbation_imitates_the_pupil():
-    """'*' to '+', the pupil's first mistake, is never made: the reward must find it in samples."""
-    rng = random.Random(0)
-    for example in data.load_examples("words", "train", 300):
-        before, after = example.trace, data.perturb(example, rng, "operator").trace
-        changed = first_difference(before, after)
-        assert (before[changed], after[changed]) in {("+", "-"), ("-", "+"), ("*", "/"), ("/", "*")}
-
-
-def test_perturbing_text_answers_takes_another_option_and_nothing_else_to_break_is_none():
-    rng = random.Random(0)
-    example = Example("Which?", "Because so.", "Vitamin C", ("Vitamin C", "Vitamin D"))
-    assert data.perturb(example, rng).answer == "Vitamin D"
-    assert data.perturb(Example("Which?", "Because so.", "Vitamin C"), rng) is None
-    assert data.perturb(Example("?", "5", "no"), rng, "swap") is None
-
-
 # sources -------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +231,6 @@ def test_gsm8k_real_text():
         response = data.response_text(example.trace, example.answer)
         assert data.is_correct(example, response)
         assert not data.is_correct(example, data.response_text(example.trace, example.answer + "1"))
-        assert data.perturb(example, random.Random(0)) is not None
 
 
 # tokens and masks ----------------------------------------------------------------------------------------------

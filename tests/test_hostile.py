@@ -23,6 +23,7 @@ import torch
 from test_report import page_with
 
 import data
+import negatives
 import rerank
 import reward
 from data import Example
@@ -135,7 +136,7 @@ def medreason(text):
 
 
 def broken(kind):
-    return lambda text: data.perturb(Example("?", text, text), random.Random(0), kind)
+    return lambda text: negatives.perturb(Example("?", text, text), random.Random(0), kind)
 
 
 USES = {
@@ -149,7 +150,7 @@ USES = {
     "from_record": lambda text: records.from_record({"question": "?", "trace": text, "answer": f"1{text}"}),
     "from_gsm8k": lambda text: records.from_record({"question": "?", "answer": f"{text}#### 1"}),
     "from_medreason": medreason,
-    **{f"perturb: {kind}": broken(kind) for kind in data.PERTURBATIONS},
+    **{f"perturb: {kind}": broken(kind) for kind in [*negatives.BROKEN, "carried"]},
     "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2", task="words"), text),
     "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),
     "printable": printable,

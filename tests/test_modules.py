@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHOWS = {  # module and arguments: what must be seen, as patterns over the whole output
-    "data.py": [r"expert +\S+=\d+ \|", r"a pupil .*-> \d+", r"swap .*differs at \d+"],
+    "data.py": [r"expert +\S+=\d+ \|", r"a pupil .*-> \d+"],
+    "negatives.py": [r"expert +\S+=\d+ \|", r"swap .*differs at \d+", r"carried .*differs at \d+"],
     "policy.py": [r"<answer>\d+</answer> +log pi = -\d", r"largest difference from a fresh forward pass: [\d.]+e-0[5-9]"],
     "reward.py": [r"discriminator update 20: .*accuracy 0\.\d", r"How many pens\?",
                   r"\n +'3' .*\n +'\+' +\S+ +-\d\.\d+ +0\.[0-4]\d*\n"],
@@ -47,12 +48,12 @@ def test_none_is_forgotten():
     assert {command.split()[0] for command in SHOWS} == names
 
 
-TOP = {"irl", "reward", "policy", "data", "train", "rerank", "baselines"}
+TOP = {"irl", "reward", "policy", "data", "negatives", "train", "rerank", "baselines"}
 ROOMS = ("engine", "show", "tasks")
 
 
 def test_the_house():
-    """Seven modules at the top, the rest in three rooms."""
+    """Eight modules at the top, the rest in three rooms."""
     assert {path.stem for path in ROOT.glob("*.py")} == TOP
     assert all((ROOT / room / "__init__.py").exists() for room in ROOMS)
 

@@ -188,16 +188,6 @@ def test_reward_models_survive_saving(shipped, comparison, tmp_path):
 # negatives -----------------------------------------------------------------------------------------------------
 
 
-def test_perturbed_negatives_count_from_the_first_changed_token(shipped):
-    _, tokenizer = shipped
-    example = data.Example("Ava has 24 pens. Ava loses 9. Ava finds 3. How many pens?", "24-9=15\n15+3=18", "18")
-    expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
-    found = data.perturbed_negatives(tokenizer, example, 50, random.Random(0))
-    assert len(found) == 50
-    for ids, first in found:
-        assert ids != expert and ids[:first] == expert[:first] and ids[first] != expert[first]
-
-
 def test_negatives_are_for_the_expert_s_own_question(shipped, comparison):
     _, tokenizer = shipped
     for row, i in enumerate(comparison.pair.tolist()):

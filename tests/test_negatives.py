@@ -1,0 +1,429 @@
+"""negatives.py and tasks/arithmetic.py: what is changed in an expert's trace, what follows from it, what is no negative."""
+
+import gc
+import random
+import re
+import time
+from fractions import Fraction
+
+import pytest
+from conftest import SHARED, report_line
+from hypothesis import given
+from hypothesis import settings as inputs
+from hypothesis import strategies as st
+
+import data
+import negatives
+from data import Example
+from engine.settings import parse_settings
+from tasks.answers import extract_answer
+from tasks.arithmetic import evaluate, read_calculations, read_tokens, write_number
+from tasks.records import from_record
+
+VALVES = ("Mitral valve", "Aortic valve", "Tricuspid valve")
+AVA = Example("Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9.", "3*12=36\n24+36=60\n60-9=51", "51")
+
+
+def carried_copies(example: Example, count: int = 40) -> list[Example]:
+    """Different carried copies of one demonstration."""
+    copies = (negatives.carry_error(example, random.Random(seed)) for seed in range(count))
+    return list({copy.trace: copy for copy in copies if copy is not None}.values())
+
+
+def false_equations(text: str) -> list[str]:
+    """Equations of a text that do not hold."""
+    calculations, _ = read_calculations(read_tokens(text))
+    return [one.result.text for one in calculations if not one.holds]
+
+
+def gsm8k(count: int) -> list[Example]:
+    folder = SHARED / "data" / "gsm8k"
+    if not folder.exists():
+        pytest.skip("GSM8K is not beside this checkout (../shared/data/gsm8k)")
+    return data.load_examples(str(folder), "train", count)
+
+
+# one thing broken ----------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_answer_is_another_option_in_the_same_form():
+    rng = random.Random(0)
+    written = {"B": {"A", "C"}, "(b)": {"(a)", "(c)"}, "the aortic valve": {VALVES[0], VALVES[2]}}
+    for answer, others in written.items():
+        example = Example("Which?", "", answer, VALVES)
+        assert {negatives.perturb(example, rng, "answer").answer for _ in range(20)} == others
+
+
+def test_another_option_is_found_without_the_verifier(monkeypatch):
+    """Options are compared with each other: copies are made inside training, where no answer may be checked."""
+    from tasks import answers
+
+    def locked(*arguments):
+        raise RuntimeError("the answer check was called")
+
+    monkeypatch.setattr(answers, "same_answer", locked)
+    monkeypatch.setattr(data, "same_answer", locked)
+    assert not hasattr(negatives, "same_answer")
+    with data.no_verifier():
+        for answer, expected in (("the aortic valve", {VALVES[0], VALVES[2]}), ("a valve", set(VALVES))):
+            example = Example("Which?", "", answer, VALVES)
+            assert {negatives.perturb(example, random.Random(i), "answer").answer for i in range(30)} == expected
+
+
+def test_perturbations_change_something_and_are_wrong():
+    rng = random.Random(0)
+    for example in data.load_examples("words", "train", 200):
+        for kind in (*negatives.BROKEN, "carried"):
+            copy = negatives.perturb(example, rng, kind)
+            if copy is None:
+                continue
+            response = data.response_text(copy.trace, copy.answer)
+            assert data.first_error(example, response) is not None  # wrong, not only different
+            assert (copy.answer != example.answer) == (kind in ("answer", "carried"))
+
+
+@pytest.mark.parametrize("kind", ["operator", "carried"])
+def test_no_perturbation_imitates_the_pupil(kind):
+    """'*' to '+', the pupil's first mistake, is never made: the reward must find it in samples."""
+    rng = random.Random(0)
+    for example in data.load_examples("words", "train", 300):
+        before = re.findall("[-+*/]", example.trace)
+        after = re.findall("[-+*/]", negatives.perturb(example, rng, kind).trace)
+        changed = {pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]}
+        assert changed <= {("+", "-"), ("-", "+"), ("*", "/"), ("/", "*")}
+        assert changed or kind == "carried"
+
+
+def test_perturbing_text_answers_takes_another_option_and_nothing_else_to_break_is_none():
+    rng = random.Random(0)
+    example = Example("Which?", "Because so.", "Vitamin C", ("Vitamin C", "Vitamin D"))
+    for kind in ("broken", "carried", "both"):
+        assert negatives.perturb(example, rng, kind).answer == "Vitamin D"
+        assert negatives.perturb(Example("Which?", "Because so.", "Vitamin C"), rng, kind) is None
+    assert negatives.perturb(Example("?", "5", "no"), rng, "swap") is None
+
+
+@pytest.mark.parametrize(
+    "trace, answer, kind",
+    [
+        ("So 7*1 = 7", "7", "operator"),
+        ("7 bags * 1 = 7", "7", "operator"),
+        ("It is $7 / $1.00 = 7", "7", "operator"),
+        ("7+0=7", "7", "operator"),
+        ("7 - 0", "7", "operator"),
+        ("10+2-3 = 9", "9", "swap"),
+        ("2+3*4 = 14", "14", "swap"),
+        ("10-2-3 = 5", "5", "swap"),
+        ("3+4=7", "7", "swap"),
+    ],
+)
+def test_a_copy_that_is_still_right_is_none(trace, answer, kind):
+    """x*1 and x/1, x+0 and x-0, 10+2-3 and 2+10-3: all equations still true, with the same results."""
+    example = Example("?", trace, answer)
+    for seed in range(60):
+        copy = negatives.perturb(example, random.Random(seed), kind)
+        assert copy is None or false_equations(copy.trace) or read_results(copy.trace) != read_results(trace), copy
+
+
+def read_results(text: str) -> list:
+    """The results of a text's calculations."""
+    return [one.result.value for one in read_calculations(read_tokens(text))[0]]
+
+
+def test_still_right_looks_at_every_change():
+    before = Example("?", "I have 10 pens. 10+2-3=9 and 4*2=8.", "9")
+    for trace, right in (
+        ("I have 10 pens. 2+10-3=9 and 4*2=8.", True),
+        ("I have 10 pens. 2+10-3=9 and 2*4=8.", True),
+        ("I have 10 pens. 10-2-3=5 and 4*2=8.", False),  # true, but something else
+        ("I have 10 pens. 10+2-3=9 and 4*2=9.", False),
+        ("I have 11 pens. 10+2-3=9 and 4*2=8.", False),  # a sentence: nobody can tell
+        ("I have 10 pens. 10+2-3=9 and 4/2=8.", False),
+    ):
+        assert negatives.is_still_right(before, Example("?", trace, "9")) is right, trace
+        assert negatives.is_still_right(before, Example("?", trace, "8")) is False
+
+
+# an error that is carried on -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["words", "countdown"])
+def test_every_equation_of_a_carried_copy_is_true(task):
+    """And the answer another one: the last result. Nearly every demonstration offers one."""
+    rng = random.Random(0)
+    examples = data.load_examples(task, "train", 200)
+    copies = [negatives.carry_error(example, rng) for example in examples]
+    assert sum(copy is not None for copy in copies) > 190
+    for example, copy in zip(examples, copies):
+        if copy is None:
+            continue
+        assert not false_equations(copy.trace)
+        assert copy.question == example.question and copy.answer != example.answer
+        assert read_results(copy.trace)[-1] == int(copy.answer)
+        assert len(read_results(copy.trace)) == len(read_results(example.trace))
+
+
+def test_a_change_reaches_all_that_used_the_result_and_nothing_else():
+    """Line by line: what a line does not use stays, and what it uses is the new result."""
+    starts = set()
+    for copy in carried_copies(AVA, 200):
+        lines = copy.trace.split("\n")
+        first, second, third = (re.findall(r"\d+", line) for line in lines)
+        assert second[1] == first[2] or lines[0] == "3*12=36"
+        assert third[0] == second[2] or lines[:2] == ["3*12=36", "24+36=60"]
+        assert copy.answer == third[2]
+        starts.add(next(i for i, line in enumerate(lines) if line != AVA.trace.split("\n")[i]))
+    assert starts == {0, 1, 2}  # an error may begin anywhere
+
+
+CLIPS = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
+STAYS = {  # text before the last line, which uses the 24 of the first one; what of it must not change
+    "part of a number": "The 124 others, 240 of them, 2.4 and 24.5, stay.",
+    "a date": "It was 5/24/2020, 2020-05-24, the 24th of May.",
+    "a time": "They met at 10:24 and 24:00.",
+    "a name": "On the A24, with vitamin B24 and COVID-24.",
+    "a range and a fraction": "That is 20-24 of 1/24.",
+    "percent": "They got 24% more.",
+    "a label": "24. This is the next line.",
+    "a step": "See step 24 for more.",
+}
+
+
+@pytest.mark.parametrize("text", STAYS.values(), ids=STAYS)
+def test_later_uses_are_replaced_and_nothing_else(text):
+    """A 24 that is no number by itself is none. What stands alone follows, however it is written."""
+    example = Example("She sold 48 clips.", f"48/2 = 24.\n{text}\nSo $24, $24.00 or 24 clips: 48+24 = 72", "72")
+    followed = [copy for copy in carried_copies(example, 80) if not copy.trace.startswith("48/2 = 24.")]
+    assert followed
+    for copy in followed:
+        first, middle, last = copy.trace.split("\n")
+        result = re.fullmatch(r".* = (\d+)\.", first)[1]
+        assert middle == text
+        assert last.startswith(f"So ${result}, ${result}.00 or {result} clips: 48+{result} = ")
+        assert not false_equations(copy.trace)
+
+
+@pytest.mark.parametrize(
+    "question, trace",
+    [
+        ("He has 24 dogs and 48 cats.", "48/2 = 24\n48+24 = 72"),  # which 24?
+        ("He has 48 cats.", "There are 24 dogs.\n48/2 = 24\n48+24 = 72"),
+        ("He has 48 cats.", "48/2 = 24\n30-6 = 24\n48+24 = 72"),
+    ],
+)
+def test_a_number_that_may_be_another_one_is_not_followed(question, trace):
+    """The 24 of the last line may be the given one. So only the last line itself can go wrong."""
+    for copy in carried_copies(Example(question, trace, "72")):
+        assert copy.trace.split("\n")[:-1] == trace.split("\n")[:-1]
+
+
+def test_a_word_may_be_the_number():
+    example = Example("Two of 10 dogs.", "10/5 = 2\n10*2 = 20", "20")
+    assert all(copy.trace.startswith("10/5 = 2\n") for copy in carried_copies(example))
+
+
+@pytest.mark.parametrize(
+    "trace, answer, pattern",
+    [
+        ("600+600 = 1,200\nSo $1200.00 or 1200: 1200*2 = $2,400", "$2,400", r"\$\d{1,3}(,\d{3})*"),
+        ("2*$1.75 = $3.50\nThen $3.50*2 = $7.00", "$7.00", r"\$\d+\.\d\d"),
+        (".5*10 = 5\n5+.25 = 5.25", "5.25 km", r"\d+\.?\d* km"),
+        ("50% * 40 = 20\n40-20 = 20\n20/40 = 50%", "50%", r"\d+%"),
+    ],
+)
+def test_numbers_keep_their_form(trace, answer, pattern):
+    copies = carried_copies(Example("?", trace, answer), 200)
+    assert copies
+    for copy in copies:
+        assert re.fullmatch(pattern, copy.answer), copy
+        assert not false_equations(copy.trace)
+        shape = re.sub(r"[\d.,]+", "#", trace)
+        assert re.sub(r"[-+*/]", "", re.sub(r"[\d.,]+", "#", copy.trace)) == re.sub(r"[-+*/]", "", shape)
+
+
+def test_equal_values_are_equal_however_they_are_written():
+    example = Example("?", "600+650 = 1,250\nSo $1,250.00 or 1250: 1250*2 = 2500", "2500")
+    followed = [copy for copy in carried_copies(example, 80) if "1,250\n" not in copy.trace]
+    assert followed
+    for copy in followed:
+        assert "1250" not in copy.trace and "1,250" not in copy.trace
+
+
+def test_what_cannot_be_carried_on_is_broken():
+    """No equation, none with the answer, or only absurd changes: the other kinds are left."""
+    rng = random.Random(0)
+    for trace, answer in (("He has 3 pens.", "3"), ("1+2=3", "yes"), ("1+2=3", "1/2"), ("1+2=4", "4"), ("5-5=0", "0.5")):
+        example = Example("?", trace, answer)
+        assert negatives.carry_error(example, rng) is None
+        copy = negatives.perturb(example, rng, "carried")
+        assert copy is not None and copy != example
+
+
+def test_commuted_sums_and_equal_results_are_no_change():
+    for trace in ("0*5=0", "3+4=7", "2*2=4"):
+        for copy in carried_copies(Example("?", trace, trace.split("=")[1])):
+            assert read_results(copy.trace) != read_results(trace)
+
+
+def test_absurd_numbers_are_given_up():
+    """Negative, zero, not whole, far larger than all others: such a copy would be known by its looks."""
+    for copy in carried_copies(Example("?", "12/3 = 4\n20-4 = 16\n16*2 = 32", "32"), 200):
+        for number in (token for token in read_tokens(copy.trace) if token.kind == "number"):
+            assert number.value.denominator == 1 and 0 < number.value <= 32 * negatives.ABSURD
+        assert "-" not in re.sub(r"\d+-\d+", "", copy.trace)
+
+
+def test_marks_are_read_kept_and_used():
+    """GSM8K's <<..>> leave the text. They tell of calculations in words, and of an operand that is not shown."""
+    solution = from_record({"question": "How many?", "answer": CLIPS})
+    assert "<<" not in solution.trace
+    for place, mark in solution.marks:
+        assert solution.trace[place:].startswith(mark.split("=")[1])
+    words = "Half of the 48 is <<48/2=24>>24.\nTwice as many are <<24*2=48>>48, and <<48+5=53>>53 in all.\n#### 53"
+    copies = carried_copies(Example(*from_record({"question": "?", "answer": words})), 200)
+    assert copies
+    for copy in copies:
+        numbers = [int(number) for number in re.findall(r"\d+", copy.trace)]
+        assert numbers[2] == 2 * numbers[1] or numbers[:2] == [48, 24]
+        assert copy.marks == ()
+    wrong = Example("?", "Half of the 48 is 24.", "24", marks=((3, "48/2=24"), (18, "1+1=2"), (99, "1+1=2"), (-5, "=")))
+    assert negatives.carry_error(wrong, random.Random(0)) is None  # marks that the trace does not agree with
+
+
+def test_a_result_that_is_told_beforehand_follows():
+    example = Example("?", "The route takes 20 hours because 1,500/75 = 20\nThere and back are 20*2 = 40", "40")
+    changed = [copy for copy in carried_copies(example) if "= 20\n" not in copy.trace]
+    assert changed
+    for copy in changed:
+        first = copy.trace.split("\n")[0]
+        assert re.search(r"takes (\d+) hours", first)[1] == re.search(r"= (\d+)", first)[1]
+
+
+def test_gsm8k_carries_errors_on(request):
+    """1,000 demonstrations of GSM8K: the share that gives a copy, and every copy's equations."""
+    examples = gsm8k(1000)
+    rng = random.Random(0)
+    worked = 0
+    for example in examples:
+        copy = negatives.carry_error(example, rng)
+        if copy is None:
+            continue
+        worked += 1
+        assert len(false_equations(copy.trace)) <= len(false_equations(example.trace))  # experts round: 10/3 = 3.33
+        assert copy.answer != example.answer and copy.question == example.question
+        assert copy.trace.count("\n") == example.trace.count("\n")
+        assert negatives.perturb(example, rng) is not None
+    report_line(request.config, f"errors carried on in {worked} of {len(examples)} traces of GSM8K")
+    assert worked > 0.9 * len(examples)
+
+
+# negatives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["broken", "carried", "both"])
+def test_perturbed_negatives_count_from_the_first_changed_token(shipped, kind):
+    _, tokenizer = shipped
+    example = Example("Ava has 24 pens. Ava loses 9. Ava finds 3. How many pens?", "24-9=15\n15+3=18", "18")
+    expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
+    made = negatives.perturbed_negatives(tokenizer, example, 50, random.Random(0), kind)
+    assert len(made) == 50
+    carried = 0
+    for ids, first in made:
+        assert ids != expert and ids[:first] == expert[:first] and ids[first] != expert[first]
+        text = data.decode(tokenizer, ids)
+        carried += not false_equations(text) and extract_answer(text) != example.answer
+    if kind == "carried":
+        assert carried == 50
+    elif kind == "both":
+        assert 15 <= carried <= 45
+
+
+def test_the_setting_reaches_the_negatives():
+    assert parse_settings([]).negatives == "broken"
+    assert parse_settings(["--negatives", "both"]).negatives == "both"
+
+
+# arithmetic ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1+2*3", 7), ("(1+2)*3", 9), ("10-2-3", 5), ("8/4/2", 1), ("2 x $3", 6), ("2×3÷4", "3/2"), ("5−2", 3),
+        ("1,200.50*2", 2401), ("20% * 50", 10), (".5+.25", "3/4"), ("((2))", 2), ("2*(3-(1+1))", 2),
+        ("1/0", None), ("1+", None), ("(1+2", None), ("1+2)", None), ("2(3)", None), ("", None), ("()", None),
+        ("a+1", None), ("1 2", None), ("1=1", None), ("-1", None), ("+".join("1" * 50), None),
+    ],
+)  # fmt: skip
+def test_values(text, value):
+    assert evaluate(read_tokens(text)) == (None if value is None else Fraction(value))
+
+
+@pytest.mark.parametrize(
+    "text, calculations",
+    [
+        ("48/2 = $24.", [("24", True)]),
+        ("(48/2 = 24) and x = 3*4 = 12", [("24", True), ("12", True)]),
+        ("- 48/2 = 24 - 3 apples", []),  # 24 - 3 is no result
+        ("- 48/2 = 24\n- 24*2 = 48", [("24", True), ("48", True)]),  # dashes of a list
+        ("5 apples * 2 = 10", []),  # "2 = 10" is none; a mark would tell
+        ("x = 24, 2y = 8, 25+x = 2(6+x)", []),
+        ("1+1=3", [("3", False)]),
+        ("12+7=19\n19-4=15", [("19", True), ("15", True)]),
+        ("9" * 20 + "+1=2", []),
+        ("tax 3+4=7 max", [("7", True)]),
+    ],
+)
+def test_calculations(text, calculations):
+    assert [(one.result.text, one.holds) for one in read_calculations(read_tokens(text))[0]] == calculations
+
+
+@inputs(max_examples=300, deadline=None)
+@given(st.fractions(0, 10**6, max_denominator=8), st.sampled_from(["5", "12.50", "1,200", ".5", "100.0", "7.25"]))
+def test_a_written_number_is_read_as_itself(value, like):
+    written = write_number(value, like)
+    if written is not None:
+        assert [token.value for token in read_tokens(written)] == [value]
+
+
+# any text at all -----------------------------------------------------------------------------------------------
+
+PIECES = ("1", "24", "3.50", "1,200", "0", "+", "-", "*", "/", "x", "=", "(", ")", "$", "%", " ", "\n", "a", "½", "٣", "<<")
+TEXTS = st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+
+
+@inputs(max_examples=500, deadline=None)
+@given(TEXTS, TEXTS, TEXTS, st.lists(st.tuples(st.integers(-5, 80), TEXTS), max_size=3), st.integers(0, 99))
+def test_any_text_is_survived(question, trace, answer, marks, seed):
+    example = Example(question, trace, answer, marks=tuple(marks))
+    for kind in (*negatives.BROKEN, "broken", "carried", "both"):
+        copy = negatives.perturb(example, random.Random(seed), kind)
+        assert copy is None or (copy.trace, copy.answer) != (trace, answer)
+    carried = negatives.carry_error(example, random.Random(seed))
+    if carried is not None:
+        assert len(false_equations(carried.trace)) <= len(false_equations(trace))
+        assert carried.answer != answer
+
+
+@pytest.mark.parametrize(
+    "unit", ["3*12=36\n", "24 ", "1+", "(", "1=", "1*1=1 ", "9", "x", "1,", "So 24+36 = 60 pens. ", "1 2 3 ", ")("]
+)
+def test_carrying_on_takes_linear_time(unit):
+    """Twice the text, at most three times the time (and a little, for what a clock cannot tell)."""
+
+    def seconds(size: int) -> float:
+        trace = unit * (size // len(unit)) + "\n24+36=60"
+        marks = tuple((place, "24+36=60") for place in range(0, size, 20))
+        best = float("inf")
+        for attempt in range(3):
+            example = Example("24 pens", trace, "60", marks=marks + ((attempt, ""),))  # another one: nothing is remembered
+            start = time.process_time()
+            negatives.carry_error(example, random.Random(0))
+            best = min(best, time.process_time() - start)
+        return best
+
+    gc.disable()  # it would take longer the more there is
+    try:
+        assert seconds(8_000) <= 3 * seconds(4_000) + 0.02
+    finally:
+        gc.enable()
