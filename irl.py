@@ -32,7 +32,7 @@ import data
 import policy
 import reward
 from data import Example
-from engine import loading, logprob, lora
+from engine import loading, logprob, lora, parallel
 from engine.settings import parse_settings, sums_all
 from policy import Rollout
 
@@ -138,16 +138,18 @@ class IRL:
         """Stage 2. Rows i*group .. of the rollout answer examples[i]. A few of them, some that the policy wrote before
         to the same question, and broken copies of the expert's trace are the negatives. With discriminator_coef 0 they
         would weigh nothing, and are left out: what trains is the demonstrations' likelihood."""
-        s, negatives = self.settings, []
+        s = self.settings
+        samples: list[list[list[int]]] = [[] for _ in examples]  # the negatives of each question that the policy wrote now ..
+        old: list[list[list[int]]] = [[] for _ in examples]  # .. and before
         compared = bool(s.discriminator_coef)
         for i, example in enumerate(examples if compared else ()):
             fresh = [rollout.batch.response(i * group + g) for g in range(s.rollouts_per_expert)]
-            old = self.replay.draw(example.question, s.rollouts_per_expert // 2 if s.replay else 0, self.rng)
+            old[i] = self.replay.draw(example.question, s.rollouts_per_expert // 2 if s.replay else 0, self.rng)
             self.replay.add(example.question, fresh)
-            negatives.append(fresh[: len(fresh) - len(old)] + old)
+            samples[i] = fresh[: len(fresh) - len(old[i])]
         for _ in range(s.discriminator_updates):
-            comparison = reward.compare(self.tokenizer, examples, negatives or [[]] * len(examples),
-                                        s.perturbed * compared, self.rng, self.policy_model.device)  # fmt: skip
+            comparison = reward.compare(self.tokenizer, examples, samples, s.perturbed * compared, self.rng,
+                                        self.policy_model.device, old)  # fmt: skip
             metrics = reward.update(self.discriminator, self.reward_optimizer, self.policy_model, comparison,
                                     s.label_smoothing, s.reward_nll, s.micro_batch, s.temperature, s.micro_tokens,
                                     s.discriminator_coef)  # fmt: skip
@@ -161,10 +163,12 @@ class IRL:
         scores = policy.in_chunks(reward_model.scores, batch, s.micro_batch, hidden, tokens=s.micro_tokens)  # f, [B, T]
         rewards = self.discriminator.token_rewards(batch, scores, rollout.logprobs, s.entropy_coef)
         read = self.discriminator.ends(batch).bool()  # elsewhere r_t is 0, which is no opinion
-        if s.granularity == "sparse":
-            rewards = reward.worst_if_cut_off(rewards, read, rollout.finished)
-        lowest = rewards.masked_fill(~read, torch.inf).amin(1).mean()
-        return rewards, hidden, {"mean": float(rewards.sum() / read.sum()), "lowest": float(lowest)}
+        if s.gamma:  # later rewards count: a trace that goes on for ever would collect them
+            mask, finished = batch.response_mask, rollout.finished
+            lowest = parallel.lowest(reward.lowest_finished(rewards, mask, finished, s.gamma))  # over all processes
+            rewards = reward.worst_if_cut_off(rewards, mask, finished, s.gamma, lowest, s.reward_clip or 1.0)
+        of_each = rewards.masked_fill(~read, torch.inf).amin(1)  # [B], each trace's lowest
+        return rewards, hidden, {"mean": float(rewards.sum() / read.sum()), "lowest": float(of_each.mean())}
 
     def update_policy(self, rollout: Rollout, rewards: torch.Tensor, reward_hidden: torch.Tensor) -> dict:
         """Stage 4. One step of the policy (`epochs` of them on one rollout)."""

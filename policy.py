@@ -290,7 +290,8 @@ def ppo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: tor
 
 
 def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
-    """KL(pi || pi_ref) per token, estimated from the sampled one: exp(d) - d - 1 with d = log pi_ref - log pi.
+    """KL(pi || pi_ref) per token, estimated from the sampled one: exp(d) - d - 1 with d = log pi_ref - log pi. By expm1,
+    exp(d) - 1 without its rounding: near d = 0, where a policy starts, exp(d) - d - 1 is all rounding, and negative at times.
 
     Never negative, and unbiased for samples of pi (Schulman 2020, 'Approximating KL divergence', k3). As a loss, as GRPO has
     it, too, its gradient on such samples is that of KL(pi_ref || pi): E_pi[1 - pi_ref / pi] d log pi.
@@ -299,7 +300,7 @@ def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Ten
     tensor([0.])
     """
     d = reference_logprobs - logprobs
-    return d.exp() - d - 1
+    return torch.expm1(d) - d
 
 
 def sft_loss(model, batch: Batch) -> torch.Tensor:

@@ -26,6 +26,7 @@ nothing once the policy has moved on.
 Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every token of two traces.
 """
 
+import math
 import random
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -210,16 +211,51 @@ class Discriminator:
         return rewards.clamp(-self.clip, self.clip) if self.clip else rewards
 
 
-def worst_if_cut_off(rewards: torch.Tensor, ends: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
-    """A score per trace is learnt, and read, at its end token. A trace that ran into the length limit has none, and whatever
-    it wrote last would be read instead: it gets the lowest reward of these rows. rewards, ends [B, T], finished [B]: [B, T]
+def lowest_finished(rewards: torch.Tensor, mask: torch.Tensor, finished: torch.Tensor, gamma: float) -> float:
+    """The lowest return-to-go G_t of any token of a trace that ended by itself; inf if none of these rows did.
+    rewards, mask [B, T], finished [B] bool.
 
-    >>> worst_if_cut_off(torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2), torch.tensor([False, True]))
-    tensor([[0., 1.],
+    >>> rewards, mask = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2)
+    >>> lowest_finished(rewards, mask, torch.tensor([True, False]), gamma=1.0)
+    3.0
+    """
+    returns = policy.returns_to_go(rewards, mask, gamma)
+    counted = finished[:, None] & mask.bool()
+    return float(returns.masked_fill(~counted, torch.inf).min())
+
+
+def worst_if_cut_off(
+    rewards: torch.Tensor,
+    mask: torch.Tensor,
+    finished: torch.Tensor,
+    gamma: float = 1.0,
+    lowest: float | None = None,
+    margin: float = 1.0,
+) -> torch.Tensor:
+    """A trace that ran into the length limit is worth less than every one that ended by itself: [B, T] -> [B, T].
+
+    Its own scores mislead. A score per trace is learnt, and read, at the end token: without one, whatever was written last
+    would be read. And where later rewards count (gamma > 0) a trace that goes on collects more of them for ever. So they are
+    replaced: the return-to-go of a cut-off trace is W = lowest - margin at each of its tokens, which
+
+        r_t = (1 - gamma) W before its last token,  r_t = W on it
+
+    brings about, since (1 - gamma) W + gamma W = W. lowest: `lowest_finished` of the whole batch, over all processes; if
+    not given, of these rows. It is inf if nobody finished: then W = 0 for all of them, and no trace is better than another.
+    margin: in the rewards' own unit, logits of D. 1 is a factor of e in the odds; where rewards are clipped, the clip stands
+    for it: a cut-off trace is then as far below the lowest score as this is below 0, and does not drown the others.
+
+    >>> rewards, mask = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2)
+    >>> worst_if_cut_off(rewards, mask, torch.tensor([False, True]))
+    tensor([[0., 0.],
             [0., 1.]])
     """
-    worst = rewards.masked_fill(ends == 0, torch.inf).min()
-    return torch.where(finished[:, None], rewards, worst * ends)
+    if lowest is None:
+        lowest = lowest_finished(rewards, mask, finished, gamma)
+    worst = lowest - margin if lowest != math.inf else 0.0
+    left = mask.flip(1).cumsum(1).flip(1)  # [B, T], tokens of the response from t on
+    constant = torch.where(left == 1, worst, (1 - gamma) * worst) * mask
+    return torch.where(finished[:, None], rewards, constant)
 
 
 def step_end_tokens(tokenizer, size: int) -> torch.Tensor:
@@ -241,6 +277,9 @@ def make_discriminator(reward_model: LikelihoodReward | HeadReward, tokenizer, l
 # 3. Negatives --------------------------------------------------------------------------------------------------------
 
 
+KINDS = ("sample", "old", "broken")  # of negatives: the policy's own, those of an earlier policy, the expert's, broken
+
+
 @dataclass
 class Comparison:
     """What one discriminator update sees: experts, and negatives for the same questions."""
@@ -249,6 +288,7 @@ class Comparison:
     negative: Batch
     pair: torch.Tensor  # [M], the expert row that answers the same question as each negative
     negative_from: torch.Tensor  # [M], the first column that counts: of a perturbed trace, that of the change
+    kind: torch.Tensor  # [M], what each negative is: an index into KINDS
 
 
 class Replay:
@@ -277,22 +317,36 @@ class Replay:
             self.add(question, past)
 
 
-def compare(tokenizer, examples: list[data.Example], rollouts: list[list[list[int]]], perturbed: int,
-            rng: random.Random, device="cpu") -> Comparison:  # fmt: skip
-    """Experts beside negatives: rollouts[i] holds sampled responses (token lists) to examples[i].question."""
-    prompts, responses, pair, start = [], [], [], []
+def compare(
+    tokenizer,
+    examples: list[data.Example],
+    rollouts: list[list[list[int]]],
+    perturbed: int,
+    rng: random.Random,
+    device="cpu",
+    old: list[list[list[int]]] | None = None,
+) -> Comparison:
+    """Experts beside negatives: rollouts[i] holds sampled responses (token lists) to examples[i].question, old[i] those that
+    an earlier policy wrote to it, if there are any."""
+    prompts, responses, pair, start, kind = [], [], [], [], []
     for i, example in enumerate(examples):
         prompt = data.prompt_ids(tokenizer, example.question)
-        negatives = [(response, 0) for response in rollouts[i]]
-        negatives += data.perturbed_negatives(tokenizer, example, perturbed, rng)
-        for response, first_changed in negatives:
-            prompts.append(prompt)
-            responses.append(response)
-            pair.append(i)
-            start.append(len(prompt) + first_changed)
+        negatives = {
+            "sample": [(response, 0) for response in rollouts[i]],
+            "old": [(response, 0) for response in (old[i] if old else [])],
+            "broken": data.perturbed_negatives(tokenizer, example, perturbed, rng),
+        }
+        for name, of_this_kind in negatives.items():
+            for response, first_changed in of_this_kind:
+                prompts.append(prompt)
+                responses.append(response)
+                pair.append(i)
+                start.append(len(prompt) + first_changed)
+                kind.append(KINDS.index(name))
     expert = data.demonstration_batch(tokenizer, examples, device)
     negative = data.make_batch(prompts, responses, device)
-    return Comparison(expert, negative, *(torch.tensor(x, dtype=torch.long, device=device) for x in (pair, start)))
+    columns = (torch.tensor(x, dtype=torch.long, device=device) for x in (pair, start, kind))
+    return Comparison(expert, negative, *columns)
 
 
 # 4. The discriminator's update ---------------------------------------------------------------------------------------
@@ -303,6 +357,40 @@ def comparison_loss(logits_e, weights_e, logits_n, weights_n, smoothing: float) 
     half for negatives. The weights are `trace_weights` of the whole comparison: losses of parts add up to its loss."""
     expert = (weights_e * bce_loss(logits_e, 1.0, smoothing)).sum()
     return 0.5 * expert + 0.5 * (weights_n * bce_loss(logits_n, 0.0, smoothing)).sum()
+
+
+@torch.no_grad()
+def discriminator_sums(logits_e, weights_e, logits_n, weights_n, kind) -> dict[str, float]:
+    """How D and its verdicts stand on some experts [E, T] and their negatives [M, T], weighted as in the loss, by kind of
+    trace: {"expert", *KINDS: {weight, weight * D, weight where D is right}}, sums that add up over parts and processes.
+
+    A token of an expert is right at D > 1/2, one of a negative at D < 1/2; D = 1/2, where AIRL starts, is half right.
+    """
+    sums = {}
+    traces = {"expert": (logits_e, weights_e, 1.0)}
+    for index, name in enumerate(KINDS):
+        rows = kind == index
+        traces[name] = logits_n[rows], weights_n[rows], -1.0
+    for name, (logits, weights, side) in traces.items():
+        sums[f"weight {name}"] = float(weights.sum())
+        sums[f"d_{name}"] = float((weights * logits.sigmoid()).sum())
+        sums[f"accuracy_{name}"] = float((weights * (1 + side * logits.sign())).sum() / 2)
+    return sums
+
+
+def discriminator_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Metrics from the sums of `discriminator_sums`: mean D ("d_expert", "d_sample", ..) and the share of tokens that it is right on
+    ("accuracy_expert", ..), by kind, of those that there are; of all negatives, "d_negative"; of both sides, "accuracy"."""
+    metrics = {}
+    for name in ("expert", *KINDS):
+        weight = sums[f"weight {name}"]
+        if weight:
+            metrics[f"d_{name}"] = sums[f"d_{name}"] / weight
+            metrics[f"accuracy_{name}"] = sums[f"accuracy_{name}"] / weight
+    right = sum(sums[f"accuracy_{name}"] for name in KINDS)  # their weights sum to 1, as the experts' do
+    metrics["d_negative"] = sum(sums[f"d_{name}"] for name in KINDS)
+    metrics["accuracy"] = (sums["accuracy_expert"] + right) / 2
+    return metrics
 
 
 def comparison_weights(discriminator: Discriminator, comparison: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
@@ -355,14 +443,11 @@ def update(discriminator: Discriminator, optimizer, policy_model, comparison: Co
             value = value - nll_coef * likelihood * count / experts
         value.backward()
         sums["loss"] += float(value.detach())
-        with torch.no_grad():
-            sums["d_expert"] += float((w_e * logits_e.sigmoid()).sum())
-            sums["d_negative"] += float((w_n * logits_n.sigmoid()).sum())
-            # D > 1/2 on experts, < 1/2 on negatives; D = 1/2, where AIRL starts, is right half of the time
-            right = (w_e * (1 + logits_e.sign())).sum() + (w_n * (1 - logits_n.sign())).sum()
-            sums["accuracy"] += 0.25 * float(right)
+        for name, value in discriminator_sums(logits_e, w_e, logits_n, w_n, comparison.kind[chosen]).items():
+            sums[name] += value
     sums = parallel.total_of(sums)
-    return sums | policy.optimizer_step(optimizer, sums["loss"])
+    loss = sums.pop("loss")
+    return {"loss": loss} | discriminator_metrics(sums) | policy.optimizer_step(optimizer, loss)
 
 
 SUSPICIOUS = -1.0  # log-probability below which a token is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation

@@ -1,6 +1,7 @@
 """irl.py and baselines.py: the loop, stage by stage and as a whole."""
 
 import copy
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +16,9 @@ import irl
 import policy
 import reward
 from engine import loading, logprob, lora
+from tasks import answers, countdown, words
+
+COUNTDOWN = data.load_examples("countdown", "train", 1)[0]
 
 
 def make_loop(shipped, settings, **changes):
@@ -49,7 +53,7 @@ def test_broken_copies_alone_are_enough_to_learn_from(shipped, settings, monkeyp
         assert abs(loop.warm_up()["accuracy"] - 0.5) < 0.01  # AIRL's f is log pi yet
         for _ in range(9):
             told = loop.warm_up()
-    assert told["accuracy"] > 0.6 and told["d_expert"] > told["d_negative"]
+    assert told["accuracy"] > 0.55 and told["d_expert"] > told["d_negative"]
     seen, compare = [], reward.compare
     monkeypatch.setattr(reward, "compare", lambda *args: seen.append(compare(*args)) or seen[-1])
     loop.step()
@@ -103,6 +107,38 @@ def test_training_raises_if_the_answer_check_is_called(shipped, settings, monkey
     with pytest.raises(RuntimeError, match="without a verifier"):
         loop.step()
     assert data.is_correct(loop.experts[0], f"<answer>{loop.experts[0].answer}</answer>")  # unlocked again outside
+
+
+@pytest.mark.parametrize("check", [
+    lambda e: data.is_correct(e, "<answer>1</answer>"), lambda e: data.first_error(e, "<answer>1</answer>"),
+    lambda e: answers.same_answer("1", e.answer), lambda e: words.is_right(e, "<answer>1</answer>"),
+    lambda e: words.first_error(e, "<answer>1</answer>"), lambda e: countdown.is_right(COUNTDOWN, "<answer>1</answer>"),
+    lambda e: countdown.first_error(COUNTDOWN, "<answer>1</answer>"),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["step", "warm_up"])
+def test_the_lock_holds_however_a_check_is_reached(shipped, settings, check, where, monkeypatch):
+    """From data, or past it from the tasks themselves."""
+    loop = make_loop(shipped, settings)
+    check(loop.experts[0])
+    honest = loop.rollout
+
+    def cheating(questions, group):
+        check(loop.experts[0])
+        return honest(questions, group)
+
+    monkeypatch.setattr(loop, "rollout", cheating)
+    with pytest.raises(RuntimeError, match="without a verifier"):
+        getattr(loop, where)()
+
+
+def test_broken_copies_of_every_kind_are_made_behind_the_lock():
+    """Another option is found without asking whether an answer is right."""
+    choice = data.Example("Which?", "It is the 2nd of 3 valves: 4-2=2.", "B", ("Mitral valve", "Aortic valve", "Tricuspid"))
+    with data.no_verifier():
+        for kind in data.PERTURBATIONS:
+            assert data.perturb(choice, random.Random(0), kind) is not None
+        broken = [data.perturb(choice, random.Random(seed), "answer").answer for seed in range(20)]
+    assert set(broken) == {"A", "C"}
 
 
 @pytest.mark.parametrize("changes", [
@@ -176,11 +212,26 @@ def test_micro_batch_size_changes_no_policy_gradient(shipped, settings, loss, ga
     assert_close(results[2], results[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.9])
-def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma):
+def with_softcap(model, softcap: float):
+    """Tell a model that its logits are capped. These functions read that; the forward pass of Qwen2, which has no cap, does
+    not: who compares caps its logits himself (`capped`)."""
+    model.config.final_logit_softcapping = softcap or None
+
+
+def capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+@pytest.mark.parametrize("gamma, temperature, softcap", [(0.0, 1.0, 0.0), (0.9, 0.7, 0.0), (0.0, 1.4, 5.0), (0.9, 0.7, 5.0)])
+def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma, temperature, softcap):
     """-(sum_a pi(a|s_t) (f(s_t,a) - alpha log pi(a|s_t))) - A_t log pi(a_t|s_t), A_t of what follows, summed token by
-    token, and its gradient."""
-    loop = make_loop(shipped, settings, policy_loss="exact", gamma=gamma)
+    token, and its gradient. pi is the policy at its temperature, f at temperature 1, both capped."""
+    loop = make_loop(shipped, settings, policy_loss="exact", gamma=gamma, temperature=temperature)
+    reward_model = loop.discriminator.reward_model.model
+    for model in (loop.policy_model, reward_model):
+        with_softcap(model, softcap)
+        for parameter in model.parameters():  # f and log pi differ
+            parameter.data += 0.02 * torch.randn_like(parameter)
     batch = data.demonstration_batch(loop.tokenizer, loop.experts[:2])
     advantages = torch.randn(batch.tokens.shape) * batch.response_mask
     states = loop.discriminator.reward_model.hidden(batch).detach()
@@ -189,8 +240,8 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma):
     parameters, slow = list(loop.policy_model.parameters()), 0.0
     for row in range(2):
         ids = batch.tokens[row : row + 1, : batch.lengths[row]]
-        log_pi = loop.policy_model(ids).logits[0].log_softmax(-1)
-        f = loop.discriminator.reward_model.model(ids).logits[0].log_softmax(-1)
+        log_pi = (capped(loop.policy_model(ids).logits[0], softcap) / temperature).log_softmax(-1)
+        f = capped(reward_model(ids).logits[0], softcap).log_softmax(-1).detach()
         for t in range(int(batch.prompt_lengths[row]), ids.shape[1]):
             expectation = sum(
                 log_pi[t - 1, a].exp() * (f[t - 1, a] - loop.settings.entropy_coef * log_pi[t - 1, a])
@@ -200,6 +251,28 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma):
     assert_close(fast, slow, atol=1e-4, rtol=1e-4)
     for a, b in zip(torch.autograd.grad(fast, parameters), torch.autograd.grad(slow, parameters), strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("temperature, softcap", [(1.0, 0.0), (0.7, 0.0), (1.4, 5.0)])
+def test_f_is_the_reward_at_temperature_one(shipped, settings, temperature, softcap):
+    """A likelihood's f is log p_phi, capped as its model is, whatever temperature the policy samples at; r_t = f - alpha log
+    pi has the policy's own log pi at that temperature."""
+    loop = make_loop(shipped, settings, policy_loss="reinforce", gamma=0.0, temperature=temperature)
+    reward_model = loop.discriminator.reward_model.model
+    with_softcap(reward_model, softcap)
+    for parameter in reward_model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    rollout, _ = loop.rollout([e.question for e in loop.experts[:2]], 4)
+    batch = rollout.batch
+    rewards = loop.rewards(rollout)[0]
+    for row in (0, 5):
+        ids = batch.tokens[row : row + 1, : batch.lengths[row]]
+        with torch.no_grad():
+            log_pi = (loop.policy_model(ids).logits[0] / temperature).log_softmax(-1)
+            f = capped(reward_model(ids).logits[0], softcap).log_softmax(-1)
+        for t in range(int(batch.prompt_lengths[row]), ids.shape[1]):
+            wanted = f[t - 1, ids[0, t]] - loop.settings.entropy_coef * log_pi[t - 1, ids[0, t]]
+            assert rewards[row, t].item() == pytest.approx(wanted.item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo", "exact", "exact, gamma and KL", "reinforce", "ppo, KL"])
@@ -270,23 +343,61 @@ def test_sums_over_actions_and_what_follows_make_the_true_gradient(loss, group, 
     assert_close(torch.autograd.grad(surrogate, theta)[0], true_gradient(theta, rewards, gamma))
 
 
-@pytest.mark.parametrize("granularity", ["sparse", "interval"])
-def test_a_trace_that_was_cut_off_is_no_better_than_the_worst(shipped, settings, granularity):
-    """A policy learnt to go on for ever and to write what the head likes at the length limit."""
-    loop = make_loop(shipped, settings, reward="head", logit="gail", granularity=granularity, policy_loss="ppo", gamma=1.0,
-                     reward_clip=0.5)  # fmt: skip
-    torch.nn.init.normal_(loop.discriminator.reward_model.model.score.weight, generator=torch.Generator().manual_seed(0))
+def test_what_follows_is_compared_with_what_follows_the_others():
+    """Of the exact loss: A_t = F_t - the mean F of the others that are still writing, F_t = gamma G_{t+1}; by a plain loop."""
+    settings = SimpleNamespace(policy_loss="exact", gamma=0.5, group=3, advantage_scale="batch")
+    lengths = [4, 3, 4]  # response tokens; the prompt is column 0
+    batch = data.make_batch([[1]] * 3, [[1] * length for length in lengths])
+    rewards = torch.randn(3, 5) * batch.response_mask
+    following = torch.zeros(3, 5)
+    for row, length in enumerate(lengths):
+        later = 0.0
+        for t in range(length, 0, -1):
+            following[row, t] = 0.5 * later
+            later = float(rewards[row, t]) + 0.5 * later
+    found = irl.IRL.advantages(SimpleNamespace(settings=settings), batch, rewards)
+    for row, length in enumerate(lengths):
+        for t in range(1, length + 1):
+            others = [following[i, t] for i in range(3) if i != row and t <= lengths[i]]
+            assert found[row, t].item() == pytest.approx(float(following[row, t] - sum(others) / len(others)), abs=1e-5)
+    assert found.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("granularity, gamma", [("sparse", 1.0), ("interval", 1.0), ("interval", 0.9), ("dense", 0.9)])
+def test_a_trace_that_was_cut_off_is_worth_less_than_every_finished_one(shipped, settings, granularity, gamma, clip):
+    """A policy learnt to go on for ever, and to write what the head likes at the length limit: a score above 0 for every step
+    pays for length, and behind a clip all finished traces may be alike."""
+    loop = make_loop(shipped, settings, reward="head", logit="gail", granularity=granularity, policy_loss="ppo", gamma=gamma,
+                     reward_clip=clip)  # fmt: skip
+    head = loop.discriminator.reward_model.model.score
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
     rollout, _ = loop.rollout([e.question for e in loop.experts[:2]], 4)
-    plain = loop.rewards(replace(rollout, finished=torch.ones(8, dtype=torch.bool)))[0]
+    mask = rollout.batch.response_mask
+    for bias in (0.0, 1000.0):  # every score is positive
+        torch.nn.init.constant_(head.bias, bias)
+        rollout.finished = torch.ones(8, dtype=torch.bool)
+        plain = loop.rewards(rollout)[0]
+        rollout.finished = torch.tensor([True, False] * 4)
+        changed = loop.rewards(rollout)[0]
+        assert torch.equal(changed[::2], plain[::2])
+        returns = policy.returns_to_go(changed, mask, gamma)
+        worth = [returns[row][mask[row].bool()] for row in range(8)]
+        assert max(map(max, worth[1::2])) < min(map(min, worth[::2]))  # at every token, below every token
+        advantages = loop.advantages(rollout.batch, changed)
+        assert (advantages[1::2].sum(1) < 0).all()
+    rollout.finished = torch.zeros(8, dtype=torch.bool)
+    alike = loop.rewards(rollout)[0]  # nobody is better than another
+    assert not loop.advantages(rollout.batch, alike).any()
+
+
+def test_without_later_rewards_a_trace_that_was_cut_off_keeps_its_own(shipped, settings):
+    """At gamma 0 a token is paid for itself alone, and nothing is to be had from going on."""
+    loop = make_loop(shipped, settings, policy_loss="reinforce", gamma=0.0)
+    rollout, _ = loop.rollout([e.question for e in loop.experts[:2]], 4)
+    plain = loop.rewards(rollout)[0]
     rollout.finished = torch.tensor([True, False] * 4)
-    changed = loop.rewards(rollout)[0]
-    read = loop.discriminator.ends(rollout.batch).bool()
-    assert torch.equal(changed[::2], plain[::2])
-    if granularity == "sparse":
-        assert torch.equal(changed[1::2][read[1::2]], plain[read].min().expand(4)) and not changed[~read].any()
-        assert plain[1::2].sum() > changed[1::2].sum()
-    else:
-        assert torch.equal(changed, plain)
+    assert torch.equal(loop.rewards(rollout)[0], plain)
 
 
 def test_the_end_token_is_paid(shipped, settings, monkeypatch):
@@ -444,6 +555,93 @@ def test_a_grpo_step_without_any_advantage_moves_nothing(shipped, settings, monk
     assert trainer.step()["policy"] == {"loss": 0.0, "grad_norm": 0.0, "skipped": 0}
     for parameter, start in zip(trainer.policy_model.parameters(), shipped[0].parameters()):
         assert torch.equal(parameter, start)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_grpos_loss_equals_the_plain_loop(shipped, settings, temperature):
+    """-min(ratio A, clip(ratio) A) of the policy at its temperature, token by token, and its gradient."""
+    s = replace(settings, temperature=temperature, ppo_clip=0.1)
+    trainer = baselines.GRPO(s, shipped[1], copy.deepcopy(shipped[0]), data.load_examples("words", "train", 2))
+    batch = data.demonstration_batch(shipped[1], trainer.examples)
+    advantages, noise = (x * batch.response_mask for x in torch.randn(2, *batch.tokens.shape))
+    old = policy.token_logprobs(trainer.policy_model, batch, temperature).detach() + 0.3 * noise
+    fast, slow = trainer.loss(batch, old, advantages), 0.0
+    for row in range(2):
+        ids = batch.tokens[row : row + 1, : batch.lengths[row]]
+        log_pi = (trainer.policy_model(ids).logits[0] / temperature).log_softmax(-1)
+        for t in range(int(batch.prompt_lengths[row]), ids.shape[1]):
+            ratio, a = (log_pi[t - 1, ids[0, t]] - old[row, t]).exp(), advantages[row, t]
+            slow = slow - min(ratio * a, min(max(ratio, torch.tensor(0.9)), torch.tensor(1.1)) * a)
+    assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+    parameters = list(trainer.policy_model.parameters())
+    for a, b in zip(torch.autograd.grad(fast, parameters), torch.autograd.grad(slow, parameters), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_grpo_grades_each_sample_on_its_own_question(shipped, settings, monkeypatch):
+    """Four questions with four answers. One sample of each is right; the next question's answer is wrong here."""
+    s = replace(settings, questions=4, group=4)
+    examples = [data.Example(f"1+{i}?", f"1+{i}={i + 1}", str(i + 1)) for i in range(1, 5)]
+    trainer = baselines.GRPO(s, shipped[1], copy.deepcopy(shipped[0]), examples)
+    answers = {shipped[1].decode(data.prompt_ids(shipped[1], e.question)): int(e.answer) for e in examples}
+    seen, loss = [], trainer.loss
+
+    def sample(model, prompts, *how):
+        rows, responses = [], []
+        for prompt in prompts:
+            right = answers[shipped[1].decode(prompt)]
+            for written in (right, right % 5 + 1, right % 5 + 2, 0):
+                rows.append(prompt)
+                responses.append(data.response_ids(shipped[1], data.response_text("", str(written))))
+        batch = data.make_batch(rows, responses)
+        return policy.Rollout(batch, -batch.response_mask, torch.ones(len(rows), dtype=torch.bool))
+
+    monkeypatch.setattr(policy, "sample", sample)
+    monkeypatch.setattr(trainer, "loss", lambda batch, old, a: seen.append(a) or loss(batch, old, a))
+    assert trainer.step()["reward"]["mean"] == 0.25
+    advantages = torch.cat([a.sum(1) for a in seen]).view(4, 4)
+    assert (advantages[:, 0] > 0).all() and (advantages[:, 1:] < 0).all()
+
+
+@pytest.mark.parametrize("kind", ["irl", "grpo"])
+def test_rollouts_are_drawn_at_the_temperature_and_from_the_nucleus(shipped, settings, kind):
+    """A nucleus of next to nothing holds the likeliest token alone: all samples of a question are the greedy one. And log pi is
+    that of the temperature."""
+    s = dict(temperature=0.7, top_p=0.01)
+    if kind == "irl":
+        trainer = make_loop(shipped, settings, **s)
+    else:
+        examples = data.load_examples("words", "train", 16)
+        trainer = baselines.GRPO(replace(settings, **s), shipped[1], copy.deepcopy(shipped[0]), examples)
+    questions = [e.question for e in data.load_examples("words", "train", 3)]
+    rollout, _ = trainer.rollout(questions, 4)
+    prompts = [data.prompt_ids(shipped[1], question) for question in questions]
+    greedy = policy.sample(trainer.policy_model, prompts, trainer.ends, settings.max_new_tokens, temperature=0.0).batch
+    for row in range(12):
+        assert rollout.batch.response(row) == greedy.response(row // 4)
+    with torch.no_grad():
+        assert_close(rollout.logprobs, policy.token_logprobs(trainer.policy_model, rollout.batch, 0.7), atol=1e-4, rtol=1e-4)
+
+
+def test_every_update_has_the_rate_that_the_settings_give(shipped, settings, monkeypatch):
+    """The policy's rises and falls, the discriminator's is --warm-up-lr, then --reward-lr; each as it is when it steps."""
+    rates, real = [], policy.optimizer_step
+    monkeypatch.setattr(policy, "optimizer_step", lambda optimizer, *rest: (
+        rates.append((optimizer, optimizer.param_groups[0]["lr"])) or real(optimizer, *rest)))  # fmt: skip
+    rising = [0.5, 0.95, 0.9]  # of 20 steps the first three: policy.set_rate
+    loop = make_loop(shipped, settings, max_steps=20, policy_lr=1e-3, warm_up_lr=3e-4, reward_lr=2e-5)
+    loop.warm_up()
+    for _ in range(3):
+        loop.step()
+    assert [rate for optimizer, rate in rates if optimizer is loop.reward_optimizer] == [3e-4, 2e-5, 2e-5, 2e-5]
+    assert [rate for optimizer, rate in rates if optimizer is loop.policy_optimizer] == pytest.approx([1e-3 * r for r in rising])
+    for kind, steps, lr in ((baselines.SFT, "sft_steps", "sft_lr"), (baselines.GRPO, "grpo_steps", "grpo_lr")):
+        rates.clear()
+        s = replace(settings, **{steps: 20, lr: 1e-3})
+        trainer = kind(s, shipped[1], copy.deepcopy(shipped[0]), data.load_examples("words", "train", 8))
+        for _ in range(3):
+            trainer.step()
+        assert [rate for _, rate in rates] == pytest.approx([1e-3 * r for r in rising])
 
 
 def test_rates_rise_and_fall():

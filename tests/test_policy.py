@@ -349,6 +349,18 @@ def test_k3_by_hand_and_unbiased():
     assert_close(expectation, (p * (p / q).log()).sum())
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_k3_near_zero_is_half_the_square(size):
+    """exp(d) - d - 1 = d^2 / 2 + d^3 / 6 + ..; in float32 the 1 drowns it, and it is negative for some d."""
+    d = size * torch.randn(1000)
+    k3 = policy.kl_k3(torch.zeros(1000), d)
+    exact = torch.expm1(d.double()) - d.double()
+    assert (k3 >= 0).all()
+    assert k3.double().mean().item() == pytest.approx(exact.mean().item(), rel=1e-3)
+    plain = d.exp() - d - 1
+    assert size == 1e-2 or (plain < 0).any()  # what it is not
+
+
 def test_as_a_loss_k3_has_the_gradient_of_the_forward_kl():
     """On samples of pi its mean gradient is that of KL(pi_ref || pi), not of KL(pi || pi_ref). Three actions."""
     theta, q = torch.tensor([0.3, -0.2, 0.5], requires_grad=True), torch.tensor([0.2, 0.5, 0.3])
@@ -380,6 +392,19 @@ def test_micro_batch_size_changes_no_gradient(shipped):
     assert_close(torch.tensor(losses[1:]), torch.tensor([losses[0]] * 2), atol=1e-5, rtol=1e-5)
     assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
     assert_close(gradients[2], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [10.0, 0.5])
+def test_the_gradient_is_clipped_to_a_norm_of_one(size):
+    """A long gradient keeps its direction, a short one is left alone. What is logged is the norm before."""
+    parameters = [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    gradient = torch.randn(5)
+    gradient *= size / gradient.norm()
+    parameters[0].grad, parameters[1].grad = gradient[:2].clone(), gradient[2:].clone()
+    metrics = policy.optimizer_step(torch.optim.SGD(parameters, lr=1.0), 0.0)
+    assert metrics["grad_norm"] == pytest.approx(size, rel=1e-5)
+    moved = torch.cat([p.detach() for p in parameters])
+    assert_close(moved, -gradient / max(1.0, size), atol=1e-5, rtol=1e-4)
 
 
 # loading -------------------------------------------------------------------------------------------------------
