@@ -20,7 +20,6 @@ Tasks and file formats are in tasks/, chat templates in engine/chat.py. Run `pyt
 import itertools
 import os.path
 import random
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from engine.chat import chat_text, end_of_turn, token_ids
 from engine.errors import UserError, nearest
 from tasks import countdown, records, words
 from tasks.answers import extract_answer, same_answer
+from tasks.common import no_verifier  # noqa: F401 (data.no_verifier is the lock's name)
 
 # 1. Demonstrations --------------------------------------------------------------------------------------------------
 
@@ -248,27 +248,13 @@ def demonstration_batch(examples: list[Example], device="cpu") -> Batch:
 
 
 # 4. The verifier ----------------------------------------------------------------------------------------------------
-# The only door to the truth about an answer. Evaluation and GRPO go through it; IRL trains inside `no_verifier()`, where
-# it is locked, so that a verifier cannot slip into the training path unnoticed.
-
-_verifier_locked = False
-
-
-@contextmanager
-def no_verifier():
-    """Context in which `is_correct` raises. irl.py trains inside it; tests/test_irl.py shows that the lock holds."""
-    global _verifier_locked
-    before, _verifier_locked = _verifier_locked, True
-    try:
-        yield
-    finally:
-        _verifier_locked = before
+# The door to the truth about an answer. Evaluation and GRPO go through it; IRL trains inside `no_verifier()`, where it is
+# locked, so that a verifier cannot slip into the training path unnoticed. The lock is on the checks themselves (in tasks/):
+# whoever goes past this door meets it, too.
 
 
 def is_correct(example: Example, response: str) -> bool:
     """The verifier: does the response's answer agree with the example's? An embedded task may ask for more."""
-    if _verifier_locked:
-        raise RuntimeError("the answer check was called while training without a verifier")
     if example.task:
         return EMBEDDED[example.task].is_right(example, response)
     return same_answer(extract_answer(response), example.answer, example.options)
@@ -277,8 +263,6 @@ def is_correct(example: Example, response: str) -> bool:
 def first_error(expert: Example, response: str) -> int | None:
     """Where a response to an embedded problem first goes wrong: a character offset into it, None if it is right. Only
     tests of what a reward has learnt ask for it; the lock holds here, too."""
-    if _verifier_locked:
-        raise RuntimeError("the place of an error was asked for while training without a verifier")
     return EMBEDDED[expert.task].first_error(expert, response)
 
 

@@ -152,6 +152,7 @@ class IRL:
         """
         s = self.settings
         samples = [[] for _ in examples]
+        old_samples = [[] for _ in examples]
         n_broken = 0
         if s.discriminator_coef:  # with 0 negatives would weigh nothing
             n_broken = s.perturbed
@@ -162,10 +163,10 @@ class IRL:
                 n_old = 0
                 if s.replay:
                     n_old = s.rollouts_per_expert // 2
-                old = self.replay.draw(example.question, n_old, self.rng)
+                old_samples[i] = self.replay.draw(example.question, n_old, self.rng)
                 self.replay.add(example.question, fresh)
                 # Old samples take the place of fresh ones: the number of negatives stays.
-                samples[i] = fresh[: len(fresh) - len(old)] + old
+                samples[i] = fresh[: len(fresh) - len(old_samples[i])]
         for _ in range(s.discriminator_updates):
             comparison = reward.compare(
                 self.tokenizer,
@@ -175,6 +176,7 @@ class IRL:
                 self.rng,
                 self.policy_model.device,
                 s.negatives,
+                old_samples,
             )
             metrics = self.discriminator_step(comparison)
         return metrics
@@ -194,7 +196,7 @@ class IRL:
         sums = {}
         for part in comparison.parts(s.micro_batch, s.micro_tokens):
             batch = data.cat_batches(part.expert, part.negative)  # E experts above M negatives
-            is_expert = part.is_expert()  # [E + M]
+            kinds = part.kinds()  # [E + M]: the expert's, the policy's, ..
 
             # f, with a gradient; log pi, without. GAIL's logit needs no policy.
             f = self.reward_model.scores(batch)  # [E + M, T]
@@ -207,25 +209,25 @@ class IRL:
             # The weights of the tokens that count sum to 1/2 over all experts, and over all
             # negatives. A broken copy counts from its first changed token on.
             counted = self.discriminator.score_mask(batch) * part.from_change_on(batch)
-            weights = reward.comparison_weights(counted, is_expert, n_experts, n_negatives)
+            weights = reward.comparison_weights(counted, kinds, n_experts, n_negatives)
             loss = s.discriminator_coef * reward.discriminator_loss(
-                logits, is_expert, weights, s.label_smoothing
+                logits, kinds, weights, s.label_smoothing
             )
 
             # The demonstrations' likelihood, ours. A head's f is no likelihood.
             if s.reward_nll and self.reward_model.scores_all_actions:
-                mask = batch.response_mask * is_expert[:, None]
+                mask = batch.response_mask * (kinds == reward.EXPERT)[:, None]
                 likelihood = (reward.trace_weights(mask, n_experts) * f).sum()
                 loss = loss - s.reward_nll * likelihood
 
             loss.backward()  # gradients of all parts add up
-            with torch.no_grad():
-                parts = reward.discriminator_metrics(logits, is_expert, weights)
-            parts["loss"] = float(loss.detach())
-            for name, value in parts.items():
+            part_sums = reward.discriminator_sums(logits, kinds, weights)
+            part_sums["loss"] = float(loss.detach())
+            for name, value in part_sums.items():
                 sums[name] = sums.get(name, 0.0) + value
         sums = parallel.total_of(sums)
-        return sums | policy.optimizer_step(self.reward_optimizer, sums["loss"])
+        metrics = reward.discriminator_metrics(sums)
+        return metrics | policy.optimizer_step(self.reward_optimizer, sums["loss"])
 
     # 3. Reward --------------------------------------------------------------------------------
 
@@ -242,10 +244,18 @@ class IRL:
         f = policy.in_chunks(self.reward_model.scores, batch, *size, states)  # [B, T]
         rewards = self.discriminator.token_rewards(batch, f, rollout.logprobs, s.entropy_coef)
         score_mask = self.discriminator.score_mask(batch).bool()  # elsewhere r_t is 0: no opinion
-        if s.granularity == "sparse":
-            rewards = reward.worst_if_cut_off(rewards, score_mask, rollout.finished)
-        lowest = rewards.masked_fill(~score_mask, torch.inf).amin(1).mean()
-        metrics = {"mean": float(rewards.sum() / score_mask.sum()), "lowest": float(lowest)}
+        if s.gamma:  # later rewards count: a trace that goes on for ever would collect them
+            mask = batch.response_mask
+            finished = rollout.finished
+            lowest = reward.lowest_finished(rewards, mask, finished, s.gamma)
+            lowest = parallel.lowest(lowest)  # of all processes: a trace's reward is the same in each
+            margin = s.reward_clip or 1.0
+            rewards = reward.worst_if_cut_off(rewards, mask, finished, s.gamma, lowest, margin)
+        lowest_of_each = rewards.masked_fill(~score_mask, torch.inf).amin(1)  # [B]
+        metrics = {
+            "mean": float(rewards.sum() / score_mask.sum()),
+            "lowest": float(lowest_of_each.mean()),
+        }
         return rewards, states, metrics
 
     # 4. Policy --------------------------------------------------------------------------------

@@ -37,7 +37,16 @@ import data
 import policy
 import reward
 from engine import loading
-from engine.candidates import Candidates, Reading, collect, from_texts, natural_errors, per_token_likelihood, signals
+from engine.candidates import (
+    Candidates,
+    Reading,
+    collect,
+    from_texts,
+    natural_errors,
+    per_token_likelihood,
+    signals,
+    without_cut_off,
+)
 from engine.chat import check_text
 from engine.errors import Parser, UserError, exit_status
 from engine.runs import load_run
@@ -337,7 +346,10 @@ def choice_results(correct: torch.Tensor, keys: torch.Tensor, scores: dict[str, 
 
 def rerank_results(candidates: Candidates, readings: dict[str, Reading], rule: str = "mean", seed: int = 0) -> dict:
     """`choice_results` by length, which asks no model, by mean log-probability, and by the reward: its `rule`, then every
-    rule; by the former "success@k" too."""
+    rule; by the former "success@k" too. A candidate that was cut off has no reward, unless this is a score per token
+    (candidates.without_cut_off)."""
+    if "reward" in readings:
+        readings = readings | {"reward": without_cut_off(readings["reward"], candidates)}
     mask, correct = candidates.batch.response_mask, candidates.correct
     ways = [(name, name, "mean") for name in LOGPROBS] + [("reward", "reward", rule)]
     ways += [(f"reward_{each}", "reward", each) for each in RULES]
@@ -365,8 +377,10 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
     results = {"rerank": rerank_results(candidates, readings, rule, seed)}
     if discriminator is None:
         return results
-    scores, likelihood = trace_scores(*readings["reward"], rule), per_token_likelihood(discriminator)
-    results["distributions"] = {"right": scores[right].tolist(), "wrong": scores[~right].tolist()}
+    scores = trace_scores(*without_cut_off(readings["reward"], candidates), rule)
+    scored = scores.isfinite()  # a trace that was cut off may have no score
+    results["distributions"] = {"right": scores[right & scored].tolist(), "wrong": scores[~right & scored].tolist()}
+    likelihood = per_token_likelihood(discriminator)
     names = (*LOGPROBS, "reward") if likelihood else LOGPROBS
     results["alarms"] = {name: alarm_rates(*readings[name], right) for name in names if name in readings}
     if examples[0].task:
@@ -479,8 +493,9 @@ def main(argv: list[str] | None = None) -> None:
         sampling = (new_tokens, args.temperature, torch.Generator(device).manual_seed(args.seed), args.rows)
         candidates = collect(policy_model, tokenizer, examples, args.n or 16, *sampling)
     if not candidates.examples[0].answer:
-        readings = signals(candidates.batch, discriminator, policy_model)
-        return print(show_choices(candidates, trace_scores(*readings["reward"], args.rule).view(-1, candidates.n)))
+        reading = signals(candidates.batch, discriminator, policy_model)["reward"]
+        scores = trace_scores(*without_cut_off(reading, candidates), args.rule)
+        return print(show_choices(candidates, scores.view(-1, candidates.n)))
     results = assess(candidates, discriminator, policy_model, judges, tokenizer, args.rule, args.seed)
     n, shown = candidates.n, show_results(results)
     if args.run:

@@ -30,6 +30,7 @@ Run `python reward.py` for a small demonstration: a reward learnt in seconds, an
 token of two traces.
 """
 
+import math
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -91,49 +92,78 @@ def trace_weights(counted: torch.Tensor, n_traces: float | None = None) -> torch
     return counted / tokens / max(1, n_traces)
 
 
+# What a trace of a comparison is: the expert's (label 1), or a negative (label 0): a sample of the
+# policy, one of an earlier policy, the expert's with something wrong. Tensors hold indices.
+KINDS = ("expert", "sample", "old", "broken")
+EXPERT = 0
+
+
 def comparison_weights(
-    counted: torch.Tensor, is_expert: torch.Tensor, n_experts: float, n_negatives: float
+    counted: torch.Tensor, kinds: torch.Tensor, n_experts: float, n_negatives: float
 ) -> torch.Tensor:
     """Weights [B, T] of a comparison's tokens: 1/2 for all experts, 1/2 for all negatives.
 
-    counted: [B, T], 1 on the tokens that count; is_expert: [B], 1 or 0; n_experts, n_negatives:
-    the numbers of traces of the whole comparison, of which these rows may be a part.
+    counted: [B, T], 1 on the tokens that count; kinds: [B], indices into KINDS; n_experts,
+    n_negatives: the numbers of traces of the whole comparison, of which these rows may be a part.
 
-    >>> comparison_weights(torch.ones(3, 1), torch.tensor([1.0, 0.0, 0.0]), 1, 2).flatten()
+    >>> comparison_weights(torch.ones(3, 1), torch.tensor([0, 1, 3]), 1, 2).flatten()
     tensor([0.5000, 0.2500, 0.2500])
     """
-    of_expert = trace_weights(counted, n_experts)
-    of_negative = trace_weights(counted, n_negatives)
-    return 0.5 * torch.where(is_expert[:, None] > 0, of_expert, of_negative)
+    of_experts = trace_weights(counted, n_experts)
+    of_negatives = trace_weights(counted, n_negatives)
+    return 0.5 * torch.where(kinds[:, None] == EXPERT, of_experts, of_negatives)
 
 
 def discriminator_loss(
-    logits: torch.Tensor, is_expert: torch.Tensor, weights: torch.Tensor, smoothing: float
+    logits: torch.Tensor, kinds: torch.Tensor, weights: torch.Tensor, smoothing: float
 ) -> torch.Tensor:
     """sum_t w_t BCE(logit_t, label) over rows [B, T]: a number.
 
     The weights are those of the whole comparison: the losses of its parts add up to its loss.
     """
-    labels = is_expert[:, None].expand_as(logits)
+    labels = (kinds == EXPERT).float()[:, None].expand_as(logits)
     return (weights * bce_loss(logits, labels, smoothing)).sum()
 
 
-def discriminator_metrics(
-    logits: torch.Tensor, is_expert: torch.Tensor, weights: torch.Tensor
+@torch.no_grad()
+def discriminator_sums(
+    logits: torch.Tensor, kinds: torch.Tensor, weights: torch.Tensor
 ) -> dict[str, float]:
-    """Mean D of experts and of negatives, and the share of tokens on the right side of 1/2.
+    """Of each kind of trace the sums of weights, of weighted D, and of weights where D is right.
 
-    D = 1/2, where AIRL starts, is right half of the time.
+    They add up over parts and processes. A token of an expert is right at D > 1/2, one of a
+    negative at D < 1/2; D = 1/2, where AIRL starts, is half right.
     """
-    expert = is_expert[:, None] > 0
-    D = logits.sigmoid()
-    direction = torch.where(expert, logits.sign(), -logits.sign())  # 1 right, -1 wrong, 0 neither
-    return {
-        # the weights of each side sum to 1/2
-        "d_expert": float(2 * (weights * D * expert).sum()),
-        "d_negative": float(2 * (weights * D * ~expert).sum()),
-        "accuracy": float((weights * (1 + direction) / 2).sum()),
-    }
+    sums = {}
+    for index, kind in enumerate(KINDS):
+        rows = kinds == index
+        w = weights[rows]
+        side = 1.0 if index == EXPERT else -1.0
+        sums[f"weight_{kind}"] = float(w.sum())
+        sums[f"d_{kind}"] = float((w * logits[rows].sigmoid()).sum())
+        sums[f"right_{kind}"] = float((w * (1 + side * logits[rows].sign())).sum() / 2)
+    return sums
+
+
+def discriminator_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """What is logged, from `discriminator_sums` of a whole comparison.
+
+    By kind, of those that there are, mean D ("d_expert", "d_sample", ..) and the share of tokens
+    that D is right on ("accuracy_expert", ..); "d_negative" of all negatives; "accuracy" of both
+    sides.
+    """
+    metrics = {}
+    d_negative = 0.0
+    accuracy = 0.0
+    for kind in KINDS:
+        weight = sums[f"weight_{kind}"]
+        if weight:
+            metrics[f"d_{kind}"] = sums[f"d_{kind}"] / weight
+            metrics[f"accuracy_{kind}"] = sums[f"right_{kind}"] / weight
+        if kind != "expert":
+            d_negative += 2 * sums[f"d_{kind}"]  # the weights of all negatives sum to 1/2
+        accuracy += sums[f"right_{kind}"]
+    return metrics | {"d_negative": d_negative, "accuracy": accuracy}
 
 
 def segment_ends(
@@ -320,12 +350,58 @@ class Discriminator:
         return rewards
 
 
+def lowest_finished(
+    rewards: torch.Tensor, mask: torch.Tensor, finished: torch.Tensor, gamma: float
+) -> float:
+    """The lowest return-to-go G_t of any token of a trace that ended by itself.
+
+    rewards, mask: [B, T]; finished: [B] bool. inf if none of these rows ended.
+
+    >>> rewards, mask = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2)
+    >>> lowest_finished(rewards, mask, torch.tensor([True, False]), gamma=1.0)
+    3.0
+    """
+    returns = policy.returns_to_go(rewards, mask, gamma)
+    counted = finished[:, None] & mask.bool()
+    return float(returns.masked_fill(~counted, torch.inf).min())
+
+
 def worst_if_cut_off(
-    rewards: torch.Tensor, score_mask: torch.Tensor, finished: torch.Tensor
+    rewards: torch.Tensor,
+    mask: torch.Tensor,
+    finished: torch.Tensor,
+    gamma: float,
+    lowest: float,
+    margin: float = 1.0,
 ) -> torch.Tensor:
-    """A trace that ran into the length limit has no end token, where a score per trace is learnt."""
-    worst = rewards.masked_fill(score_mask == 0, torch.inf).min()
-    return torch.where(finished[:, None], rewards, worst * score_mask)
+    """A trace that ran into the length limit is worth less than every one that ended: [B, T].
+
+    Its own scores mislead. A score per trace is learnt, and read, at the end token: without one,
+    whatever was written last would be read. And where later rewards count (gamma > 0), a trace
+    that goes on collects more of them for ever. So its scores are replaced: its return-to-go is
+    W = lowest - margin at each of its tokens, which
+
+        r_t = (1 - gamma) W before its last token,  r_t = W on it
+
+    brings about, since (1 - gamma) W + gamma W = W.
+
+    rewards, mask: [B, T]; finished: [B] bool. lowest: `lowest_finished` of the whole batch, over
+    all processes. It is inf if no trace ended: then W = 0 for all, and none is better than
+    another. margin: in the rewards' own unit, logits of D; 1 is a factor of e in the odds. Where
+    rewards are clipped, the clip stands for it: a cut-off trace is then as far below the lowest
+    score as this is below 0, and does not drown the others.
+
+    >>> rewards, mask = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2)
+    >>> worst_if_cut_off(rewards, mask, torch.tensor([False, True]), gamma=1.0, lowest=1.0)
+    tensor([[0., 0.],
+            [0., 1.]])
+    """
+    worst = 0.0
+    if math.isfinite(lowest):
+        worst = lowest - margin
+    tokens_left = mask.flip(1).cumsum(1).flip(1)  # [B, T], of the response, from t on
+    constant = torch.where(tokens_left == 1, worst, (1 - gamma) * worst) * mask
+    return torch.where(finished[:, None], rewards, constant)
 
 
 def find_step_end_tokens(tokenizer, size: int) -> torch.Tensor:
@@ -364,11 +440,12 @@ class Comparison:
     # [M], the first column that counts: of a sample, that of its first token; of a broken copy,
     # that of the first changed token
     negative_from: torch.Tensor
+    negative_kind: torch.Tensor  # [M], what each negative is: an index into KINDS
 
-    def is_expert(self) -> torch.Tensor:
-        """[E + M], 1 for experts, 0 for negatives: the rows' labels, experts above."""
-        ones = torch.ones(len(self.expert), device=self.pair.device)
-        return torch.cat([ones, torch.zeros(len(self.negative), device=self.pair.device)])
+    def kinds(self) -> torch.Tensor:
+        """[E + M], what each row is: experts above, negatives below."""
+        experts = torch.full((len(self.expert),), EXPERT, device=self.pair.device)
+        return torch.cat([experts, self.negative_kind])
 
     def from_change_on(self, batch: Batch) -> torch.Tensor:
         """[E + M, T], 1 from the first column that counts on. batch: experts above negatives."""
@@ -395,6 +472,7 @@ class Comparison:
                 self.negative[chosen],
                 self.pair[chosen],
                 self.negative_from[chosen],
+                self.negative_kind[chosen],
             )
 
 
@@ -431,31 +509,38 @@ def compare(
     n_broken: int,
     rng: random.Random,
     device="cpu",
-    kind: str = "broken",
+    wrong: str = "broken",
+    old_samples: list[list[list[int]]] | None = None,
 ) -> Comparison:
     """Experts beside negatives for the same questions.
 
-    examples: E tokenised demonstrations. samples[i]: responses (token lists) that a policy wrote
-    to examples[i].question. n_broken: copies of each expert's trace with something wrong, at
-    most; what is wrong in them is `kind` (negatives.perturb).
+    examples: E tokenised demonstrations. samples[i], old_samples[i]: responses (token lists) to
+    examples[i].question that the policy wrote, and an earlier one. n_broken: copies of each
+    expert's trace with something wrong, at most; `wrong` says what (negatives.perturb).
     """
     prompts = []
     responses = []
     pair = []
     negative_from = []
+    kinds = []
     for i, example in enumerate(examples):
-        negatives = [(response, 0) for response in samples[i]]
-        negatives += perturbed_negatives(tokenizer, example, n_broken, rng, kind)
-        for response, first_changed in negatives:
-            prompts.append(example.prompt)
-            responses.append(response)
-            pair.append(i)
-            negative_from.append(len(example.prompt) + first_changed)
+        negatives = {"sample": [(response, 0) for response in samples[i]]}
+        if old_samples is not None:
+            negatives["old"] = [(response, 0) for response in old_samples[i]]
+        negatives["broken"] = perturbed_negatives(tokenizer, example, n_broken, rng, wrong)
+        for kind, of_this_kind in negatives.items():
+            for response, first_changed in of_this_kind:
+                prompts.append(example.prompt)
+                responses.append(response)
+                pair.append(i)
+                negative_from.append(len(example.prompt) + first_changed)
+                kinds.append(KINDS.index(kind))
     return Comparison(
         data.demonstration_batch(examples, device),
         data.make_batch(prompts, responses, device),
         torch.tensor(pair, dtype=torch.long, device=device),
         torch.tensor(negative_from, dtype=torch.long, device=device),
+        torch.tensor(kinds, dtype=torch.long, device=device),
     )
 
 
@@ -482,21 +567,22 @@ def main() -> None:
 
         # irl.IRL.discriminator_step does the same in micro-batches, on several processes.
         batch = data.cat_batches(comparison.expert, comparison.negative)
-        is_expert = comparison.is_expert()
+        kinds = comparison.kinds()
         f = discriminator.reward_model.scores(batch)
         with torch.no_grad():
             log_pi = policy.token_logprobs(base, batch)
         logits = discriminator.logits(batch, f, log_pi)
         counted = discriminator.score_mask(batch) * comparison.from_change_on(batch)
         n_negatives = len(comparison.negative)
-        weights = comparison_weights(counted, is_expert, len(examples), n_negatives)
-        loss = discriminator_loss(logits, is_expert, weights, smoothing=0.1)
-        likelihood = trace_weights(comparison.expert.response_mask) * f[: len(examples), : comparison.expert.tokens.shape[1]]
-        loss = loss - likelihood.sum()
+        weights = comparison_weights(counted, kinds, len(examples), n_negatives)
+        loss = discriminator_loss(logits, kinds, weights, smoothing=0.1)
+        experts_mask = batch.response_mask[: len(examples)]
+        likelihood = (trace_weights(experts_mask) * f[: len(examples)]).sum()
+        loss = loss - likelihood
         loss.backward()
         policy.optimizer_step(optimizer, float(loss.detach()))
         if update % 10 == 0:
-            metrics = discriminator_metrics(logits.detach(), is_expert, weights)
+            metrics = discriminator_metrics(discriminator_sums(logits, kinds, weights))
             shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             print(f"discriminator update {update}: loss {float(loss.detach()):.3f}, {shown}")
 

@@ -131,7 +131,7 @@ class Run:
         Every phase loads the models that it needs and drops them: at 0.5B each one counts.
         """
         wanted = set(self.s.methods)
-        if self.s.start == "sft" and wanted & {"likelihood", "irl"}:
+        if self.s.start == "sft" and wanted & {"likelihood", "irl", "grpo"}:
             wanted.add("sft")
         train = {"grpo": self.train_grpo, "irl": self.train_irl, "likelihood": self.train_irl}
         yield "test base", partial(self.test_method, "base")
@@ -168,8 +168,9 @@ class Run:
         self.save_model(model, self.folder_of(method))
 
     def train_grpo(self, method: str) -> None:
-        """Train on the true answers."""
-        trainer = self.keeper.resumed(baselines.GRPO(self.mine, self.tokenizer, self.to_train(), self.answered))
+        """Train on the true answers, from where IRL's policy starts: at SFT with --start sft. (With --start reward, at the
+        base: that start is a reward that IRL has learnt, and belongs to IRL.)"""
+        trainer = self.keeper.resumed(baselines.GRPO(self.mine, self.tokenizer, self.policy_start(), self.answered))
         self.run_steps(method, trainer, self.s.grpo_steps)
         self.save_model(trainer.policy_model, self.folder_of(method))
 
@@ -238,7 +239,7 @@ class Run:
         """The loop with all it needs, before its first update; `kind` may be explain.Lecture. changes: of settings."""
         loading.check_same_tokenizer(self.tokenizer, self.s.reward_model)
         discriminator = self.load_discriminator()
-        model = self.to_train(self.load("sft" if self.s.start == "sft" else None))
+        model = self.policy_start()
         extra = [data.question_only(example) for example in self.extra]
         return kind(replace(self.mine, **changes), self.tokenizer, model, discriminator, self.experts, extra)
 
@@ -259,6 +260,10 @@ class Run:
         if s.gradient_checkpointing:
             memory.recompute_layers(model)
         return model
+
+    def policy_start(self):
+        """What the policies of IRL and GRPO are before their first step: SFT's with --start sft, else the base."""
+        return self.to_train(self.load("sft" if self.s.start == "sft" else None))
 
     def load_reward(self, trained: str | None = None):
         """The reward to train, on the policy's own base if it starts there and has an adapter; or what this run has

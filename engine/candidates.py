@@ -27,7 +27,7 @@ class Candidates:
     texts: list[str]
     n: int
     logprobs: torch.Tensor | None = None  # of those that were sampled here: log pi of each token [B, T]
-    finished: torch.Tensor | None = None  # and whether each ended by itself [B]
+    finished: torch.Tensor | None = None  # whether each ended by itself [B]; None: nobody knows, all count as ended
 
     @cached_property
     def answers(self) -> list[list[str | None]]:
@@ -55,16 +55,31 @@ def collect(model, tokenizer, examples: list[Example], n: int, max_new_tokens: i
 
 def from_texts(tokenizer, examples: list[Example], texts: list[str], n: int, context: int | None = None) -> Candidates:
     """Candidates that somebody else wrote, each up to its first end token. UserError if one is, with its question, longer than
-    the models' context."""
+    the models' context.
+
+    A text seldom holds its end token. One that leaves a tag open was cut off, and gets none; any other is taken to have
+    ended by itself, and gets one."""
+    whole = [has_ended(tokenizer, text) for text in texts]
     texts = [data.until_end(tokenizer, text) for text in texts]
     prompts = [data.prompt_ids(tokenizer, example.question) for example in examples for _ in range(n)]
-    responses = [data.response_ids(tokenizer, text) for text in texts]
+    responses = []
+    for text, ended in zip(texts, whole):
+        ids = data.response_ids(tokenizer, text)
+        responses.append(ids if ended else ids[:-1])
     batch = data.make_batch(prompts, responses)
     for row, length in enumerate(batch.lengths.tolist()):
         if context is not None and length > context:
             raise UserError(f"candidate {row % n + 1} of question {row // n + 1} is {length} tokens long with its question, "
                             f"but the models read at most {context}")  # fmt: skip
-    return Candidates(examples, batch, texts, n)
+    return Candidates(examples, batch, texts, n, finished=torch.tensor(whole, dtype=torch.bool))
+
+
+def has_ended(tokenizer, text: str) -> bool:
+    """Whether a response ended by itself, as far as its text tells: an end token is written out in it, or no <think> or
+    <answer> is left open."""
+    if data.until_end(tokenizer, text) != text:
+        return True
+    return all(text.rfind(f"<{tag}>") <= text.rfind(f"</{tag}>") for tag in ("think", "answer"))
 
 
 @torch.no_grad()
@@ -100,6 +115,20 @@ def reward_ends(batch: Batch, discriminator: reward.Discriminator) -> torch.Tens
     """[B, T], 1 where the reward is read."""
     ends_step = discriminator.step_end_tokens.to(batch.tokens.device)
     return reward.segment_ends(batch, discriminator.granularity, discriminator.interval, ends_step)
+
+
+def without_cut_off(reading: Reading, candidates: Candidates) -> Reading:
+    """A reward's reading by which candidates are compared: where a score belongs to a step or a trace, one that was cut off
+    by the length limit has none, and ranks below all that have.
+
+    In training such a trace is paid below every finished one (reward.worst_if_cut_off): of its end, where a score per trace
+    is learnt, there is none, and whatever was written last would be read. A score for every token, a likelihood, needs no
+    end: its mean is that of the tokens that are there, and stays.
+    """
+    values, read = reading
+    if candidates.finished is None or torch.equal(read, candidates.batch.response_mask):
+        return reading
+    return values, read * candidates.finished[:, None]
 
 
 def per_token_likelihood(discriminator: reward.Discriminator) -> bool:

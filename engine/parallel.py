@@ -1,9 +1,10 @@
 """Many GPUs of one machine: torchrun --nproc-per-node=N train.py ...
 
 Every process ("rank") holds whole models and answers its own share of the questions: it keeps their demonstrations and
-their replay, and samples with its own random numbers. The ranks meet in four places:
+their replay, and samples with its own random numbers. The ranks meet in five places:
 
     total, total_of    what a loss is divided by is counted over all ranks: their losses sum to one process's on all rows
+    lowest             below which a trace that was cut off is paid: it is the same on all ranks
     sum_gradients      once per optimizer step
     make_optimizer     each rank keeps AdamW's states for 1/N of the weights, and steps these
     rows, mean         evaluation, and the metrics that are logged; what else a step's end has to agree on comes with them
@@ -105,6 +106,16 @@ def total_of(values: dict) -> dict:
 def total(value: float) -> float:
     """The sum over ranks of one number."""
     return total_of({"": value})[""]
+
+
+def lowest(value: float) -> float:
+    """The smallest of one number over ranks."""
+    if world() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MIN)
+    return float(number)
 
 
 def mean(metrics: dict) -> dict:

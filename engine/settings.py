@@ -27,8 +27,9 @@ class Settings:
     model: str = setting(None, "the policy's start: a folder, a hub name, Qwen2.5-0.5B, ..; if not given, what ships here")
     data: str = setting(None, "words, countdown, gsm8k, medreason, a JSON-lines file, or a folder with train.jsonl, test.jsonl")
     method: str = setting(None, "sft; sft_fair, with IRL's tricks; likelihood, IRL's alone; irl; grpo; some (sft,irl), or all")
-    start: str = setting(None, "where IRL's policy starts; if not given, small models at the reward after its warm-up if that "
-                         "can be a policy, else at the base; large ones at SFT", ("base", "sft", "reward"))  # fmt: skip
+    start: str = setting(None, "where the policies of IRL and GRPO start; reward, for IRL's alone (GRPO: base), is the reward "
+                         "after its warm-up. If not given, small models at the reward if that can be a policy, else at the "
+                         "base; large ones at SFT", ("base", "sft", "reward"))  # fmt: skip
     name: str = setting("demo", "the run is written to runs/<name>")
     seed: int = setting(0, "seed of the data's order, of sampling and of perturbations")
     device: str = setting("auto", "where to compute", DEVICES)

@@ -3,6 +3,8 @@
 import re
 from fractions import Fraction
 
+from tasks.common import verifier_is_asked
+
 NUMBER = r"[-+−]?[$€£]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30})(?:\.\d{1,30})?(?:\s?/\s?\d{1,30})?"
 ONLY_NUMBER = rf"\s*{NUMBER}\s*(?:[%.]\s*)?"  # a text that states a number and nothing else
 # What changes the number after it: a comparator (no arrow), a sign (no hyphen, as in '3-5' or '3 - 5').
@@ -54,6 +56,7 @@ def same_answer(predicted: str | None, truth: str, options: tuple[str, ...] = ()
     >>> same_answer("(B)", "Aortic valve", ("Mitral valve", "Aortic valve"))
     True
     """
+    verifier_is_asked("same_answer")
     if predicted is None:
         return False
     chosen, right = option_of(predicted, options), option_of(truth, options)

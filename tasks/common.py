@@ -1,9 +1,30 @@
-"""What every task needs: a split for each question, slips, and a walk along a response for as long as it is right."""
+"""What every task needs: the lock on its answer check, a split for each question, slips, and a walk along a response for as long as it is right."""
 
 import random
 import zlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
+
+_verifier_locked = False
+
+
+@contextmanager
+def no_verifier():
+    """Context in which every check of an answer against the truth raises, however it is reached. irl.py trains inside it."""
+    global _verifier_locked
+    before = _verifier_locked
+    _verifier_locked = True
+    try:
+        yield
+    finally:
+        _verifier_locked = before
+
+
+def verifier_is_asked(check: str) -> None:
+    """To be called first by every function that looks at the truth about a response. RuntimeError inside `no_verifier`."""
+    if _verifier_locked:
+        raise RuntimeError(f"the answer check ({check}) was called while training without a verifier")
 
 
 class Solution(NamedTuple):

@@ -17,7 +17,7 @@ import random
 import re
 
 from tasks import common
-from tasks.common import Solution, first_wrong, wrong_digit
+from tasks.common import Solution, first_wrong, verifier_is_asked, wrong_digit
 
 NUMBERS, LARGEST = 3, 20  # what a base this small calculates without slips
 AIMED = 0.1  # share of the attempts in the base's corpus that aim at the target
@@ -133,6 +133,7 @@ def first_error(expert, response: str) -> int | None:
     >>> first_error(Solution("7 12 4 > 15", "", "15"), "<think>\\n12-7=5\\n5+4=9\\n")  # 7 was not to be taken away
     11
     """
+    verifier_is_asked("countdown.first_error")
     numbers, target = problem_of(expert.question)
 
     def forms(left: Numbers | None) -> dict:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError
 from tasks.answers import extract_answer, same_answer
-from tasks.common import Solution, first_wrong, split_of, wrong_digit
+from tasks.common import Solution, first_wrong, split_of, verifier_is_asked, wrong_digit
 
 NAMES = ("Ava", "Ben", "Cho", "Dan", "Eve", "Gus", "Ida", "Lee")
 ITEMS = ("pens", "eggs", "cards", "coins", "nuts", "beads", "shells", "pins")
@@ -127,6 +127,7 @@ def first_error(expert, response: str) -> int | None:
     >>> first_error(expert, "<think>\\n3+12=15\\n14+15=29\\n</think>\\n<answer>29</answer>")
     9
     """
+    verifier_is_asked("words.first_error")
     turned = lambda line: re.sub(r"^(\d+)([+*])(\d+)(=\d+)$", r"\3\2\1\4", line)
     steps = [[line + "\n", turned(line) + "\n"] for line in expert.trace.split("\n")]
     pieces = [["<think>\n"], *steps, [f"</think>\n<answer>{expert.answer}</answer>"]]

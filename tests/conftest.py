@@ -3,12 +3,16 @@
 import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
+import data
+import irl
+import policy
 from engine import loading
 from engine.loading import BASE
 from engine.settings import parse_settings
@@ -48,6 +52,51 @@ def qwen_tokenizer():
     if not folder.exists():
         pytest.skip("the real Qwen2.5 tokenizer is not beside this checkout (../shared/qwen2-tokenizer)")
     return loading.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def examples_of(tokenizer, task, split, count, seed=0, **problems):
+    """Tokenised examples of an embedded task."""
+    return data.tokenize(tokenizer, data.load_examples(task, split, count, seed, **problems))
+
+
+def demonstrations(tokenizer, examples, device="cpu"):
+    """Examples as a batch, whether they have been tokenised or not."""
+    return data.demonstration_batch(data.tokenize(tokenizer, examples), device)
+
+
+def sft_loss(model, batch):
+    """-log pi of the response tokens, summed: SFT's loss before it is divided by their number."""
+    return -policy.token_logprobs(model, batch).sum()
+
+
+def discriminator_update(
+    discriminator,
+    optimizer,
+    policy_model,
+    comparison,
+    label_smoothing=0.1,
+    reward_nll=0.0,
+    micro_batch=64,
+    temperature=1.0,
+    micro_tokens=0,
+    discriminator_coef=1.0,
+):
+    """irl.IRL.discriminator_step on a comparison, without the rest of a loop."""
+    loop = irl.IRL.__new__(irl.IRL)
+    loop.settings = SimpleNamespace(
+        logit=discriminator.logit,
+        label_smoothing=label_smoothing,
+        reward_nll=reward_nll,
+        micro_batch=micro_batch,
+        temperature=temperature,
+        micro_tokens=micro_tokens,
+        discriminator_coef=discriminator_coef,
+    )
+    loop.discriminator = discriminator
+    loop.reward_model = discriminator.reward_model
+    loop.reward_optimizer = optimizer
+    loop.policy_model = policy_model
+    return loop.discriminator_step(comparison)
 
 
 def all_logprobs(model, batch):

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from conftest import demonstrations, sft_loss
 import torch
 from torch import nn
 from torch.testing import assert_close
@@ -22,7 +23,7 @@ def base(shipped):
 
 @pytest.fixture
 def batch(shipped):
-    return data.demonstration_batch(shipped[1], data.load_examples("words", "train", 4))
+    return demonstrations(shipped[1], data.load_examples("words", "train", 4))
 
 
 def disturbed(model, seed=1):
@@ -63,7 +64,7 @@ def test_every_matrix_of_every_layer_and_nothing_else_is_adapted(base):
 
 def test_only_the_adapters_get_a_gradient(base, batch):
     model = disturbed(lora.adapt(base, 4, 8.0))
-    policy.sft_loss(model, batch).backward()
+    sft_loss(model, batch).backward()
     for parameter in model.parameters():
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == parameter.requires_grad
     assert all(parameter.grad is None for parameter in base.parameters())
@@ -87,7 +88,7 @@ def test_two_adapters_are_independent(base, batch):
     first, second = lora.adapt(base, 4, 8.0), lora.adapt(base, 4, 8.0)
     before = policy.token_logprobs(second, batch).detach()
     optimizer = policy.make_optimizer(first, 1e-2)
-    policy.sft_loss(first, batch).backward()
+    sft_loss(first, batch).backward()
     policy.optimizer_step(optimizer, 0.0)
     assert all(p.grad is None for p in trained(second))
     assert torch.equal(policy.token_logprobs(second, batch), before)
@@ -99,7 +100,7 @@ def test_training_lowers_the_loss(base, batch):
     optimizer = policy.make_optimizer(model, 3e-3)
     losses = []
     for _ in range(20):
-        loss = policy.sft_loss(model, batch) / batch.response_mask.sum()
+        loss = sft_loss(model, batch) / batch.response_mask.sum()
         losses.append(float(loss.detach()))
         loss.backward()
         policy.optimizer_step(optimizer, losses[-1])
@@ -135,7 +136,7 @@ def test_a_bf16_base_has_float32_adapters(base, batch):
     base.to(torch.bfloat16)
     model = disturbed(lora.adapt(base, 4, 8.0))
     assert all(p.dtype == torch.float32 for p in trained(model))
-    policy.sft_loss(model, batch).backward()
+    sft_loss(model, batch).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in trained(model))
 
 

@@ -4,6 +4,7 @@ import copy
 import random
 
 import pytest
+from conftest import demonstrations, discriminator_update, sft_loss
 import torch
 from torch.testing import assert_close
 
@@ -15,7 +16,7 @@ from engine import loading, lora, memory
 
 @pytest.fixture
 def batch(shipped):
-    return data.demonstration_batch(shipped[1], data.load_examples("words", "train", 8))
+    return demonstrations(shipped[1], data.load_examples("words", "train", 8))
 
 
 def gradients(model):
@@ -40,7 +41,7 @@ def test_checkpointing_changes_no_gradient(shipped, batch, rank, monkeypatch):
         model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))  # noqa: B023
         if checkpointed:
             memory.recompute_layers(model)
-        loss = policy.sft_loss(model, batch) / batch.response_mask.sum()
+        loss = sft_loss(model, batch) / batch.response_mask.sum()
         if other is not None:
             policy.token_logprobs(other, batch)
         before = len(forwards)
@@ -94,7 +95,7 @@ def test_a_budget_of_tokens_changes_no_gradient(shipped, batch, tokens):
     results = []
     for parts in ([torch.arange(8)], memory.micro_batches(batch.lengths, 8, tokens)):
         model = copy.deepcopy(shipped[0]).double()
-        loss_of_rows = lambda rows, model=model: policy.sft_loss(model, batch[rows])
+        loss_of_rows = lambda rows, model=model: sft_loss(model, batch[rows])
         loss = policy.accumulate(loss_of_rows, parts, float(batch.response_mask.sum()))
         results.append((loss, gradients(model)))
     assert results[1][0] == pytest.approx(results[0][0], abs=1e-6)
@@ -119,10 +120,10 @@ def test_a_budget_of_tokens_changes_no_discriminator_gradient(shipped, tokens):
     results = []
     for micro_tokens in (0, tokens):
         reward_model = reward.load_reward("likelihood", loading.BASE)
-        ends = reward.step_end_tokens(tokenizer, len(tokenizer))
+        ends = reward.find_step_end_tokens(tokenizer, len(tokenizer))
         discriminator = reward.Discriminator(reward_model, "airl", "dense", 0, ends)
         optimizer = torch.optim.SGD(reward_model.parameters(), lr=1.0)
-        metrics = reward.update(discriminator, optimizer, model, comparison, 0.1, 0.5, micro_batch=1000,
+        metrics = discriminator_update(discriminator, optimizer, model, comparison, 0.1, 0.5, micro_batch=1000,
                                 micro_tokens=micro_tokens)  # fmt: skip
         results.append((metrics, torch.cat([p.detach().flatten() for p in reward_model.parameters()])))
     assert_close(results[1][1], results[0][1], atol=1e-6, rtol=1e-5)

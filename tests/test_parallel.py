@@ -5,6 +5,7 @@ torchrun itself.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import discriminator_update
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -65,7 +67,7 @@ def step(questions: list[int], kind: str) -> dict:
     s = parse_settings(FLAGS + KINDS[kind].split())
     model, tokenizer = loading.load_policy("base")
     reward_model = reward.load_reward("likelihood", "base")
-    ends = reward.step_end_tokens(tokenizer, len(tokenizer))
+    ends = reward.find_step_end_tokens(tokenizer, len(tokenizer))
     discriminator = reward.Discriminator(reward_model, "airl", "dense", 0, ends)
     examples = [data.load_examples("words", "train", 4)[i] for i in questions]
     loop = irl.IRL(s, tokenizer, model, discriminator, examples)
@@ -75,7 +77,7 @@ def step(questions: list[int], kind: str) -> dict:
     rollout = rollout_of(tokenizer, questions)
     negatives = [[rollout.batch.response(i * GROUP + g) for g in range(GROUP)] for i in range(len(examples))]
     comparison = reward.compare(tokenizer, examples, negatives, 0, random.Random(0))
-    metrics = {"discriminator": reward.update(discriminator, loop.reward_optimizer, model, comparison, 0.1, 0.5,
+    metrics = {"discriminator": discriminator_update(discriminator, loop.reward_optimizer, model, comparison, 0.1, 0.5,
                                               micro_batch=5)}  # fmt: skip
     rewards = (rollout.batch.tokens * 0.1).sin() * rollout.batch.response_mask
     metrics["policy"] = loop.update_policy(rollout, rewards, loop.rewards(rollout)[1])
@@ -83,10 +85,24 @@ def step(questions: list[int], kind: str) -> dict:
     return {"weights": torch.cat(weights), "metrics": metrics, "states": len(loop.policy_optimizer.state)}
 
 
+def worth_of_cut_off(questions: list[int]) -> torch.Tensor:
+    """The rewards [B] of traces of these questions, the second of each cut off: a score per trace, its length in tokens."""
+    s = parse_settings(FLAGS + "--gamma 1 --reward head --granularity sparse --policy-loss ppo".split())
+    model, tokenizer = loading.load_policy("base")
+    reward_model = reward.load_reward("head", "base")
+    reward_model.scores = lambda batch, hidden=None: batch.response_mask.sum(1, keepdim=True) * batch.response_mask
+    discriminator = reward.make_discriminator(reward_model, tokenizer, "gail", "sparse")
+    loop = irl.IRL(s, tokenizer, model, discriminator, [])
+    rollout = rollout_of(tokenizer, questions)
+    rollout.finished[1::GROUP] = False
+    return loop.rewards(rollout)[0].sum(1)
+
+
 def work(rank: int, folder: Path) -> None:
     """What each of two processes does."""
     parallel.start("cpu")
-    torch.save({kind: step(parallel.share([0, 1, 2, 3]), kind) for kind in KINDS}, f"{rank}.pt")
+    mine = parallel.share([0, 1, 2, 3])
+    torch.save({kind: step(mine, kind) for kind in KINDS} | {"cut off": worth_of_cut_off(mine)}, f"{rank}.pt")
     rows = parallel.rows(lambda items: torch.tensor(items)[:, None] * 2.0, [5, 6, 7, 8, 9])
     assert rows.tolist() == [[10.0], [12.0], [14.0], [16.0], [18.0]]
     assert parallel.mean({"a/x": float(rank), "a/y": 4.0, "b/x": 2 * rank}) == {"a/x": 0.5, "a/y": 4.0, "b/x": 1.0}
@@ -96,6 +112,7 @@ def work(rank: int, folder: Path) -> None:
         assert "--questions 5 cannot be shared among 2 processes" in str(error)
     else:
         raise AssertionError("5 questions were shared between 2 processes")
+    assert parallel.lowest([2.5, -1.0][rank]) == -1.0 and parallel.lowest([math.inf, math.inf][rank]) == math.inf
     assert (parallel.seed(7) == 7) == (rank == 0)
     assert train.main([*TINY, "--questions", "5", "--group", "2"]) == 2 and not Path("runs").exists()
     parallel.leave()
@@ -154,6 +171,14 @@ def test_two_processes_take_the_step_of_one(kind, ranks):
     for stage, values in one["metrics"].items():
         for rank in (first, second):
             assert rank["metrics"][stage] == pytest.approx(values, rel=1e-4, abs=1e-5)
+
+
+def test_a_trace_that_was_cut_off_is_worth_the_same_in_every_process(ranks):
+    """Below every finished one of all processes: as if one had all rows."""
+    rows = worth_of_cut_off([0, 1, 2, 3]).view(4, GROUP)
+    for rank in (0, 1):
+        assert torch.equal(ranks[rank]["cut off"].view(2, GROUP), rows[rank::2])
+    assert rows[:, 1].tolist() == [rows[:, [0, 2]].min() - 1] * 4
 
 
 def test_without_torchrun_nothing_is_shared():

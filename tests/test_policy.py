@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import all_groups, true_gradient
+from conftest import all_groups, demonstrations, sft_loss, true_gradient
 from torch.testing import assert_close
 
 import data
@@ -47,7 +47,7 @@ def test_sample_is_the_plain_loop(shipped, prompts, temperature, top_p):
 
 def test_token_logprobs_are_those_of_the_plain_pass(shipped):
     model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
-    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 4))
+    batch = demonstrations(tokenizer, data.load_examples("words", "train", 4))
     plain, fast = (score(model, batch, 0.7) for score in (policy.token_logprobs_plain, policy.token_logprobs))
     assert_close(fast, plain, atol=1e-4, rtol=1e-4)
     parameters = list(model.parameters())
@@ -183,7 +183,7 @@ def test_a_token_of_probability_zero_is_never_drawn(monkeypatch):
 
 def test_token_logprobs_equal_the_manual_sum(shipped):
     model, tokenizer = shipped
-    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 3))
+    batch = demonstrations(tokenizer, data.load_examples("words", "train", 3))
     logprobs = policy.token_logprobs(model, batch)
     for row in range(3):
         ids, start = batch.tokens[row, : batch.lengths[row]], int(batch.prompt_lengths[row])
@@ -196,7 +196,7 @@ def test_token_logprobs_equal_the_manual_sum(shipped):
 def mixed_batch(tokenizer):
     """Rows of three questions in mixed order: some share a prompt, their responses differ in length."""
     examples = data.load_examples("words", "train", 3) + data.load_examples("words", "train", 1, steps=4)
-    rows = data.demonstration_batch(tokenizer, [examples[i] for i in (0, 3, 1, 0, 2, 0)])
+    rows = demonstrations(tokenizer, [examples[i] for i in (0, 3, 1, 0, 2, 0)])
     cut = rows.lengths - torch.tensor([0, 4, 0, 9, 1, 2])
     return data.Batch(rows.tokens, rows.prompt_lengths, cut)
 
@@ -236,8 +236,8 @@ def test_a_prompt_is_read_once(shipped, monkeypatch):
 def test_padding_changes_nothing(shipped):
     model, tokenizer = shipped
     examples = data.load_examples("words", "train", 1) + data.load_examples("words", "train", 1, steps=4)
-    together = policy.token_logprobs(model, data.demonstration_batch(tokenizer, examples))
-    alone = policy.token_logprobs(model, data.demonstration_batch(tokenizer, examples[:1]))
+    together = policy.token_logprobs(model, demonstrations(tokenizer, examples))
+    alone = policy.token_logprobs(model, demonstrations(tokenizer, examples[:1]))
     assert_close(together[:1, : alone.shape[1]], alone, atol=1e-5, rtol=0)
     assert together[0, alone.shape[1] :].abs().sum() == 0
 
@@ -246,12 +246,12 @@ def test_the_end_token_is_trained_and_the_prompt_is_not(shipped):
     model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
     for parameter in model.parameters():  # the base is certain of the end
         parameter.data += 0.1 * torch.randn_like(parameter)
-    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 1))
+    batch = demonstrations(tokenizer, data.load_examples("words", "train", 1))
     tokens, first = batch.tokens[0], int(batch.prompt_lengths[0])
     assert tokens[-1] == tokenizer.eos_token_id
     logprobs = model(batch.tokens).logits[0].log_softmax(-1)  # [T, V]
     by_token = torch.stack([-logprobs[t - 1, tokens[t]] for t in range(first, len(tokens))])
-    assert_close(policy.sft_loss(model, batch), by_token.sum(), atol=1e-4, rtol=1e-5)
+    assert_close(sft_loss(model, batch), by_token.sum(), atol=1e-4, rtol=1e-5)
     assert by_token[-1] > 0.01  # so that the end token would be missed
 
 
@@ -349,6 +349,18 @@ def test_k3_by_hand_and_unbiased():
     assert_close(expectation, (p * (p / q).log()).sum())
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 1e-5])
+def test_k3_near_zero_is_half_the_square(size):
+    """exp(d) - d - 1 = d^2 / 2 + d^3 / 6 + ..; in float32 the 1 drowns it, and it is negative for some d."""
+    d = size * torch.randn(1000)
+    k3 = policy.kl_k3(torch.zeros(1000), d)
+    exact = torch.expm1(d.double()) - d.double()
+    assert (k3 >= 0).all()
+    assert k3.double().mean().item() == pytest.approx(exact.mean().item(), rel=1e-3)
+    plain = d.exp() - d - 1
+    assert size == 1e-2 or (plain < 0).any()  # what it is not
+
+
 def test_as_a_loss_k3_has_the_gradient_of_the_forward_kl():
     """On samples of pi its mean gradient is that of KL(pi_ref || pi), not of KL(pi || pi_ref). Three actions."""
     theta, q = torch.tensor([0.3, -0.2, 0.5], requires_grad=True), torch.tensor([0.2, 0.5, 0.3])
@@ -365,13 +377,13 @@ def test_as_a_loss_k3_has_the_gradient_of_the_forward_kl():
 
 def test_micro_batch_size_changes_no_gradient(shipped):
     model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
-    batch = data.demonstration_batch(tokenizer, data.load_examples("words", "train", 7))
+    batch = demonstrations(tokenizer, data.load_examples("words", "train", 7))
     gradients, losses = [], []
     for micro_batch in (7, 3, 1):
         model.zero_grad()
         losses.append(
             policy.accumulate(
-                lambda rows: policy.sft_loss(model, batch[rows]),
+                lambda rows: sft_loss(model, batch[rows]),
                 memory.micro_batches(batch.lengths, micro_batch),
                 float(batch.response_mask.sum()),
             )
@@ -380,6 +392,19 @@ def test_micro_batch_size_changes_no_gradient(shipped):
     assert_close(torch.tensor(losses[1:]), torch.tensor([losses[0]] * 2), atol=1e-5, rtol=1e-5)
     assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
     assert_close(gradients[2], gradients[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [10.0, 0.5])
+def test_the_gradient_is_clipped_to_a_norm_of_one(size):
+    """A long gradient keeps its direction, a short one is left alone. What is logged is the norm before."""
+    parameters = [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    gradient = torch.randn(5)
+    gradient *= size / gradient.norm()
+    parameters[0].grad, parameters[1].grad = gradient[:2].clone(), gradient[2:].clone()
+    metrics = policy.optimizer_step(torch.optim.SGD(parameters, lr=1.0), 0.0)
+    assert metrics["grad_norm"] == pytest.approx(size, rel=1e-5)
+    moved = torch.cat([p.detach() for p in parameters])
+    assert_close(moved, -gradient / max(1.0, size), atol=1e-5, rtol=1e-4)
 
 
 # loading -------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_an_experts_pair():
 def test_a_head_with_gails_logit_asks_no_policy(shipped):
     tokenizer, example = shipped[1], data.load_examples("words", "train", 1)[0]
     head = reward.load_reward("head", "base")
-    discriminator = reward.Discriminator(head, "gail", "sparse", 0, reward.step_end_tokens(tokenizer, len(tokenizer)))
+    discriminator = reward.Discriminator(head, "gail", "sparse", 0, reward.find_step_end_tokens(tokenizer, len(tokenizer)))
     pool = [{"sft": [data.response_ids(tokenizer, "7")]}]
     settings = SimpleNamespace(warm_up_lr=1e-3, seed=0, questions=1, perturbed=1, negatives="broken",
                                label_smoothing=0.1, reward_nll=1.0, micro_batch=2, micro_tokens=0)  # fmt: skip

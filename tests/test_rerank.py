@@ -8,9 +8,11 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import demonstrations
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -21,7 +23,7 @@ import rerank
 import reward
 from data import Batch, Example
 from engine import loading
-from engine.candidates import Candidates, collect, from_texts, natural_errors, reward_ends, signals
+from engine.candidates import Candidates, collect, from_texts, natural_errors, reward_ends, signals, without_cut_off
 from engine.errors import UserError
 from show.tables import show_traces
 from show.trace import token_scores
@@ -364,7 +366,7 @@ def test_questions_not_traces_are_bootstrapped():
 
 
 def make_discriminator(model, tokenizer, granularity="dense"):
-    ends_step = reward.step_end_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
+    ends_step = reward.find_step_end_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
     return reward.Discriminator(reward.LikelihoodReward(model), "airl", granularity, 0, ends_step)
 
 
@@ -471,7 +473,7 @@ def test_broken_experts_differ_first_where_they_say(shipped):
     broken = reward.compare(tokenizer, examples, [[] for _ in examples], rerank.PERTURBED_PER_EXPERT, random.Random(0))
     assert len(broken.negative_from) == len(broken.negative) > 10
     for row, place in enumerate(broken.negative_from.tolist()):
-        expert = data.demonstration_batch(tokenizer, [examples[broken.pair[row]]]).tokens[0].tolist()
+        expert = demonstrations(tokenizer, [examples[broken.pair[row]]]).tokens[0].tolist()
         tokens = broken.negative.tokens[row].tolist()
         assert tokens[:place] == expert[:place] and tokens[place] != expert[place]
 
@@ -538,6 +540,85 @@ def test_auroc_beyond_compares_two_scores_on_the_same_questions():
     assert gap == pytest.approx(1 - rerank.auroc(noisy.flatten(), correct.flatten())) and 0 < low < gap < high < 0.5
     assert rerank.auroc_beyond(noisy, correct, correct)[0] == -gap
     assert rerank.auroc_beyond(noisy, noisy, torch.ones(50, 4)) is None
+
+
+def test_the_interval_of_auroc_beyond_holds_95_percent():
+    """Beside a score that says nothing, one that is right about some questions and turned about the others: the gap is near
+    2 s - 1 over 2, s the share of the former, 200 questions drawn again."""
+    correct = T([[1.0, 0.0]] * 200)
+    turned = (torch.arange(200) % 4 == 0)[:, None]  # s = 3/4
+    scores = torch.where(turned, 1 - correct, correct)
+    gap, low, high = rerank.auroc_beyond(scores, torch.zeros(200, 2), correct, draws=2000)
+    pooled = rerank.auroc(scores.flatten(), correct.flatten())
+    error = (0.75 * 0.25 / 200) ** 0.5  # of s; the pooled area of two tied scores is s itself
+    assert gap == pytest.approx(pooled - 0.5) and pooled == 0.75
+    assert low == pytest.approx(gap - 1.96 * error, abs=0.012) and high == pytest.approx(gap + 1.96 * error, abs=0.012)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Traces that were cut off
+# ------------------------------------------------------------------------------------------------------------
+
+
+def head_that_likes_the_cut_one(shipped, granularity: str):
+    """A finished right candidate, and one that was cut off, whose last token the head likes best: (candidates, readings)."""
+    base, tokenizer = shipped
+    example = data.load_examples("words", "test", 1)[0]
+    right = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
+    responses = [right, right[:5]]
+    prompt = data.prompt_ids(tokenizer, example.question)
+    texts = [data.decode(tokenizer, ids) for ids in responses]
+    candidates = Candidates([example], data.make_batch([prompt] * 2, responses), texts, 2, finished=T([True, False]))
+    head = reward.load_reward("head", loading.BASE)
+    hidden = head.hidden(candidates.batch).detach()
+    last = candidates.batch.lengths - 1
+    head.model.score.weight.data = (hidden[1, last[1]] - hidden[0, last[0]])[None]
+    discriminator = reward.make_discriminator(head, tokenizer, "gail", granularity)
+    return candidates, signals(candidates.batch, discriminator, base), discriminator
+
+
+@pytest.mark.parametrize("granularity", ["sparse", "interval"])
+def test_a_candidate_that_was_cut_off_ranks_below_every_finished_one(shipped, granularity):
+    """A score per trace, or per step, is learnt at its end, and this one has none."""
+    candidates, readings, discriminator = head_that_likes_the_cut_one(shipped, granularity)
+    scores = rerank.trace_scores(*readings["reward"], "last")
+    assert scores[1] > scores[0]
+    results = rerank.rerank_results(candidates, readings)
+    for way in ("reward", "weighted_majority", *(name for name in results["2"] if name.startswith("reward_"))):
+        assert results["2"][way][0] == 1.0, way
+    assert results["auroc"]["reward"] == 1.0 and results["success@k"]["1"][0] == 1.0
+    assessed = rerank.assess(candidates, discriminator, shipped[0], {}, shipped[1])
+    assert [len(assessed["distributions"][kind]) for kind in ("right", "wrong")] == [1, 0]
+    json.loads(json.dumps(assessed, allow_nan=False))
+    without = rerank.rerank_results(replace(candidates, finished=None), readings, "last")
+    assert without["2"]["reward"][0] == 0.0  # what would be chosen if nobody knew
+
+
+def test_a_score_per_token_of_a_candidate_that_was_cut_off_stays(shipped):
+    candidates, readings, _ = head_that_likes_the_cut_one(shipped, "dense")
+    assert without_cut_off(readings["reward"], candidates) is readings["reward"]
+
+
+def test_where_all_were_cut_off_each_is_as_good_as_the_other(shipped):
+    candidates, readings, _ = head_that_likes_the_cut_one(shipped, "sparse")
+    nobody = replace(candidates, finished=T([False, False]))
+    assert rerank.rerank_results(nobody, readings)["2"]["reward"][0] == 0.5
+
+
+@pytest.mark.parametrize("text, ended", [
+    ("<think>\n1+1=2\n</think>\n<answer>2</answer>", True), ("<think>\n1+1=2\n</think>\n<answer>2", False),
+    ("<think>\n1+1=", False), ("1+1=2, so 2", True), ("", True), ("<answer>1</answer> no: <answer>2", False),
+    ("<think>\n1+1=<|end|>", True),
+])  # fmt: skip
+def test_a_text_that_leaves_a_tag_open_gets_no_end_token(shipped, text, ended):
+    """Nobody wrote one: neither a score per trace nor a likelihood may read it."""
+    tokenizer = shipped[1]
+    text = text.replace("<|end|>", tokenizer.eos_token)
+    candidates = from_texts(tokenizer, [Example("1+1?", "", "2")], [text], 1)
+    assert candidates.finished.tolist() == [ended]
+    response = candidates.batch.response(0)
+    assert (response[-1:] == [tokenizer.eos_token_id]) == ended
+    assert tokenizer.eos_token_id not in response[:-1]
 
 
 def test_a_gain_over_random_is_paired_by_question():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import all_logprobs
+from conftest import all_logprobs, discriminator_update
 from torch.testing import assert_close
 
 import data
@@ -19,7 +19,7 @@ from show import trace
 def make_discriminator(shipped, kind="likelihood", logit="airl", granularity="dense", interval=0, clip=0.0):
     model, tokenizer = shipped
     return reward.Discriminator(reward.load_reward(kind, "base"), logit, granularity, interval,
-                                reward.step_end_tokens(tokenizer, len(tokenizer)), clip)  # fmt: skip
+                                reward.find_step_end_tokens(tokenizer, len(tokenizer)), clip)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_the_discriminators_weight(shipped, comparison, monkeypatch):
     def gradient(nll, weight, compared=comparison):
         monkeypatch.setattr(policy, "optimizer_step", lambda *_: {})  # so that the gradients stay
         discriminator = make_discriminator(shipped)
-        reward.update(discriminator, None, shipped[0], compared, nll_coef=nll, discriminator_coef=weight)
+        discriminator_update(discriminator, None, shipped[0], compared, nll_coef=nll, discriminator_coef=weight)
         return torch.cat([p.grad.flatten() for p in discriminator.reward_model.parameters()])
 
     nll, loss = gradient(1.0, 0.0), gradient(0.0, 1.0)
@@ -185,6 +185,33 @@ def test_reward_models_survive_saving(shipped, comparison, tmp_path):
         assert_close(again.scores(comparison.expert), model.scores(comparison.expert))
 
 
+def test_a_trace_that_was_cut_off_lies_below_the_finished_ones_of_all_processes():
+    """W = lowest - margin, of the finished rows alone, at each token; the lowest may be another process's."""
+    rewards = torch.tensor([[0.0, 1.0, 2.0], [0.0, 5.0, 7.0], [0.0, -9.0, -9.0], [0.0, 4.0, 0.0]])
+    mask = torch.tensor([[0.0, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]])
+    finished = torch.tensor([True, True, False, True])  # the one with the lowest rewards was cut off
+    assert reward.lowest_finished(rewards, mask, finished, 0.5) == 2.0  # row 0: G = 1 + 2/2, then 2
+    for lowest, worst in ((None, 2.0 - 0.25), (-3.0, -3.25)):
+        changed = reward.worst_if_cut_off(rewards, mask, finished, 0.5, lowest, margin=0.25)
+        assert torch.equal(changed[finished], rewards[finished])
+        returns = policy.returns_to_go(changed, mask, 0.5)
+        assert_close(returns[2], torch.tensor([0.0, worst, worst]))
+    nobody = torch.zeros(4, dtype=torch.bool)
+    assert reward.lowest_finished(rewards, mask, nobody, 0.5) == math.inf
+    assert not reward.worst_if_cut_off(rewards, mask, nobody, 0.5).any()
+    at_the_end = reward.worst_if_cut_off(rewards, mask, finished)  # gamma 1, as with a score per trace
+    assert at_the_end[2].tolist() == [0.0, 0.0, 2.0 - 1.0]
+
+
+def test_behind_a_clip_going_on_for_ever_costs_something():
+    """Every finished trace at the clip: a cut-off one was paid as much."""
+    rewards, mask = torch.full((4, 1), 0.1), torch.ones(4, 1)
+    changed = reward.worst_if_cut_off(rewards, mask, torch.tensor([True, True, True, False]), margin=0.1)
+    assert changed[3] < changed[:3].min()
+    advantages = policy.normalise(changed - policy.group_baseline(changed, mask, 4), mask, 4)
+    assert advantages[3] < -1
+
+
 # negatives -----------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +259,7 @@ def test_micro_batch_size_changes_no_gradient(shipped, comparison, granularity):
     for micro_batch in (1000, 6, 1):
         discriminator = make_discriminator(shipped, granularity=granularity)
         optimizer = torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.1)
-        metrics = reward.update(discriminator, optimizer, shipped[0], comparison, 0.1, 0.2, micro_batch=micro_batch)
+        metrics = discriminator_update(discriminator, optimizer, shipped[0], comparison, 0.1, 0.2, micro_batch=micro_batch)
         results.append((metrics, torch.cat([p.detach().flatten() for p in discriminator.reward_model.parameters()])))
     for metrics, parameters in results[1:]:
         assert_close(parameters, results[0][1], atol=1e-5, rtol=1e-4)
@@ -249,18 +276,68 @@ def test_the_demonstrations_likelihood_is_for_a_likelihood_alone(shipped, compar
         if kind == "head":
             torch.nn.init.normal_(discriminator.reward_model.model.score.weight)
         optimizer = torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.0)
-        losses.append(reward.update(discriminator, optimizer, shipped[0], comparison, nll_coef=nll_coef)["loss"])
+        losses.append(discriminator_update(discriminator, optimizer, shipped[0], comparison, nll_coef=nll_coef)["loss"])
     scores = policy.token_logprobs(shipped[0], comparison.expert)
     nll = -float((reward.trace_weights(comparison.expert.response_mask) * scores).sum().detach())
     assert losses[1] - losses[0] == pytest.approx(nll if changes else 0.0, abs=1e-4)
     assert nll > 0.01
 
 
+@pytest.mark.parametrize("temperature, smoothing", [(1.0, 0.1), (0.7, 0.3)])
+def test_an_update_equals_the_plain_loop(shipped, temperature, smoothing):
+    """Loss and metrics, trace by trace and token by token: logit = f - log pi, pi the policy at its temperature; the mean over
+    a trace's counted tokens, then over traces; D and its share of right verdicts by kind of trace."""
+    model, tokenizer = shipped
+    examples = data.load_examples("words", "train", 3)
+    written = [[data.response_ids(tokenizer, data.response_text(e.trace + "\n1+1=2", e.answer))] for e in examples]
+    older = [[data.response_ids(tokenizer, data.response_text(e.trace[3:], "7"))] for e in examples[:2]] + [[]]
+    compared = reward.compare(tokenizer, examples, written, 2, random.Random(0), old=older)
+    kinds = [reward.KINDS[i] for i in compared.kind]
+    assert [kinds.count(kind) for kind in reward.KINDS] == [3, 2, 6]
+    discriminator = make_discriminator(shipped)
+    for parameter in discriminator.reward_model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)  # no verdict hangs on rounding
+    losses, d, right = {}, {}, {}
+    traces = [("expert", compared.expert, row, int(compared.expert.prompt_lengths[row])) for row in range(3)]
+    traces += [(kinds[row], compared.negative, row, int(compared.negative_from[row])) for row in range(11)]
+    for kind, batch, row, first in traces:
+        ids = batch.tokens[row : row + 1, : batch.lengths[row]]
+        with torch.no_grad():
+            log_pi = (model(ids).logits[0] / temperature).log_softmax(-1)
+            f = discriminator.reward_model.model(ids).logits[0].log_softmax(-1)
+        tokens = []
+        for t in range(first, ids.shape[1]):
+            chance = (f[t - 1, ids[0, t]] - log_pi[t - 1, ids[0, t]]).double().sigmoid()  # D
+            label = 1 - smoothing / 2 if kind == "expert" else smoothing / 2
+            loss = -label * chance.log() - (1 - label) * (1 - chance).log()
+            tokens.append([float(loss), float(chance), float((chance > 0.5) == (kind == "expert"))])
+        for total, value in zip((losses, d, right), zip(*tokens)):
+            total.setdefault(kind, []).append(sum(value) / len(value))
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    negatives = lambda of: [value for kind in reward.KINDS for value in of[kind]]  # noqa: E731
+    wanted = {"loss": (mean(losses["expert"]) + mean(negatives(losses))) / 2, "d_negative": mean(negatives(d))}
+    wanted["accuracy"] = (mean(right["expert"]) + mean(negatives(right))) / 2
+    wanted |= {f"d_{kind}": mean(values) for kind, values in d.items()}
+    wanted |= {f"accuracy_{kind}": mean(values) for kind, values in right.items()}
+    found = discriminator_update(discriminator, torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.0), model, compared,
+                          smoothing, micro_batch=5, temperature=temperature)  # fmt: skip
+    assert set(found) - {"grad_norm", "skipped"} == set(wanted)
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, abs=1e-4), name
+    assert len({round(found[f"d_{kind}"], 3) for kind in d}) == 4  # the kinds differ
+
+
+def test_a_kind_of_negatives_that_is_not_there_has_no_metrics(shipped):
+    compared = reward.compare(shipped[1], data.load_examples("words", "train", 2), [[], []], 1, random.Random(0))
+    found = discriminator_update(make_discriminator(shipped), torch.optim.SGD([torch.zeros(1, requires_grad=True)]), shipped[0], compared)
+    assert "d_broken" in found and not {"d_sample", "d_old", "accuracy_sample", "accuracy_old"} & set(found)
+
+
 @pytest.mark.parametrize("kind, logit", [("likelihood", "airl"), ("head", "gail")])
 def test_the_discriminator_learns(shipped, comparison, kind, logit):
     discriminator = make_discriminator(shipped, kind, logit)
     optimizer = policy.make_optimizer(discriminator.reward_model, 1e-3)
-    history = [reward.update(discriminator, optimizer, shipped[0], comparison) for _ in range(25)]
+    history = [discriminator_update(discriminator, optimizer, shipped[0], comparison) for _ in range(25)]
     assert history[-1]["loss"] < history[0]["loss"]
     assert history[-1]["d_expert"] > history[-1]["d_negative"] + 0.05
 

@@ -172,3 +172,17 @@ def test_some_solutions_are_drawn_from_all_of_a_file(tmp_path):
     some = steps.read_solutions(str(path), 40)
     assert len(set(some)) == 40 and 10 < sum(s.label < 0 for s in some) < 30
     assert some == steps.read_solutions(str(path), 40) and len(steps.read_solutions(str(path), 1000)) == 100
+
+
+def test_the_interval_of_f1_holds_95_percent_over_solutions():
+    """400 wrong and 400 right solutions, half of each judged rightly: F1 = 1/2. Both shares have a variance of 1/4 over 400, and
+    around equal shares F1 moves as their mean does."""
+    labels = T([0, -1] * 400)
+    predicted = T([0, -1, 5, 5] * 200)
+    f1, low, high = steps.f1_interval(predicted, labels, draws=2000)
+    error = (0.25 / 400 / 2) ** 0.5
+    assert f1 == 0.5
+    assert low == pytest.approx(0.5 - 1.96 * error, abs=0.005)
+    assert high == pytest.approx(0.5 + 1.96 * error, abs=0.005)
+    one, again, other = (steps.f1_interval(predicted, labels, draws=50, seed=seed) for seed in (3, 3, 4))
+    assert one == again != other
