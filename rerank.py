@@ -44,7 +44,7 @@ from engine.runs import load_run
 from engine.settings import DEVICES, RULES, check_values
 from show.tables import show_choices, show_results
 from tasks import records
-from tasks.answers import ONLY_NUMBER, normalise_text, option_of, parse_number
+from tasks.answers import group_answers
 
 # Models trained on the demonstrations alone, whose log-probability is the baseline to beat: signal -> folder of a run
 JUDGES = {"sft_logprob": "sft", "sft_fair_logprob": "sft_fair"}
@@ -111,22 +111,11 @@ def answer_keys(answers: list[list[str | None]], options: list[tuple[str, ...]])
     """Answers as integers to vote with: [Q, N] long, equal where same_answer would call two of a question's answers the
     same, -1 for none. An answer that names one of the question's options, by letter or by text, is that option.
 
-    same_answer looks at the truth to decide between numbers and words. There is no truth here, so the candidates decide:
-    if one of them answers with nothing but a number, all that state one number are compared as numbers.
-
     >>> answer_keys([["1,200", "$1200.00", "1200 pens", None], ["B", "aorta", "B12", ""]], [(), ("Heart", "Aorta")])
     tensor([[ 0,  0,  0, -1],
             [ 0,  0,  2, -1]])
     """
-    rows = []
-    for row, names in zip(answers, options):
-        numeric = any(re.fullmatch(ONLY_NUMBER, (answer or "")[:1000]) for answer in row)
-        keys: list[str | None] = []
-        for answer in (answer or "" for answer in row):
-            option, number = option_of(answer, names), parse_number(answer) if numeric and answer else None
-            text = normalise_text(answer) or None if number is None else str(number)
-            keys.append(text if option is None else names[option])
-        rows.append([-1 if key is None else keys.index(key) for key in keys])
+    rows = [group_answers(row, names) for row, names in zip(answers, options)]
     return torch.tensor(rows, dtype=torch.long)
 
 
