@@ -18,7 +18,8 @@ their tokens, is in engine/candidates.py.
     python rerank.py                                            what can be chosen without a reward, in some seconds
     python rerank.py --run runs/demo --n 16                     what a run's reward makes of its base's samples
     python rerank.py --run runs/demo --candidates mine.jsonl    ... or of yours, {"question": .., "candidates": [..], "answer":
-                                                                ..} on each line; the chosen ones where no answer is known
+                                                                .., "options": [..]} on each line, the last two if there are
+                                                                any; the chosen ones where no answer is known
 """
 
 import argparse
@@ -26,7 +27,6 @@ import itertools
 import json
 import math
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -37,13 +37,21 @@ import data
 import policy
 import reward
 from engine import loading
-from engine.candidates import Candidates, Reading, collect, from_texts, natural_errors, per_token_likelihood, signals
+from engine.candidates import (
+    Candidates,
+    Reading,
+    collect,
+    from_texts,
+    natural_errors,
+    per_token_likelihood,
+    signals,
+)
 from engine.chat import check_text
 from engine.errors import Parser, UserError, exit_status
 from engine.runs import load_run
 from engine.settings import DEVICES, RULES, check_values
 from show.tables import show_choices, show_results
-from tasks import records
+from tasks import countdown, records
 from tasks.answers import group_answers
 
 # Models trained on the demonstrations alone, whose log-probability is the baseline to beat: signal -> folder of a run
@@ -358,7 +366,7 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
     results["distributions"] = {"right": scores[right].tolist(), "wrong": scores[~right].tolist()}
     names = (*LOGPROBS, "reward") if likelihood else LOGPROBS
     results["alarms"] = {name: alarm_rates(*readings[name], right) for name in names if name in readings}
-    if examples[0].task:
+    if examples[0].task and examples[0].trace:  # candidates from a file have no expert's trace beside them
         how = (discriminator.ends_step.cpu(), likelihood, seed)
         truth = natural_errors(candidates, tokenizer, data.end_tokens(tokenizer, policy_model))
         natural = place_results(batch, truth, torch.arange(len(batch)) // candidates.n, readings, *how)
@@ -375,16 +383,23 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
 
 
 def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example], list[str], int]:
-    """JSON lines with question, candidates and, if known, answer -> (examples, texts, n). All lines hold as many candidates
-    as the first one, and an answer if it does; of more than `n`, the first n are used."""
+    """JSON lines with question, candidates and, if known, answer and options -> (examples, texts, n).
+
+    All lines hold as many candidates as the first one, and an answer if it does; of more than `n`, the first n are used.
+    A problem of countdown goes to its own checker, which reads the lines of a response too. (That of words asks for the
+    answer alone, as for any other question.) UserError with the line that is wrong.
+    """
     rows: list[tuple[data.Example, list[str]]] = []
 
     def read(record: dict) -> None:
-        question, answer = records.field(record, "question", needed=True), records.field(record, "answer") or ""
+        question = records.field(record, "question", needed=True)
+        answer = records.field(record, "answer") or ""
+        options = read_options(record.get("options"))
         texts = record.get("candidates")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("field 'candidates' is missing: a list of one or more response texts")
-        rows.append((data.Example(question, "", answer), [check_text(text) for text in texts]))
+        task = "countdown" if countdown.is_question(question) else ""
+        rows.append((data.Example(question, "", answer, options, task), [check_text(text) for text in texts]))
         if len(texts) != len(rows[0][1]):
             raise ValueError(f"{len(texts)} candidates, but the lines before have {len(rows[0][1])}")
         if bool(answer) != bool(rows[0][0].answer):
@@ -393,7 +408,25 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example]
             raise ValueError(f"{len(texts)} candidates are fewer than --n {n}")
 
     records.read_objects(path, records.text_lines(path), read, "question and candidates")
-    return [example for example, _ in rows], [text for _, texts in rows for text in texts[:n]], n or len(rows[0][1])
+    examples = [example for example, _ in rows]
+    texts = [text for _, texts in rows for text in texts[:n]]
+    return examples, texts, n or len(rows[0][1])
+
+
+def read_options(value: object) -> tuple[str, ...]:
+    """The options of a question: a list of texts, or an object with one for each letter. ValueError for anything else.
+
+    >>> read_options(["Heart", "Aorta"]), read_options({"B": "Aorta", "A": "Heart"}), read_options(None)
+    (('Heart', 'Aorta'), ('Heart', 'Aorta'), ())
+    """
+    if isinstance(value, dict):
+        letters = [chr(ord("A") + place) for place in range(len(value))]
+        if sorted(value) != letters:
+            raise ValueError('field \'options\' must have the letters from A on, as in {"A": "..", "B": ".."}')
+        value = [value[letter] for letter in letters]
+    if not isinstance(value or [], list):
+        raise ValueError('field \'options\' must be a list of texts, or {"A": "..", "B": ".."}')
+    return tuple(records.field({"options": option}, "options", needed=True) for option in value or [])
 
 
 def load_judges(run: Path, tokenizer, temperature: float, device) -> dict:
@@ -425,7 +458,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", help="folder of a run of train.py; without it, a demonstration")
     parser.add_argument("--n", type=int, help="candidates per question (default 16, or all of the file's)")
     parser.add_argument("--questions", type=int, default=100, help="test questions")
-    parser.add_argument("--candidates", metavar="FILE", help="JSON lines with question, candidates, answer")
+    parser.add_argument("--candidates", metavar="FILE", help="JSON lines with question, candidates, answer, options")
     parser.add_argument("--rule", default="mean", choices=RULES, help="the reward's trace score")
     parser.add_argument("--policy", default="base", help="who samples: base (the run's), run, or a folder")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy")

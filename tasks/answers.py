@@ -1,9 +1,11 @@
 """Answers as text: how to find one in a response, what it says, and when two of them say the same.
 
-An answer is read as a number, else as a list, else as a formula (tasks/formulas.py), else as words. A true answer is read like
-any other. Own code rather than a library: math-verify 0.9 finds 27 of the 44 pairs in tests/test_answers.py that a user met,
-this file 42. It takes `1 234` for 235, `-$5` for nothing, `18 dollars` for a product of eight letters; it needs 10 to 300 ms
-for a pair, and a signal to stop where a text makes it hang. A test compares the two on formulas, where it is at home.
+An answer is read as a number, else as a list, else as a formula (tasks/formulas.py), else as words.
+A true answer is read like any other. Own code rather than a library: math-verify 0.9 finds 27 of
+the 44 pairs in tests/test_answers.py that a user met, this file 42. It takes `1 234` for 235, `-$5`
+for nothing, `18 dollars` for a product of eight letters; it needs 2 to 360 ms for a pair, and a
+signal to stop where a text makes it hang. On formulas, where it is at home, the two agree (25 and
+26 of 26). A test counts both.
 
 Where this file is stricter than a person may be:
 
@@ -29,7 +31,7 @@ LONGEST = 1000  # characters of an answer that may be a number; no formula or li
 LONGEST_WORDS = 10_000  # characters that are compared as words
 TAIL = 20_000  # characters at a response's end in which its answer is looked for
 
-# 1. Numbers ---------------------------------------------------------------------------------------------------------
+# 1. Numbers ---------------------------------------------------------------------------------------
 
 # One character for all that mean the same: minus signs, slashes, spaces
 ONE_SPELLING = str.maketrans("−–﹣－⁻⁄∕\u00a0\u2009\u202f\u2007’", "-----//    '")
@@ -41,7 +43,9 @@ DIGITS = (
 )
 DECIMAL = rf"(?:{DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})"
 EUROPEAN = r"\d{1,3}(?:\.\d{3})+,\d{1,2}(?!\d)"  # 1.234,50
-POWER_OF_TEN = r"\s?(?:\\times|\\cdot|[×·*x])\s?10\s?(?:\^|\*\*)\s?\{?(?P<power>[-+]?\d{1,3})(?!\d)\}?"
+POWER_OF_TEN = (
+    r"\s?(?:\\times|\\cdot|[×·*x])\s?10\s?(?:\^|\*\*)\s?\{?(?P<power>[-+]?\d{1,3})(?!\d)\}?"
+)
 QUOTIENT = rf"(?:(?P<whole>\d{{1,15}})\s)?(?P<over>-?{DECIMAL})\s?/\s?(?P<under>{DECIMAL})"
 NUMBER = (
     r"(?P<sign>[-+]?)\s?(?P<money>[$€£¥]?)\s?(?P<minus>-?)"
@@ -64,19 +68,48 @@ MULTIPLIERS = {
 }
 PERCENT = r"\s?(?:%|per ?cent\b|percentage points?\b)"
 VULGAR = {
-    "½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
-    "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
-}  # fmt: skip
+    "½": "1/2",
+    "⅓": "1/3",
+    "⅔": "2/3",
+    "¼": "1/4",
+    "¾": "3/4",
+    "⅕": "1/5",
+    "⅖": "2/5",
+    "⅗": "3/5",
+    "⅘": "4/5",
+    "⅙": "1/6",
+    "⅚": "5/6",
+    "⅛": "1/8",
+    "⅜": "3/8",
+    "⅝": "5/8",
+    "⅞": "7/8",
+}
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 UNITS_OF_ONE_LETTER = set("mgshlLVWNJCFa")  # other letters alone are variables: 2x is not 2
-CURRENCIES = {"$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro", "£": "pound", "gbp": "pound", "¥": "yen"}
+CURRENCIES = {
+    "$": "dollar",
+    "usd": "dollar",
+    "€": "euro",
+    "eur": "euro",
+    "£": "pound",
+    "gbp": "pound",
+    "¥": "yen",
+}
 # Beside a number these change it
 NUMERIC_WORDS = set(
     "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty hundred thousand million "
     "billion trillion dozen half halves third thirds quarter quarters twice double triple squared cubed plus minus times "
     "not no never less fewer more greater least most under below above over between than or and to from until".split()
 )
-HARMLESS = {"more", "over", "less", "fewer", "from", "to", "and"}  # .. but not behind it: 18 more apples
+HARMLESS = {
+    "more",
+    "over",
+    "less",
+    "fewer",
+    "from",
+    "to",
+    "and",
+}  # .. but not behind it: 18 more apples
 
 
 class Number(NamedTuple):
@@ -89,7 +122,8 @@ class Number(NamedTuple):
 
 
 def read_number(text: str) -> Number | None:
-    """The number that an undressed text states, with a unit or without; None if anything numeric or operational is left.
+    """The number that an undressed text states, with a unit or without; None if anything numeric or
+    operational is left.
 
     >>> [str(read_number(t).value) for t in ("1,234.50", "- 3/4", "1.5e3", "3 1/2 cups", "5k", "$.50", "1.5 million")]
     ['2469/2', '-3/4', '1500', '7/2', '5000', '1/2', '1500000']
@@ -116,17 +150,29 @@ def read_number(text: str) -> Number | None:
         return None
     negative = part["sign"] == "-" or part["minus"] == "-"
     was_float = len((part["plain"] or "").partition(".")[2]) >= 15
-    return Number(-value if negative else value, CURRENCIES.get(part["money"]) or unit, bool(percent), was_float)
+    return Number(
+        -value if negative else value,
+        CURRENCIES.get(part["money"]) or unit,
+        bool(percent),
+        was_float,
+    )
 
 
 def fractions_as_quotients(text: str) -> str:
-    """Fractions in LaTeX and in Unicode as `a/b`, a space before them: 1\\frac{1}{4} and 1¼ as `1 1/4`."""
+    """Fractions in LaTeX and in Unicode as `a/b`, a space before them: 1\\frac{1}{4} and 1¼ as `1
+    1/4`."""
     if "\\frac" in text:
-        text = re.sub(r"\\frac\s?\{\s?(-?[\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}", r" \1/\2", text)
+        text = re.sub(
+            r"\\frac\s?\{\s?(-?[\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}", r" \1/\2", text
+        )
         text = re.sub(r"\\frac\s?(\d)\s?(\d)", r" \1/\2", text)
     if not text.isascii():
-        text = re.sub(r"[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda match: " " + VULGAR[match[0]], text)
-        text = re.sub(r"(?<=10)[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: "^" + match[0].translate(SUPERSCRIPTS), text)
+        for sign, quotient in VULGAR.items():
+            text = text.replace(sign, f" {quotient}")
+        raised = re.search(r"(?<=10)[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,3}", text)
+        if raised:
+            exponent = raised[0].translate(SUPERSCRIPTS)
+            text = f"{text[: raised.start()]}^{exponent}{text[raised.end() :]}"
     return text
 
 
@@ -151,7 +197,8 @@ def as_fraction(digits: str) -> Fraction:
 
 
 def read_unit(text: str) -> str | None:
-    """What stands behind a number, if it is a unit or other words that leave the number alone; None if it is not.
+    """What stands behind a number, if it is a unit or other words that leave the number alone; None
+    if it is not.
 
     >>> read_unit(" dollars."), read_unit("km/h"), read_unit(" m^2"), read_unit("x"), read_unit(" + 1"), read_unit(":30")
     ('dollar', 'km/h', 'm²', None, None, None)
@@ -159,27 +206,31 @@ def read_unit(text: str) -> str | None:
     text = text.strip()
     if not text:
         return ""
-    text = re.sub(r"(?<=[^\W\d_])\^\{?([23])\}?", superscript, text)
+    text = re.sub(r"(?<=[^\W\d_])\s?\^\{?2\}?", "²", text)
+    text = re.sub(r"(?<=[^\W\d_])\s?\^\{?3\}?", "³", text)
     text = re.sub(r"\^\s?\{?\s?(?:\\circ|°)\s?\}?|\\circ|\\degree", "°", text)
-    if not re.fullmatch(r"(?:[^\W\d_]|[ ,.;()'\"/·°²³µ\n-])*", text) or re.match(r"[/·(-]\s*\w\b|\.\s*\w", text):
+    if not re.fullmatch(r"(?:[^\W\d_]|[ ,.;()'\"/·°²³µ\n-])*", text) or re.match(
+        r"[/·(-]\s*\w\b|\.\s*\w", text
+    ):
         return None
     words = re.findall(r"[^\W\d_]+", text)
     for word in words:
-        if word.lower() in NUMERIC_WORDS - HARMLESS or (len(word) == 1 and word not in UNITS_OF_ONE_LETTER):
+        if word.lower() in NUMERIC_WORDS - HARMLESS or (
+            len(word) == 1 and word not in UNITS_OF_ONE_LETTER
+        ):
             return None
     if re.search(r"(?i)\bor (?:more|less|fewer)\b|\bto\b", text):
         return None
-    singular = [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in text.strip(" .,;()").split()]
+    singular = [
+        word[:-1] if len(word) > 3 and word.endswith("s") else word
+        for word in text.strip(" .,;()").split()
+    ]
     return " ".join(CURRENCIES.get(word.lower(), word) for word in singular)
 
 
-def superscript(match: re.Match) -> str:
-    return {"2": "²", "3": "³"}[match[1]]
-
-
 def number_in_words(text: str) -> Number | None:
-    """The one number of a sentence: `She has 18 apples`. None if a word before it changes it (`not`, `less than`), or if there
-    is more than one.
+    """The one number of a sentence: `She has 18 apples`. None if a word before it changes it
+    (`not`, `less than`), or if there is more than one.
 
     >>> number_in_words("She has 18 apples").value, number_in_words("less than 5"), number_in_words("3 boys, 2 girls")
     (Fraction(18, 1), None, None)
@@ -196,9 +247,14 @@ def number_in_words(text: str) -> Number | None:
 
 
 def same_number(first: Number, second: Number) -> bool:
-    """The same value, and no two units that differ. A percentage agrees with its number, and with the hundredth of it."""
+    """The same value, and no two units that differ. A percentage agrees with its number, and with
+    the hundredth of it."""
     one, other = first.unit.lower(), second.unit.lower()
-    if one and other and not (f"{one} ".startswith(f"{other} ") or f"{other} ".startswith(f"{one} ")):
+    if (
+        one
+        and other
+        and not (f"{one} ".startswith(f"{other} ") or f"{other} ".startswith(f"{one} "))
+    ):
         return False
     if same_value(first, second, Fraction(1)):
         return True
@@ -214,14 +270,34 @@ def same_value(first: Number, second: Number, factor: Fraction) -> bool:
     return one == second.value
 
 
-# 2. Reading an answer ----------------------------------------------------------------------------------------------
+# 2. Reading an answer -----------------------------------------------------------------------------
 
 DRESS = r"\\(?:text[a-z]{0,4}|math(?:rm|bf|it|sf)|mbox|operatorname|boxed|fbox)\s?\{([^{}]*)\}"
 LATEX_MARKS = {
-    "\\$": "$", "\\%": "%", "\\left": "", "\\right": "", "{,}": ",", "\\,": " ", "\\;": " ", "\\:": " ", "\\!": "", "\\ ": " ",
-    "~": " ", "\\(": "", "\\)": "", "\\[": "", "\\]": "", "\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\cfrac": "\\frac",
-    "\\displaystyle": "", "\\approx": "", "\\lbrace": "\\{", "\\rbrace": "\\}",
-}  # fmt: skip
+    "\\\\": "↵",  # a matrix's next row; first, so that its second stroke begins nothing else
+    "\\$": "$",
+    "\\%": "%",
+    "\\left": "",
+    "\\right": "",
+    "{,}": ",",
+    "\\,": " ",
+    "\\;": " ",
+    "\\:": " ",
+    "\\!": "",
+    "\\ ": " ",
+    "~": " ",
+    "\\(": "",
+    "\\)": "",
+    "\\[": "",
+    "\\]": "",
+    "\\dfrac": "\\frac",
+    "\\tfrac": "\\frac",
+    "\\cfrac": "\\frac",
+    "\\displaystyle": "",
+    "\\approx": "",
+    "\\lbrace": "\\{",
+    "\\rbrace": "\\}",
+}
 EQUALS = r"(?<![<>!=≤≥])=(?![=>])"
 NAME = r"[A-Za-z]?[A-Za-z ]*(?:_\{?\w{1,9}\}?)?(?:\([a-z, ]{0,9}\))?"
 ARITHMETIC = r"[\d\s.,()+*/×÷·$€£¥%:^-]*"
@@ -250,8 +326,9 @@ def read(text: str) -> Answer:
 
 @lru_cache(maxsize=10_000)
 def read_short(text: str) -> Answer:
-    words = normalise_text(text)
-    plain = undress(extract_marked(text) or text)
+    marked = extract_marked(text)
+    plain = undress(marked or text)
+    words = normalise_text(plain if marked or "\\" in text else text)
     stated, name = last_side(plain)
     number = read_number(stated)
     if number is not None:
@@ -270,7 +347,8 @@ def read_short(text: str) -> Answer:
 
 
 def undress(text: str) -> str:
-    """An answer without what only dresses it: dollar signs and commands of LaTeX, asterisks, quotes, a full stop.
+    """An answer without what only dresses it: dollar signs and commands of LaTeX, asterisks,
+    quotes, a full stop.
 
     >>> undress("**$7{,}250$**."), undress(r"\\text{(B)}"), undress("=> 18"), undress("−5")
     ('7,250', '(B)', '18', '-5')
@@ -291,8 +369,8 @@ def undress(text: str) -> str:
 
 
 def last_side(text: str) -> tuple[str, str]:
-    """(the last side of an equation that states a result, the name of what it states). `6*7=42` states 42, `x=5` states 5;
-    `2x+3=7` is an equation and states itself.
+    """(the last side of an equation that states a result, the name of what it states). `6*7=42`
+    states 42, `x=5` states 5; `2x+3=7` is an equation and states itself.
 
     >>> last_side("6*7=42"), last_side("x = 5"), last_side("2x+3=7"), last_side("12 apples * 2 = 24 apples")
     (('42', ''), ('5', 'x'), ('2x+3=7', ''), ('24 apples', ''))
@@ -311,7 +389,8 @@ def last_side(text: str) -> tuple[str, str]:
 
 
 def split_items(text: str) -> tuple[str, list[str]]:
-    """(brackets, items) of a list: `(1, 2)`, `[0, 1)`, `\\\\{1, 2\\\\}`, `1, 2`; ("", []) for anything else."""
+    """(brackets, items) of a list: `(1, 2)`, `[0, 1)`, `\\\\{1, 2\\\\}`, `1, 2`; ("", []) for
+    anything else."""
     if "," not in text:
         return "", []
     inside = text.removeprefix("\\")
@@ -331,12 +410,13 @@ def split_items(text: str) -> tuple[str, list[str]]:
     return (brackets, items) if depth == 0 and len(items) > 1 and all(items) else ("", [])
 
 
-# 3. Comparing ------------------------------------------------------------------------------------------------------
+# 3. Comparing -------------------------------------------------------------------------------------
 
 
 def same_answer(predicted: str | None, truth: str, options: tuple[str, ...] = ()) -> bool:
-    """Whether two answers agree: as options where both name one; as numbers, lists or formulas where both are some; else as
-    text without case, punctuation, articles. An empty answer agrees with nothing.
+    """Whether two answers agree: as options where both name one; as numbers, lists or formulas
+    where both are some; else as text without case, punctuation, articles. An empty answer agrees
+    with nothing.
 
     >>> same_answer("$18.00", "18"), same_answer("The left ventricle.", "left ventricle"), same_answer(None, "4")
     (True, True, False)
@@ -356,7 +436,11 @@ def same_answer(predicted: str | None, truth: str, options: tuple[str, ...] = ()
         return bool(truth.strip())
     first = read(predicted)
     second = read(truth)
-    if second.number and not (first.number or first.items or first.formula) and len(predicted) <= LONGEST:
+    if (
+        second.number
+        and not (first.number or first.items or first.formula)
+        and len(predicted) <= LONGEST
+    ):
         number = number_in_words(undress(extract_marked(predicted) or predicted))
         return number is not None and same_number(number, second.number)
     return agree(first, second)
@@ -374,14 +458,20 @@ def agree(first: Answer, second: Answer) -> bool:
         return same_items(first, second)
     if first.items or second.items:
         return False
-    one = first.formula or (first.number and second.formula and [first.number.value] * formulas.POINTS)
-    other = second.formula or (second.number and first.formula and [second.number.value] * formulas.POINTS)
+    one = first.formula or (
+        first.number and second.formula and [first.number.value] * formulas.POINTS
+    )
+    other = second.formula or (
+        second.number and first.formula and [second.number.value] * formulas.POINTS
+    )
     if one and other:
         return formulas.same_values(one, other)
     if one or other or first.number or second.number:
         return False
     if first.latex or second.latex:
-        return first.latex == second.latex or (not (first.latex and second.latex) and first.words == second.words != "")
+        return first.latex == second.latex or (
+            not (first.latex and second.latex) and first.words == second.words != ""
+        )
     return first.words == second.words != ""
 
 
@@ -400,9 +490,10 @@ def same_items(first: Answer, second: Answer) -> bool:
 
 
 def group_answers(answers: list[str | None], options: tuple[str, ...] = ()) -> list[int]:
-    """For each answer the index of the first one that says the same, -1 for none. There is no truth here: two agree if either
-    agrees with the other as its truth. That is not transitive (5 agrees with 5 km and with 5 m, 50% with 50 and with 0.5), so
-    each answer joins the first group whose head it agrees with; heads are the plainest spellings, the most frequent first.
+    """For each answer the index of the first one that says the same, -1 for none. There is no truth
+    here: two agree if either agrees with the other as its truth. That is not transitive (5 agrees
+    with 5 km and with 5 m, 50% with 50 and with 0.5), so each answer joins the first group whose
+    head it agrees with; heads are the plainest spellings, the most frequent first.
 
     >>> group_answers(["1,200", "$1200.00", "1200 pens", None, "It is 1200", "12"])
     [0, 0, 0, -1, 0, 5]
@@ -415,27 +506,38 @@ def group_answers(answers: list[str | None], options: tuple[str, ...] = ()) -> l
 
     def plainness(answer: str) -> tuple:
         number = read(answer).number
-        return number is None, number is not None and number.percent, number is not None and bool(number.unit), -counts[answer]
+        return (
+            number is None,
+            number is not None and number.percent,
+            number is not None and bool(number.unit),
+            -counts[answer],
+        )
 
     heads: list[str] = []
     group: dict[str, str] = {}
     for answer in sorted(places, key=lambda answer: (plainness(answer), answer)):
-        joined = (head for head in heads if same_answer(answer, head, options) or same_answer(head, answer, options))
+        joined = (
+            head
+            for head in heads
+            if same_answer(answer, head, options) or same_answer(head, answer, options)
+        )
         group[answer] = next(joined, answer)
         if group[answer] == answer:
             heads.append(answer)
-    first = {head: min(places[answer] for answer in group if group[answer] == head) for head in heads}
+    first = {
+        head: min(places[answer] for answer in group if group[answer] == head) for head in heads
+    }
     return [first[group[answer]] if answer in group else -1 for answer in answers]
 
 
-# 4. Options --------------------------------------------------------------------------------------------------------
+# 4. Options ---------------------------------------------------------------------------------------
 
 LETTER = r"(?:(?i:option|choice|answer)\s+)?[(\[]?(?P<letter>[A-Za-z])(?P<closed>[)\]:])?(?P<dot>\.)?(?P<rest>(?:\s.*)?)"
 
 
 def option_of(answer: str, options: tuple[str, ...]) -> int | None:
-    """Which option an answer names: by its text, its number, or its letter. Text comes first: with the options B12, C and D
-    an answer "C" is the vitamin, not the third.
+    """Which option an answer names: by its text, its number, or its letter. Text comes first: with
+    the options B12, C and D an answer "C" is the vitamin, not the third.
 
     >>> [option_of(answer, ("Mitral valve", "Aortic valve")) for answer in ("b", "B. the aorta", "aortic valve.", "C", "")]
     [1, 1, 1, None, None]
@@ -461,8 +563,8 @@ def option_of(answer: str, options: tuple[str, ...]) -> int | None:
 
 
 def option_by_letter(answer: str, options: tuple[str, ...]) -> int | None:
-    """Which option an answer names by its letter, alone or before words. Behind a bare letter, or one with a full stop, the
-    words must be of the option: E. coli is not the fifth.
+    """Which option an answer names by its letter, alone or before words. Behind a bare letter, or
+    one with a full stop, the words must be of the option: E. coli is not the fifth.
 
     >>> options = ("Mitral valve", "Aortic valve", "Heart", "Lung", "Liver")
     >>> [option_by_letter(t, options) for t in ("(B) what ever", "Option B", "B Aortic valve", "E. coli", "B, C", "A valve")]
@@ -488,7 +590,7 @@ def stems(words: str) -> set[str]:
     return {word[:4] for word in words.split() if len(word) >= 4}
 
 
-# 5. Words ----------------------------------------------------------------------------------------------------------
+# 5. Words -----------------------------------------------------------------------------------------
 
 # What changes the number after it: a comparator (no arrow), a sign (no hyphen, as in '3-5' or '3 - 5').
 COMPARATOR = r"(?<![-=])[<>≤≥]=?(?=\s*[-+−]?[$€£]?\.?\d)"
@@ -498,7 +600,8 @@ ONE_SYMBOL = str.maketrans({"−": "-", "≤": "<=", "≥": ">=", "×": "*", "÷
 
 
 def normalise_text(text: str) -> str:
-    """Lower case, no option letter, punctuation or articles, single spaces. Empty only if `text` is.
+    """Lower case, no option letter, punctuation or articles, single spaces. Empty only if `text`
+    is.
 
     >>> [normalise_text(t) for t in ("B. The left  ventricle!", "A", "≤ 5 mg", "−5 dB", "12:30")]
     ['left ventricle', 'a', '<= 5 mg', '- 5 db', '12 : 30']
@@ -514,7 +617,7 @@ def plain_words(text: str) -> str:
     return " ".join(kept or words or text.split()).translate(ONE_SYMBOL)
 
 
-# 6. Finding the answer in a response -------------------------------------------------------------------------------
+# 6. Finding the answer in a response --------------------------------------------------------------
 
 MARKER = (
     r"(?i)(?P<tag><answer>)|(?P<box>\\(?:boxed|fbox)\s?\{)|(?P<hashes>#{4,})"
@@ -536,9 +639,10 @@ NUMBER_IN_TEXT = (
 
 
 def extract_answer(response: str) -> str | None:
-    """The answer a response gives: what the last marker holds among <answer>, \\boxed{}, `####` and `the answer is`, up to
-    where the text runs on into another question. Headings and empty markers hold nothing. Without a marker, the last
-    number: that favours a base model which was never told about our tags. None if nothing fits.
+    """The answer a response gives: what the last marker holds among <answer>, \\boxed{}, `####` and
+    `the answer is`, up to where the text runs on into another question. Headings and empty markers
+    hold nothing. Without a marker, the last number: that favours a base model which was never told
+    about our tags. None if nothing fits.
 
     >>> extract_answer("<think>2+3=5</think><answer> 5 </answer>"), extract_answer("so it is $1,200."), extract_answer("hm")
     ('5', '$1,200', None)
@@ -557,8 +661,8 @@ def extract_answer(response: str) -> str | None:
 
 
 def extract_marked(text: str) -> str | None:
-    """What the last marker of a text holds, None if there is none. An empty tag holds the empty answer, if nothing else is
-    there."""
+    """What the last marker of a text holds, None if there is none. An empty tag holds the empty
+    answer, if nothing else is there."""
     places = list(re.finditer(MARKER, text))
     if not places:
         return None
@@ -579,7 +683,8 @@ def extract_marked(text: str) -> str | None:
 
 
 def content_of(match: re.Match, text: str, ends: list[int], braces: dict[int, int]) -> str | None:
-    """What one marker holds: in a tag or a box anything, elsewhere a number, an option's letter or a formula."""
+    """What one marker holds: in a tag or a box anything, elsewhere a number, an option's letter or
+    a formula."""
     start = match.end()
     if match["tag"]:
         place = bisect_left(ends, start)
@@ -612,7 +717,8 @@ def matching_braces(text: str) -> dict[int, int]:
 
 
 def states_result(text: str) -> bool:
-    """Whether a text is a number, an option's letter, a formula or a list of them, and nothing else."""
+    """Whether a text is a number, an option's letter, a formula or a list of them, and nothing
+    else."""
     plain = undress(text)
     if not plain:
         return False
@@ -625,7 +731,8 @@ def states_result(text: str) -> bool:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a running text, as it is written; or the last formula between dollars, if no number follows it."""
+    """The last number of a running text, as it is written; or the last formula between dollars, if
+    no number follows it."""
     numbers = list(re.finditer(NUMBER_IN_TEXT, text))
     last = numbers[-1] if numbers else None
     formula = None
@@ -644,10 +751,14 @@ def last_statement(text: str) -> str | None:
     if not markers or not markers[-1]["prose"]:
         return None
     words = text[markers[-1].end() :].strip().strip("*.!_ ")
-    return words if words and len(words) <= LONGEST_SENTENCE and not re.search(r"[\d\n]", words) else None
+    return (
+        words
+        if words and len(words) <= LONGEST_SENTENCE and not re.search(r"[\d\n]", words)
+        else None
+    )
 
 
-# 7. A data set's answers -------------------------------------------------------------------------------------------
+# 7. A data set's answers --------------------------------------------------------------------------
 
 MOST = 0.8  # of the answers of one kind make the others odd
 
@@ -657,7 +768,9 @@ def kind_of(answer: str) -> str:
     stated = read(answer)
     if stated.number:
         return "number"
-    if re.fullmatch(r"\W*[A-Za-z]\W*", undress(extract_marked(answer[:LONGEST]) or answer[:LONGEST])):
+    if re.fullmatch(
+        r"\W*[A-Za-z]\W*", undress(extract_marked(answer[:LONGEST]) or answer[:LONGEST])
+    ):
         return "letter"
     if stated.items or stated.formula:
         return "list" if stated.items else "formula"
@@ -665,8 +778,9 @@ def kind_of(answer: str) -> str:
 
 
 def odd_answers(answers: list[str]) -> list[int]:
-    """The places of true answers that are not read as their neighbours are: where four in five are numbers, those that are
-    none; where four in five are letters, likewise. Words may be of any kind: with them nothing is odd but what is empty.
+    """The places of true answers that are not read as their neighbours are: where four in five are
+    numbers, those that are none; where four in five are letters, likewise. Words may be of any
+    kind: with them nothing is odd but what is empty.
 
     >>> odd_answers(["5", "7.5", "1/2", "eight", "1,000", "12"]), odd_answers(["B", "C", "A"]), odd_answers(["5", "heart"])
     ([3], [], [])

@@ -14,6 +14,7 @@ than author. Nothing tells it which grade is to be wished for.
 
 import itertools
 import random
+import re
 
 from tasks import common
 from tasks.common import Solution, first_wrong, wrong_digit
@@ -69,6 +70,15 @@ def problem_of(question: str) -> tuple[Numbers, int]:
     """question_of, backwards: '7 12 4 > 15' -> ((7, 12, 4), 15)."""
     numbers, target = question.split(" > ")
     return tuple(map(int, numbers.split())), int(target)
+
+
+def is_question(text: str) -> bool:
+    """Whether a text is a problem as `question_of` writes it, of five numbers at most: more take seconds to check.
+
+    >>> is_question("7 12 4 > 15"), is_question("Is 7 > 5?")
+    (True, False)
+    """
+    return re.fullmatch(r"\d{1,4}(?: \d{1,4}){1,4} > \d{1,9}", text) is not None
 
 
 def split_of(numbers: Numbers, target: int) -> str:

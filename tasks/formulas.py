@@ -1,9 +1,10 @@
-"""Formulas, in LaTeX or plain: what one is worth at three fixed points. Two formulas agree if they are worth the same at each.
+"""Formulas, in LaTeX or plain: what one is worth at three fixed points. Two formulas agree if they
+are worth the same at each.
 
-Polynomials and quotients of them are evaluated exactly, in fractions. Two different ones seldom meet at a point drawn at
-random (Schwartz 1980, Zippel 1979), and do not meet at three. Roots and functions are complex floats, close to 1e-9. Nothing
-is expanded or simplified, so the time grows with the length of the text, and no text makes it hang.
-"""
+Polynomials and quotients of them are evaluated exactly, in fractions. Two different ones seldom
+meet at a point drawn at random (Schwartz 1980, Zippel 1979), and do not meet at three. Roots and
+functions are complex floats, close to 1e-9. Nothing is expanded or simplified, so the time grows
+with the length of the text, and no text makes it hang. """
 
 import cmath
 import math
@@ -16,7 +17,19 @@ DEEPEST = 30  # brackets inside brackets
 LARGEST = 2048  # bits of an exact power; a larger one becomes a float
 POINTS = 3
 TOKEN = r"\d+(?:\.\d+)?|\.\d+|\\[A-Za-z]+|\\.|[A-Za-zΑ-ω]+|\*\*|\S"
-NO_MEANING = {"\\left", "\\right", "\\displaystyle", "\\quad", "\\qquad", "\\,", "\\;", "\\:", "\\!", "\\ ", "~"}
+NO_MEANING = {
+    "\\left",
+    "\\right",
+    "\\displaystyle",
+    "\\quad",
+    "\\qquad",
+    "\\,",
+    "\\;",
+    "\\:",
+    "\\!",
+    "\\ ",
+    "~",
+}
 SAME_TOKEN = {
     "\\dfrac": "\\frac",
     "\\tfrac": "\\frac",
@@ -78,7 +91,8 @@ class NoFormula(ValueError):
 def evaluate(text: str) -> list | None:
     """What a formula is worth at each point; None for a text that is none.
 
-    Arithmetic on nothing but numbers is none: `3+4` is a task and not its answer, and `5-10` may be a range.
+    Arithmetic on nothing but numbers is none: `3+4` is a task and not its answer, and `5-10` may be
+    a range.
 
     >>> same_values(evaluate("2(x+1)^2"), evaluate("2x^2 + 4x + 2")), same_values(evaluate("x+1"), evaluate("x-1"))
     (True, False)
@@ -94,7 +108,8 @@ def evaluate(text: str) -> list | None:
 
 
 def same_values(first: list, second: list) -> bool:
-    """Whether two formulas are worth the same at each point: exactly where both are fractions, else to 1e-9."""
+    """Whether two formulas are worth the same at each point: exactly where both are fractions, else
+    to 1e-9."""
     for one, other in zip(first, second):
         if isinstance(one, Fraction) and isinstance(other, Fraction):
             if one != other:
@@ -113,7 +128,8 @@ def close(one, other) -> bool:
 
 
 def value_at(name: str, point: int) -> Fraction:
-    """The value that a variable has at a point: drawn by its name, below zero at one of the points."""
+    """The value that a variable has at a point: drawn by its name, below zero at one of the
+    points."""
     size = Fraction(zlib.crc32(f"{name} at {point}".encode()) % 99_989 + 1, 40_009)
     return -size if point == zlib.crc32(name.encode()) % POINTS else size
 
@@ -208,7 +224,8 @@ class Reader:
                 return value
 
     def starts_factor(self, token: str) -> bool:
-        """Whether a token after a factor begins another one: not a number, since `x 2` may be x_2."""
+        """Whether a token after a factor begins another one: not a number, since `x 2` may be
+        x_2."""
         return token.isalpha() or token in ("(", "{") or token.startswith("\\")
 
     def signed(self) -> list:
@@ -226,7 +243,9 @@ class Reader:
             if token == "!":
                 value = [self.factorial(one) for one in value]
             else:
-                exponent = self.exponent() if token == "^" else [Fraction(SUPERSCRIPTS[token])] * POINTS
+                exponent = (
+                    self.exponent() if token == "^" else [Fraction(SUPERSCRIPTS[token])] * POINTS
+                )
                 value = [power(one, other) for one, other in zip(value, exponent)]
         return value
 
@@ -323,7 +342,8 @@ class Reader:
         return text
 
     def function(self, name: str) -> list:
-        """f(z), f z, f^2 z, \\log_b z. Without brackets the argument is one product of atoms: sin 2x is sin(2x)."""
+        """f(z), f z, f^2 z, \\log_b z. Without brackets the argument is one product of atoms: sin
+        2x is sin(2x)."""
         exponent = base = None
         while self.peek() in ("^", "_"):
             if self.take() == "^":
@@ -341,8 +361,13 @@ class Reader:
         return value
 
     def plain_argument(self) -> list:
-        """An argument without brackets: numbers, names, fractions and roots side by side, up to a function or an operator."""
+        """An argument without brackets: numbers, names, fractions and roots side by side, up to a
+        function or an operator."""
         value = self.powered()
-        while self.starts_factor(self.peek()) and self.peek().removeprefix("\\") not in FUNCTIONS and self.peek() != "(":
+        while (
+            self.starts_factor(self.peek())
+            and self.peek().removeprefix("\\") not in FUNCTIONS
+            and self.peek() != "("
+        ):
             value = [one * other for one, other in zip(value, self.powered())]
         return value
