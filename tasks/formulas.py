@@ -4,7 +4,7 @@ are worth the same at each.
 Polynomials and quotients of them are evaluated exactly, in fractions. Two different ones seldom
 meet at a point drawn at random (Schwartz 1980, Zippel 1979), and do not meet at three. Roots and
 functions are complex floats, close to 1e-9. Nothing is expanded or simplified, so the time grows
-with the length of the text, and no text makes it hang. """
+with the length of the text, and no text makes it hang."""
 
 import cmath
 import math
@@ -94,10 +94,14 @@ def evaluate(text: str) -> list | None:
     Arithmetic on nothing but numbers is none: `3+4` is a task and not its answer, and `5-10` may be
     a range.
 
-    >>> same_values(evaluate("2(x+1)^2"), evaluate("2x^2 + 4x + 2")), same_values(evaluate("x+1"), evaluate("x-1"))
-    (True, False)
-    >>> same_values(evaluate(r"\\frac{\\sqrt{12}}{2}"), evaluate("sqrt(3)")), evaluate("3+4"), evaluate("the heart")
-    (True, None, None)
+    >>> same_values(evaluate("2(x+1)^2"), evaluate("2x^2 + 4x + 2"))
+    True
+    >>> same_values(evaluate("x+1"), evaluate("x-1"))
+    False
+    >>> same_values(evaluate("\\\\frac{\\\\sqrt{12}}{2}"), evaluate("sqrt(3)"))
+    True
+    >>> evaluate("3+4"), evaluate("the heart")
+    (None, None)
     """
     if len(text) > LONGEST:
         return None
@@ -159,7 +163,8 @@ class Reader:
     product  signed (('*' | '/' | nothing, before a name, a command or a bracket) signed)*
     signed   ('+' | '-')* powered
     powered  atom ('^' exponent | '!')*
-    atom     number | name | bracket | |sum| | \\frac{sum}{sum} | \\sqrt[sum]{sum} | function argument
+    atom     number | name | bracket | |sum| | \\frac{sum}{sum} | \\sqrt[sum]{sum}
+             | function argument
     """
 
     def __init__(self, text: str) -> None:

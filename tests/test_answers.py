@@ -112,7 +112,7 @@ def test_extract_answer(response, answer):
     assert extract_answer(response) == answer
 
 
-# What users met: as a person judges, but for STRICTER, which the docstring of tasks/answers.py argues
+# What users met: as a person judges, but for STRICTER, which tasks/answers.py argues
 PAIRS = [
     (".5", "0.5", True),
     ("$.50", "0.5", True),
@@ -471,7 +471,7 @@ def read_candidates(tmp_path, record: str) -> Candidates:
 @pytest.mark.parametrize("options", ['["Mitral", "Aortic"]', '{"B": "Aortic", "A": "Mitral"}'])
 def test_candidates_keep_their_options(tmp_path, options):
     texts = '["<answer>Aortic</answer>", "<answer>B</answer>", "<answer>A</answer>"]'
-    record = f'{{"question": "Which valve?", "options": {options}, "answer": "B", "candidates": {texts}}}'
+    record = f'{{"question": "?", "options": {options}, "answer": "B", "candidates": {texts}}}'
     found = read_candidates(tmp_path, record)
     assert found.examples[0].options == ("Mitral", "Aortic") and found.correct.tolist() == [
         [1, 1, 0]
