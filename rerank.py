@@ -18,7 +18,8 @@ their tokens, is in engine/candidates.py.
     python rerank.py                                            what can be chosen without a reward, in some seconds
     python rerank.py --run runs/demo --n 16                     what a run's reward makes of its base's samples
     python rerank.py --run runs/demo --candidates mine.jsonl    ... or of yours, {"question": .., "candidates": [..], "answer":
-                                                                ..} on each line; the chosen ones where no answer is known
+                                                                .., "options": [..]} on each line, the last two if there are
+                                                                any; the chosen ones where no answer is known
 """
 
 import argparse
@@ -26,7 +27,6 @@ import itertools
 import json
 import math
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -52,8 +52,8 @@ from engine.errors import Parser, UserError, exit_status
 from engine.runs import load_run
 from engine.settings import DEVICES, RULES, check_values
 from show.tables import show_choices, show_results
-from tasks import records
-from tasks.answers import ONLY_NUMBER, normalise_text, option_of, parse_number
+from tasks import countdown, records
+from tasks.answers import group_answers
 
 # Models trained on the demonstrations alone, whose log-probability is the baseline to beat: signal -> folder of a run
 JUDGES = {"sft_logprob": "sft", "sft_fair_logprob": "sft_fair"}
@@ -120,22 +120,11 @@ def answer_keys(answers: list[list[str | None]], options: list[tuple[str, ...]])
     """Answers as integers to vote with: [Q, N] long, equal where same_answer would call two of a question's answers the
     same, -1 for none. An answer that names one of the question's options, by letter or by text, is that option.
 
-    same_answer looks at the truth to decide between numbers and words. There is no truth here, so the candidates decide:
-    if one of them answers with nothing but a number, all that state one number are compared as numbers.
-
     >>> answer_keys([["1,200", "$1200.00", "1200 pens", None], ["B", "aorta", "B12", ""]], [(), ("Heart", "Aorta")])
     tensor([[ 0,  0,  0, -1],
             [ 0,  0,  2, -1]])
     """
-    rows = []
-    for row, names in zip(answers, options):
-        numeric = any(re.fullmatch(ONLY_NUMBER, (answer or "")[:1000]) for answer in row)
-        keys: list[str | None] = []
-        for answer in (answer or "" for answer in row):
-            option, number = option_of(answer, names), parse_number(answer) if numeric and answer else None
-            text = normalise_text(answer) or None if number is None else str(number)
-            keys.append(text if option is None else names[option])
-        rows.append([-1 if key is None else keys.index(key) for key in keys])
+    rows = [group_answers(row, names) for row, names in zip(answers, options)]
     return torch.tensor(rows, dtype=torch.long)
 
 
@@ -383,7 +372,7 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
     likelihood = per_token_likelihood(discriminator)
     names = (*LOGPROBS, "reward") if likelihood else LOGPROBS
     results["alarms"] = {name: alarm_rates(*readings[name], right) for name in names if name in readings}
-    if examples[0].task:
+    if examples[0].task and examples[0].trace:  # candidates from a file have no expert's trace beside them
         how = (discriminator.step_end_tokens.cpu(), likelihood, seed)
         truth = natural_errors(candidates, tokenizer, data.end_tokens(tokenizer, policy_model))
         natural = place_results(batch, truth, torch.arange(len(batch)) // candidates.n, readings, *how)
@@ -400,16 +389,23 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
 
 
 def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example], list[str], int]:
-    """JSON lines with question, candidates and, if known, answer -> (examples, texts, n). All lines hold as many candidates
-    as the first one, and an answer if it does; of more than `n`, the first n are used."""
+    """JSON lines with question, candidates and, if known, answer and options -> (examples, texts, n).
+
+    All lines hold as many candidates as the first one, and an answer if it does; of more than `n`, the first n are used.
+    A problem of countdown goes to its own checker, which reads the lines of a response too. (That of words asks for the
+    answer alone, as for any other question.) UserError with the line that is wrong.
+    """
     rows: list[tuple[data.Example, list[str]]] = []
 
     def read(record: dict) -> None:
-        question, answer = records.field(record, "question", needed=True), records.field(record, "answer") or ""
+        question = records.field(record, "question", needed=True)
+        answer = records.field(record, "answer") or ""
+        options = read_options(record.get("options"))
         texts = record.get("candidates")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("field 'candidates' is missing: a list of one or more response texts")
-        rows.append((data.Example(question, "", answer), [check_text(text) for text in texts]))
+        task = "countdown" if countdown.is_question(question) else ""
+        rows.append((data.Example(question, "", answer, options, task), [check_text(text) for text in texts]))
         if len(texts) != len(rows[0][1]):
             raise ValueError(f"{len(texts)} candidates, but the lines before have {len(rows[0][1])}")
         if bool(answer) != bool(rows[0][0].answer):
@@ -418,7 +414,25 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example]
             raise ValueError(f"{len(texts)} candidates are fewer than --n {n}")
 
     records.read_objects(path, records.text_lines(path), read, "question and candidates")
-    return [example for example, _ in rows], [text for _, texts in rows for text in texts[:n]], n or len(rows[0][1])
+    examples = [example for example, _ in rows]
+    texts = [text for _, texts in rows for text in texts[:n]]
+    return examples, texts, n or len(rows[0][1])
+
+
+def read_options(value: object) -> tuple[str, ...]:
+    """The options of a question: a list of texts, or an object with one for each letter. ValueError for anything else.
+
+    >>> read_options(["Heart", "Aorta"]), read_options({"B": "Aorta", "A": "Heart"}), read_options(None)
+    (('Heart', 'Aorta'), ('Heart', 'Aorta'), ())
+    """
+    if isinstance(value, dict):
+        letters = [chr(ord("A") + place) for place in range(len(value))]
+        if sorted(value) != letters:
+            raise ValueError('field \'options\' must have the letters from A on, as in {"A": "..", "B": ".."}')
+        value = [value[letter] for letter in letters]
+    if not isinstance(value or [], list):
+        raise ValueError('field \'options\' must be a list of texts, or {"A": "..", "B": ".."}')
+    return tuple(records.field({"options": option}, "options", needed=True) for option in value or [])
 
 
 def load_judges(run: Path, tokenizer, temperature: float, device) -> dict:
@@ -450,7 +464,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", help="folder of a run of train.py; without it, a demonstration")
     parser.add_argument("--n", type=int, help="candidates per question (default 16, or all of the file's)")
     parser.add_argument("--questions", type=int, default=100, help="test questions")
-    parser.add_argument("--candidates", metavar="FILE", help="JSON lines with question, candidates, answer")
+    parser.add_argument("--candidates", metavar="FILE", help="JSON lines with question, candidates, answer, options")
     parser.add_argument("--rule", default="mean", choices=RULES, help="the reward's trace score")
     parser.add_argument("--policy", default="base", help="who samples: base (the run's), run, or a folder")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy")

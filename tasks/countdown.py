@@ -88,6 +88,15 @@ def problem_of(question: str) -> tuple[Numbers, int]:
     return tuple(integers[:-1]), integers[-1]
 
 
+def is_question(text: str) -> bool:
+    """Whether a text is a problem as `question_of` writes it, of five numbers at most: more take seconds to check.
+
+    >>> is_question("7 12 4 > 15"), is_question("Is 7 > 5?")
+    (True, False)
+    """
+    return re.fullmatch(r"\d{1,4}(?: \d{1,4}){1,4} > \d{1,9}", text) is not None
+
+
 def split_of(numbers: Numbers, target: int) -> str:
     """common.split_of, the same for every order of the numbers."""
     return common.split_of(question_of(tuple(sorted(numbers)), target))

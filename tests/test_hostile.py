@@ -31,7 +31,7 @@ from engine import loading
 from engine.errors import UserError, exit_status, printable
 from show import report, trace
 from tasks import records
-from tasks.answers import extract_answer, same_answer
+from tasks.answers import extract_answer, odd_answers, same_answer
 
 ROOT = Path(data.__file__).parent
 MODULES = sorted(str(path.relative_to(ROOT))[:-3].replace("/", ".") for room in (".", "engine", "show", "tasks")
@@ -40,28 +40,45 @@ SOURCES = sorted(path for path in ROOT.rglob("*.py") if not {".venv", "runs"} & 
 
 # Regular expressions -------------------------------------------------------------------------------------------
 
-SIZE = 100_000
-UNITS = ("1", "1,", ",111", "1,111", "-", "$1", "1.", "1/", "1 / ", " ", "\t", "\n", "\r\n", "a", "A. ", "A.\n", "A) x ",
+SIZE = 10_000  # characters, and twice that
+UNITS = ("The answer is 1. ", "answer: a. ", "\\boxed{}", "$x$", "\\(", "\\frac{1}{", "\\text{", "\n\nQuestion:", "x=",
+         "1", "1,", ",111", "1,111", "-", "$1", "1.", "1/", "1 / ", " ", "\t", "\n", "\r\n", "a", "A. ", "A.\n", "A) x ",
          "(A) ", "####", "<answer>", "</answer>", "<think>\n", "\\boxed{", "{", "}", "{}", "<", "<<", ">>", "<<1", "<<1=1>>",
          "+", "1+", "1*1=", "3*12=36\n", "(1)*", "٣", "²", "é", "_", "the ", "Explanation:", "<style", "<style>", "<metadata>",
          ' id="', 'viewBox="', '<section id="a"><h2>', "url(#", "\x00", "\u2028", "\u3000", "😀")  # fmt: skip
-ADVERSARIES = [unit * (SIZE // len(unit)) for unit in UNITS]
-ADVERSARIES += [end + text + end for text in ("1" * SIZE, " " * SIZE, "1 " * (SIZE // 2)) for end in ("x", "1", "!")]
-ADVERSARIES += ["A. " + "x " * (SIZE // 2) + "\x00", "1" + " " * SIZE + "x", "A. x" + " " * SIZE + "y", "<<" + "1" * SIZE,
-                "1,111" + ",111" * (SIZE // 4) + "1", "\n".join(["A. x" + " " * 300 + "y"] * (SIZE // 300))]  # fmt: skip
-LIMIT = 0.1  # seconds of processor time
+SHARE = 3  # of the time of a text, for one twice as long: 2 if it is linear, 4 if it is quadratic
+TINY = 0.05  # seconds of processor time in which no growth is looked for: quadratic would be seconds
+
+
+def adversaries(size: int) -> list[str]:
+    """Texts of about that many characters, each made to be slow."""
+    texts = [unit * (size // len(unit)) for unit in UNITS]
+    texts += [end + text + end for text in ("1" * size, " " * size, "1 " * (size // 2)) for end in ("x", "1", "!")]
+    texts += ["A. " + "x " * (size // 2) + "\x00", "1" + " " * size + "x", "A. x" + " " * size + "y", "<<" + "1" * size]
+    texts += ["1,111" + ",111" * (size // 4) + "1", "\n".join(["A. x" + " " * 300 + "y"] * (size // 300))]
+    return texts
 
 
 def seconds(function, text: str) -> float:
-    """Processor time of function(text): the best of three where the first was slow, since this machine may be busy."""
-    best = float("inf")
-    for _ in range(3):
-        start = time.process_time()
-        function(text)
-        best = min(best, time.process_time() - start)
-        if best < LIMIT / 2:
-            break
-    return best
+    """Processor time of function(text)."""
+    start = time.process_time()
+    function(text)
+    return time.process_time() - start
+
+
+def assert_linear(function, size: int = SIZE) -> None:
+    """A text twice as long takes at most SHARE times as long, whatever the machine. The least of some times counts, since
+    others run beside."""
+    for short, long in zip(adversaries(size), adversaries(2 * size)):
+        function(short)  # what is compiled once is
+        slow = seconds(function, long)
+        fast = seconds(function, short)
+        for _ in range(6):
+            if slow <= max(SHARE * fast, TINY):
+                break
+            slow = min(slow, seconds(function, long))
+            fast = min(fast, seconds(function, short))
+        assert slow <= max(SHARE * fast, TINY), f"{fast:.3f} s, twice as long {slow:.3f} s for {long[:30]!r}..."
 
 
 def source_of(module: str) -> Path:
@@ -126,9 +143,12 @@ def test_regular_expressions_take_linear_time(method, pattern):
         found = pattern.sub("", text) if method == "sub" else getattr(pattern, method)(text)
         return list(found) if method == "finditer" else found
 
-    for text in ADVERSARIES:
-        took = seconds(apply, text)
-        assert took < LIMIT, f"{took:.2f} s for {text[:30]!r}... with {pattern.pattern}"
+    assert_linear(apply)
+
+
+def test_a_quadratic_pattern_is_noticed():
+    with pytest.raises(AssertionError, match="twice as long"):
+        assert_linear(re.compile(r"\s+x").findall, 4000)
 
 
 def medreason(text):
@@ -152,6 +172,8 @@ USES = {
     "from_medreason": medreason,
     **{f"perturb: {kind}": broken(kind) for kind in [*negatives.BROKEN, "carried"]},
     "first_error": lambda text: data.first_error(Example("?", "1+1=2", "2", task="words"), text),
+    "same_answer: options": lambda text: same_answer(text, "B", ("Mitral valve", text)),
+    "odd_answers": lambda text: odd_answers([text, "1"]),
     "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),
     "printable": printable,
     "report": lambda text: page_with(traces=[{"question": text, "tokens": [text], "rewards": [0.5]}]),
@@ -160,9 +182,7 @@ USES = {
 
 @pytest.mark.parametrize("name", USES)
 def test_functions_take_linear_time(name):
-    for text in ADVERSARIES:
-        took = seconds(USES[name], text)
-        assert took < LIMIT, f"{took:.2f} s for {text[:30]!r}..."
+    assert_linear(USES[name])
 
 
 # Weights and code ----------------------------------------------------------------------------------------------
