@@ -63,7 +63,7 @@ def test_activations_are_counted_right_from_few_tokens(small_config, rank, recom
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_output_matrix_takes_what_is_said(rank):
     """The exact policy loss and its backward, with a vocabulary so large that [N, V] alone would be several times more."""
-    V, H, N = 40_000, 128, 2000
+    V, H, N = 40_000, 128, 4000
     dtype = cards.type_of_base(rank)
     matrices = [torch.nn.Parameter(torch.randn(V, H).to(dtype), requires_grad=not rank) for _ in range(2)]
     if not rank:
