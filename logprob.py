@@ -33,9 +33,11 @@ from torch.autograd.function import once_differentiable
 from engine.errors import UserError
 from engine.loading import output_layer  # noqa: F401  (weight, softcap) of a model: for callers
 
-# Numbers in one block of logits, [R, V]. A CPU does best where a block does not outgrow its caches
-# by much (64 MB); a GPU wants few launches, and pays for a block's memory (128 MB) several times.
-BLOCK = {"cpu": 2**24, "cuda": 2**25}
+# Numbers in one block of logits, [R, V], that are multiplied at once (128 MB): with fewer rows the
+# matrix would be read too often. And of a strip of it, for what is done number by number: on a CPU
+# it is to stay in the cache (8 MB), while a GPU wants few launches.
+BLOCK = 2**25
+STRIP = {"cpu": 2**21, "cuda": 2**24}
 
 # 1. Logits ----------------------------------------------------------------------------------------
 
@@ -100,10 +102,24 @@ def all_logprobs(hidden, weight, temperature: float = 1.0, softcap: float = 0.0)
     return scaled(product(hidden, weight), temperature, softcap).log_softmax(-1)
 
 
+def row_pieces(count: int, columns: int, numbers: int) -> list[slice]:
+    """0..count in pieces of so many rows that a piece has at most these numbers, but one row.
+
+    >>> row_pieces(count=5, columns=10, numbers=20)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
+    rows = max(1, numbers // columns)
+    return [slice(start, start + rows) for start in range(0, count, rows)]
+
+
 def row_blocks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    """0..N in pieces whose logits are one block."""
-    rows = max(1, BLOCK.get(hidden.device.type, BLOCK["cpu"]) // len(weight))
-    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+    """0..N in pieces whose logits are a block."""
+    return row_pieces(len(hidden), len(weight), BLOCK)
+
+
+def strips(x: torch.Tensor) -> list[slice]:
+    """The rows of a block [R, V] in strips."""
+    return row_pieces(*x.shape, STRIP.get(x.device.type, STRIP["cpu"]))
 
 
 class Gradients:
@@ -150,12 +166,15 @@ class _TokenLogprobs(torch.autograd.Function):
         matrix = weight.to(sum_type(hidden))
         gradients = Gradients(hidden, matrix, ctx.needs_input_grad[1])
         for rows in row_blocks(hidden, matrix):
-            grad = grad_logprobs[rows, None]  # [R, 1]
             x = product(hidden[rows], matrix)  # [R, V], once more
-            pi = scaled(x, *ctx.scale).softmax(-1)
-            grad_z = pi.mul_(-grad)  # -grad pi(v) for every action v,
-            grad_z.scatter_add_(-1, tokens[rows, None], grad)  # and grad more for the given one
-            gradients.add(rows, through_scaled(grad_z, x, *ctx.scale))
+            for strip in strips(x):
+                grad = grad_logprobs[rows][strip, None]
+                token = tokens[rows][strip, None]
+                grad_z = -grad * scaled(x[strip], *ctx.scale).softmax(-1)  # for every action,
+                grad_z.scatter_add_(-1, token, grad)  # and more for the given one
+                x[strip] = through_scaled(grad_z, x[strip], *ctx.scale)
+            gradients.add(rows, x)  # by now dL/dx
+            del x  # before the next one is made
         return gradients.of_hidden, gradients.of_matrix, None, None, None
 
 
@@ -181,7 +200,7 @@ def worth(log_pi: torch.Tensor, f: torch.Tensor, alpha: float) -> torch.Tensor:
     """
     both = min(log_pi.shape[1], f.shape[1])
     u = torch.zeros_like(log_pi)
-    u[:, :both] = f[:, :both] - alpha * log_pi[:, :both]
+    u[:, :both] = torch.sub(f[:, :both], log_pi[:, :both], alpha=alpha)
     return u
 
 
@@ -216,7 +235,7 @@ def expectation_gradient(log_pi: torch.Tensor, f: torch.Tensor, alpha: float):
     mean = (pi * u).sum(-1)  # E_{a~pi}[u]: [N]
     u[:, : f.shape[1]] -= alpha  # not of padding, which is worth 0 whatever pi is
     d = u.mul_(pi)
-    return mean, d - pi * d.sum(-1, keepdim=True)
+    return mean, d.sub_(pi.mul_(d.sum(-1, keepdim=True)))  # in place: a block is large
 
 
 class _ExpectedRewardSum(torch.autograd.Function):
@@ -232,11 +251,15 @@ class _ExpectedRewardSum(torch.autograd.Function):
         total = torch.zeros((), dtype=matrix.dtype, device=hidden.device)
         for rows in row_blocks(hidden, matrix):
             x = product(hidden[rows], matrix)  # [R, V]
-            log_pi = scaled(x, temperature, softcap).log_softmax(-1)
-            f = all_logprobs(reward_hidden[rows], reward_matrix, 1.0, softcap)
-            mean, grad_z = expectation_gradient(log_pi, f, alpha)  # [R], [R, V]
-            total += mean.sum()
-            gradients.add(rows, through_scaled(grad_z, x, temperature, softcap))
+            y = product(reward_hidden[rows], reward_matrix)  # [R, V']
+            for strip in strips(x):
+                log_pi = scaled(x[strip], temperature, softcap).log_softmax(-1)
+                f = scaled(y[strip], 1.0, softcap).log_softmax(-1)
+                mean, grad_z = expectation_gradient(log_pi, f, alpha)
+                total += mean.sum()
+                x[strip] = through_scaled(grad_z, x[strip], temperature, softcap)
+            gradients.add(rows, x)  # by now dL/dx
+            del x, y  # before the next ones are made
         ctx.save_for_backward(gradients.of_hidden, gradients.of_matrix)
         return total
 

@@ -1,15 +1,15 @@
 """experiments/cards.py: what is counted and reckoned is what real models, optimizers and caches hold."""
 
 import copy
-from itertools import accumulate
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import logprob
 import policy
-from engine import logprob, lora
-from experiments import cards
+from engine import lora
+from experiments import bench, cards
 
 
 @pytest.fixture
@@ -60,18 +60,10 @@ def test_activations_are_counted_right_from_few_tokens(small_config, rank, recom
     assert found == pytest.approx((kept[1] - kept[0]) * 3 / 2, rel=0.01) and found > 0
 
 
-def peak_bytes(function) -> int:
-    """The most that the CPU's tensors held at once while function() ran, beyond what they held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
-
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_output_matrix_takes_what_is_said(rank):
     """The exact policy loss and its backward, with a vocabulary so large that [N, V] alone would be several times more."""
-    V, H, N = 40_000, 128, 2000
+    V, H, N = 40_000, 128, 4000
     dtype = cards.type_of_base(rank)
     matrices = [torch.nn.Parameter(torch.randn(V, H).to(dtype), requires_grad=not rank) for _ in range(2)]
     if not rank:
@@ -86,5 +78,5 @@ def test_the_output_matrix_takes_what_is_said(rank):
 
     config = copy.copy(cards.SHAPES["Qwen2.5-0.5B"])
     config.vocab_size, config.hidden_size = V, H
-    expected = cards.output_bytes(config, rank, N)
-    assert 0.7 * expected < peak_bytes(step) < 1.1 * expected < 4 * N * V
+    expected = cards.output_bytes(config, rank, N, "cpu")
+    assert 0.7 * expected < bench.peak_bytes(step, "cpu") < 1.1 * expected < 4 * N * V

@@ -299,7 +299,7 @@ def test_the_loss_by_rows_has_the_same_gradient(shipped, settings, method, monke
 
     plain = loss()
     vocabulary = len(logprob.output_layer(loop.policy_model)[0])
-    monkeypatch.setitem(logprob.BLOCK, "cpu", 5 * vocabulary)  # five rows at a time
+    monkeypatch.setattr(logprob, "BLOCK", 5 * vocabulary)  # five rows at a time
     rows = loss()
     assert_close(rows, plain, atol=1e-4, rtol=1e-5)
     for a, b in zip(torch.autograd.grad(rows, parameters), torch.autograd.grad(plain, parameters), strict=True):

@@ -100,8 +100,9 @@ def assert_near(actual, exact, relative=1e-5):
 
 @pytest.fixture
 def rows_of_ten(monkeypatch):
-    """Ten rows of 150 columns to a block: four blocks, and the last is not whole."""
-    monkeypatch.setitem(logprob.BLOCK, "cpu", 1500)
+    """Ten rows of 150 columns to a block, four to a strip: neither goes into 37 rows evenly."""
+    monkeypatch.setattr(logprob, "BLOCK", 1500)
+    monkeypatch.setitem(logprob.STRIP, "cpu", 600)
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -213,12 +214,14 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
 
 
+@pytest.mark.parametrize("strip", [1, 301, 10**9])
 @pytest.mark.parametrize("block", [1, 150, 2 * 150 + 1, 37 * 150, 10**9])
 @BOTH
-def test_the_size_of_a_block_changes_nothing(name, block, monkeypatch):
+def test_the_size_of_a_block_changes_nothing(name, block, strip, monkeypatch):
     inputs = draw(dtype=torch.float64)[:2]
     exact = run(called(name, plain=True), *inputs)
-    monkeypatch.setitem(logprob.BLOCK, "cpu", block)
+    monkeypatch.setattr(logprob, "BLOCK", block)
+    monkeypatch.setitem(logprob.STRIP, "cpu", strip)
     assert_near(run(called(name), *inputs), exact, 1e-12)
 
 
@@ -287,7 +290,7 @@ def test_no_more_than_a_block_of_logits_is_held(name, monkeypatch):
             return logprob.token_logprobs(h, w, tokens)
         return logprob.expected_reward_sum(h, w, *reward, 0.3)
 
-    monkeypatch.setitem(logprob.BLOCK, "cpu", 3 * 4096)
+    monkeypatch.setattr(logprob, "BLOCK", 3 * 4096)
     with Watch() as watch:
         run(function, hidden, weight)
     assert max(watch.sizes) == 3 * 4096
