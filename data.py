@@ -30,7 +30,14 @@ from pathlib import Path
 
 import torch
 
-from engine.chat import chat_text, end_of_turn, token_ids
+from engine.chat import (
+    chat_text,
+    end_of_turn,
+    opening,
+    prompt_tokens,
+    text_ids,
+    without_closed_block,
+)
 from engine.errors import UserError, nearest
 from tasks import countdown, records, words
 from tasks.answers import extract_answer, same_answer
@@ -94,13 +101,16 @@ INSTRUCTION = "\n\nReason step by step inside <think> </think>, then give only t
 
 
 def prompt_ids(tokenizer, question: str) -> list[int]:
-    """The prompt's tokens. With a chat template: one user turn, question and instruction. Without: question, newline
-    (after the beginning token, for a tokenizer that has one)."""
+    """The prompt's tokens. With a chat template: one user turn, question and instruction, and whatever the template puts
+    before the answer. Without: question, newline (after the beginning token, for a tokenizer that has one). Control tokens
+    that are written in the question are text."""
     if getattr(tokenizer, "chat_template", None):
-        text = chat_text(tokenizer, question + INSTRUCTION)
+        text = question + INSTRUCTION
+        prompt = without_closed_block(chat_text(tokenizer, text))
     else:
-        text = (tokenizer.bos_token or "") + question + "\n"
-    ids = token_ids(tokenizer, text)
+        text = question
+        prompt = (tokenizer.bos_token or "") + question + "\n"
+    ids = prompt_tokens(tokenizer, prompt, text.strip())
     if not ids:
         raise UserError(f"the tokenizer makes no token of the question {question[:100]!r}: there is nothing to answer")
     return ids
@@ -112,8 +122,17 @@ def response_text(trace: str, answer: str) -> str:
 
 
 def response_ids(tokenizer, text: str) -> list[int]:
-    """The response's tokens and the end token. The end token is part of the response: it is trained, scored, paid."""
-    return token_ids(tokenizer, text) + [end_tokens(tokenizer)[0]]
+    """The response's tokens and the end token. The end token is part of the response: it is trained, scored, paid.
+
+    Control tokens that are written in `text` are text. Where the chat template's prompt already opens <think>, the response
+    does not open it again; `decode` gives the whole text back.
+    """
+    return text_ids(tokenizer, text.removeprefix(prompt_opening(tokenizer))) + [end_tokens(tokenizer)[0]]
+
+
+def prompt_opening(tokenizer) -> str:
+    """What the prompt has written of the response: "<think>" and a newline with some chat templates, else nothing."""
+    return opening(tokenizer, str(getattr(tokenizer, "chat_template", None) or ""))
 
 
 def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
@@ -127,14 +146,18 @@ def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
 
 
 def decode(tokenizer, ids) -> str:
-    """Response tokens back to text, up to the first end token; special tokens are left out."""
+    """Response tokens back to text, up to the first end token; special tokens are left out. What the prompt has written of
+    the response stands before it."""
     ends = end_tokens(tokenizer)
     ids = itertools.takewhile(lambda token: token not in ends, map(int, ids))
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return prompt_opening(tokenizer) + text
 
 
 def until_end(tokenizer, text: str) -> str:
-    """`text` up to the first end token that is written out in it: what follows is no part of the response."""
+    """`text` up to the first end token that is written out in it: what follows is no part of the response. For responses
+    that a file brings as text: there an end token's name is taken for the end that somebody's model wrote. (In a
+    demonstration it is text: response_ids.)"""
     for end in end_tokens(tokenizer):
         text = text.split(tokenizer.convert_ids_to_tokens(end), 1)[0]
     return text
