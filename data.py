@@ -70,7 +70,8 @@ def load_examples(source: str, split: str, count: int | None = None, seed: int =
 
     source: 'words' (`steps` and `largest` set how hard it is), 'countdown', 'gsm8k' or 'medreason' (from the hub), a file
     of JSON lines with question, trace, answer, or a folder that holds train.jsonl and test.jsonl. Splits are disjoint: a
-    source without a test split of its own is divided by tasks.common.split_of; validation always comes out of train.
+    source without a test split of its own is divided by tasks.common.split_of; validation always comes out of train. Of a
+    few rows validation, or even train, may be empty; without test examples there is a UserError.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}': one of {', '.join(SPLITS)}")
@@ -84,8 +85,9 @@ def load_examples(source: str, split: str, count: int | None = None, seed: int =
     else:
         raise UserError(f"no data set '{source}'{nearest(source, SOURCES)}: use {', '.join(SOURCES)}, "
                         "a file of JSON lines, or a folder with train.jsonl and test.jsonl")  # fmt: skip
-    if not found:
-        raise UserError(f"'{source}' has no {split} examples")
+    if not found and split == "test":
+        raise UserError(f"'{source}' has no test examples: by their text a tenth of the questions is for test, and of these "
+                        "few none is. Put some into a file of their own: --data DIR, a folder with train.jsonl and test.jsonl")  # fmt: skip
     random.Random(f"order {seed}").shuffle(found)
     return [Example(*solution) for solution in found[:count]]
 
@@ -169,24 +171,68 @@ def token_at(tokenizer, ids, offset: int) -> int:
     return next(reaches, len(ids) - 1)
 
 
-def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: int = 0) -> tuple[list[Example], int]:
+def fit_context(
+    tokenizer, examples: list[Example], context: int, new_tokens: int = 0
+) -> tuple[list[Example], int]:
     """Drop what does not fit the model's context: (examples that fit, number dropped). An example fits if its prompt with its
     own trace, and its prompt with `new_tokens` sampled ones, are at most `context` tokens long. Cutting a trace instead
     would teach the reward that experts stop in mid-sentence. UserError if the tokenizer cannot write most of them."""
-    kept, unwritten = [], []
+    kept, unwritten = written_and_short(tokenizer, examples, context, new_tokens)
+    check_fitting(examples, kept, unwritten, context)
+    return kept, len(examples) - len(kept)
+
+
+def written_and_short(
+    tokenizer, examples: list[Example], context: int, new_tokens: int
+) -> tuple[list[Example], list[Example]]:
+    """(examples that fit the context, examples that the tokenizer cannot write)."""
+    kept = []
+    unwritten = []
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, *end_tokens(tokenizer)}
     for example in examples:
         prompt = prompt_ids(tokenizer, example.question)
         response = response_ids(tokenizer, response_text(example.trace, example.answer))
-        unwritten += [example] * (not unknown.isdisjoint(prompt + response))
+        if not unknown.isdisjoint(prompt + response):
+            unwritten.append(example)
         if len(prompt) + max(len(response), new_tokens) <= context:
             kept.append(example)
+    return kept, unwritten
+
+
+def check_fitting(examples: list[Example], kept: list, unwritten: list, context: int) -> None:
+    """UserError if the tokenizer cannot write most of these examples, or none is short enough."""
     if 2 * len(unwritten) > len(examples):
         raise UserError(f"this model's tokenizer has no tokens for {len(unwritten)} of {len(examples)} examples, such as "
                         f"{unwritten[0].question[:60]!r}: these problems need another --model")  # fmt: skip
-    if not kept:
+    if examples and not kept:
         raise UserError(f"none of the {len(examples)} examples fits the model's context of {context} tokens")
-    return kept, len(examples) - len(kept)
+
+
+def load_fitting(
+    tokenizer, context: int, new_tokens: int, source: str, split: str, count: int, *problems
+) -> tuple[list[Example], int]:
+    """load_examples(source, split, count, *problems) that fit the context, and how many did not. In the place of one that is
+    too long comes the next one of the data, while there are any."""
+    kept: list[Example] = []
+    unwritten: list[Example] = []
+    tried: list[Example] = []
+    while len(kept) < count:
+        # a longer list begins with the shorter one: what is new are the examples after those that were tried
+        try:
+            loaded = load_examples(source, split, len(tried) + count - len(kept), *problems)
+        except UserError:
+            if not tried:
+                raise
+            break  # no more different problems can be made
+        fresh = loaded[len(tried) :]
+        if not fresh:
+            break
+        short, strange = written_and_short(tokenizer, fresh, context, new_tokens)
+        kept += short
+        unwritten += strange
+        tried += fresh
+    check_fitting(tried, kept, unwritten, context)
+    return kept, len(tried) - len(kept)
 
 
 # 3. Batches ---------------------------------------------------------------------------------------------------------

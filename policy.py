@@ -183,15 +183,21 @@ def in_chunks(function: Callable, batch: Batch, rows: int = 64, *aligned: torch.
 def divide_logits(model, by: float) -> None:
     """Change the weights so that all logits come out divided by `by`: a policy at temperature `by`, for good.
 
-    Logits are linear in what the last norm scales (unless they are capped), so it is its weight that is divided.
+    Logits are linear in what the last norm scales (unless they are capped), so it is its weight w that is divided. Gemma's
+    norms scale by 1 + w: there w becomes (1 + w) / by - 1. UserError, and weights as before, if neither divides the logits.
     """
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    before, norm = model(tokens).logits, getattr(model.get_decoder(), "norm", None)
-    if norm is not None:
-        norm.weight /= by
-    after = model(tokens).logits
-    if (after * by - before).norm() > 1e-2 * before.norm():
-        raise UserError("this model's logits cannot be divided by scaling its last norm: use --start base")
+    tokens = loading.ordinary_tokens(model)  # [1, n]
+    before = model(tokens).logits.float()  # [1, n, V]
+    norm = getattr(model.get_decoder(), "norm", None)
+    if norm is not None and before.norm() > 0:  # of logits that are all 0 nothing could be seen
+        weight = norm.weight.clone()
+        for offset in (0.0, 1.0):
+            norm.weight.copy_((offset + weight) / by - offset)
+            after = model(tokens).logits.float()
+            if (after * by - before).norm() <= 1e-2 * before.norm():
+                return
+        norm.weight.copy_(weight)
+    raise UserError("this model's logits cannot be divided by scaling its last norm: use --start base")
 
 
 # 3. Returns, baselines, advantages -----------------------------------------------------------------------------------

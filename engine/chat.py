@@ -73,6 +73,7 @@ def token_ids(tokenizer, text: str, **options) -> list[int]:
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # the response's own: tokens, if a model has such
 CONTROL_NAME = re.compile(r"<\|.*\|>")  # <|fim_prefix|>: control, though Qwen's tokenizer lists it as ordinary
+CUT = "\ud800"  # half of a surrogate pair: stands in no text that has tokens
 
 
 @functools.lru_cache(maxsize=8)  # asked for with every text; some tokenizers have thousands
@@ -92,17 +93,20 @@ def text_ids(tokenizer, text: str) -> list[int]:
     by letter, as other text is. A trace with "<|im_end|>" in it must not teach an end in mid-response, a question must
     not close its own turn. UserError if this tokenizer cannot write the name as text."""
     control = control_tokens(tokenizer, len(tokenizer))
-    if not any(name in text for name in control):
-        return token_ids(tokenizer, text)
-    # transformers splits those that are marked as special; the others are cut in two behind their "<"
-    others = "|".join(re.escape(name[1:]) for name in control if CONTROL_NAME.fullmatch(name))
-    pieces = re.split(f"(?<=<)(?={others})", text) if others else [text]
+    # the unknown token stands for any letter that is not known: no harm in it
+    refused = {name: token for name, token in control.items() if token != tokenizer.unk_token_id}
+    ids = token_ids(tokenizer, text)
+    if set(refused.values()).isdisjoint(ids):
+        return ids
+    for name in control:  # transformers splits special ones; the others are cut in two behind their "<"
+        if CONTROL_NAME.fullmatch(name):
+            text = text.replace(name, "<" + CUT + name[1:])
     ids = []
-    for piece in pieces:
+    for piece in text.split(CUT):
         ids += token_ids(tokenizer, piece, split_special_tokens=True)
-    for name, token in control.items():
-        if token in ids and token != tokenizer.unk_token_id:  # the unknown token stands for any letter that is not known
-            raise UserError(f"the text {text[:60]!r} holds {name}, a control token that this tokenizer cannot write as text")
+    for name, token in refused.items():
+        if token in ids:
+            raise UserError(f"a question or trace holds {name}, a control token that this tokenizer cannot write as text")
     return ids
 
 
