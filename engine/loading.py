@@ -62,9 +62,10 @@ def load_model(name: str, kind: type, dtype=torch.float32, **options):
     path = resolve_model(name)
     with in_one_line(name):
         check_weights(path)
-        model = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
+        loaded = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info: (model, info)
         check_finite(model, name)
-        return model
+        return loaded
 
 
 def check_weights(folder: str) -> None:
