@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.settings import TASKS
 from tasks import records, words
 from tasks.answers import extract_answer, option_of, same_answer
-from tasks.common import first_difference
+from tasks.common import first_difference, split_of
 
 EXPERT = Example(
     "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", "3*12=36\n24+36=60\n60-9=51", "51", task="words"
@@ -420,10 +420,10 @@ def test_ordinary_texts_are_tokenised_as_before(qwen_tokenizer):
 
 
 def test_examples_that_are_too_long_are_replaced_by_others(shipped, tmp_path):
-    short = [{"question": f"Ava has {i} pens.", "trace": "1+1=2", "answer": "2"} for i in range(60)]
-    long = [row | {"question": row["question"] + "?", "trace": "1+1=2\n" * 60} for row in short]
+    short = [{"question": f"Ava has {i} pens. How many pens?", "trace": "1+1=2", "answer": "2"} for i in range(60)]
+    long = [row | {"question": row["question"].replace("Ava", "Ben"), "trace": "1+1=2\n" * 60} for row in short]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, short + long)))
-    (tmp_path / "test.jsonl").write_text(json.dumps(short[0] | {"question": "Ben has 1 pens."}))
+    (tmp_path / "test.jsonl").write_text(json.dumps(short[0] | {"question": "Cho has 1 pens. How many pens?"}))
     load = [shipped[1], 256, 64, str(tmp_path), "train"]
     examples, dropped = data.load_fitting(*load, 30, 0)
     whole = data.load_examples(str(tmp_path), "train", None, 0)
@@ -474,7 +474,7 @@ def test_other_formats_are_read(record, solution):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"prompt": "3+2?", "completion": "3+2=5"}, "names no answer .* json.dumps"),
+        ({"prompt": "3+2?", "completion": "3+2=5"}, r"(?s)names no answer .*json\.dumps"),
         ({"messages": MESSAGES * 2}, "one user turn and one assistant turn"),
         ({"messages": "hello"}, "list of messages"),
         ({"messages": [{"role": "user", "content": None}]}, "a content"),
@@ -516,7 +516,8 @@ def test_questions_of_the_test_file_leave_train(tmp_path, capsys):
 
 
 def test_a_few_rows_without_a_test_question_say_what_to_do(tmp_path):
-    rows = [{"question": f"Nora has {i} shells.", "trace": "t", "answer": "2"} for i in range(2)]
+    rows = [{"question": f"Nora has {i} shells.", "trace": "t", "answer": "2"} for i in range(9)]
+    rows = [row for row in rows if split_of(row["question"]) == "train"]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match="folder with train.jsonl and test.jsonl"):
         data.load_examples(str(tmp_path / "mine.jsonl"), "test")
