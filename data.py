@@ -86,8 +86,10 @@ def load_examples(source: str, split: str, count: int | None = None, seed: int =
         raise UserError(f"no data set '{source}'{nearest(source, SOURCES)}: use {', '.join(SOURCES)}, "
                         "a file of JSON lines, or a folder with train.jsonl and test.jsonl")  # fmt: skip
     if not found and split == "test":
-        raise UserError(f"'{source}' has no test examples: by their text a tenth of the questions is for test, and of these "
-                        "few none is. Put some into a file of their own: --data DIR, a folder with train.jsonl and test.jsonl")  # fmt: skip
+        raise UserError(
+            f"'{source}' has no test examples: by their text a tenth of the questions is for test, and here none is. Put some "
+            "into a file of their own: --data DIR, a folder with train.jsonl and test.jsonl"
+        )
     random.Random(f"order {seed}").shuffle(found)
     return [Example(*solution) for solution in found[:count]]
 

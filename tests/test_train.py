@@ -368,7 +368,8 @@ def test_five_rows_and_a_test_file_are_a_run(settings, tmp_path, monkeypatch, ca
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, of["train"][:5])))
     (folder / "test.jsonl").write_text("\n".join(map(json.dumps, of["test"][:4])))
-    flags = "--method sft --sft-steps 1 --validate-every 1 --demonstrations 16 --extra-questions 3 --device cpu --max-new-tokens 8"
+    flags = "--method sft --sft-steps 1 --validate-every 1 --demonstrations 16 --extra-questions 3 --device cpu "
+    flags += "--max-new-tokens 8"
     assert train.main([*flags.split(), "--data", str(folder)]) == 0
     printed = capsys.readouterr().out
     for line in ("only 5 demonstrations", "only 0 extra questions", "only 0 validation questions", "only 4 test questions"):
