@@ -25,7 +25,14 @@ from pathlib import Path
 
 import torch
 
-from engine.chat import chat_text, end_of_turn, token_ids
+from engine.chat import (
+    chat_text,
+    end_of_turn,
+    opening,
+    prompt_tokens,
+    text_ids,
+    without_closed_block,
+)
 from engine.errors import UserError, nearest
 from tasks import countdown, records, words
 from tasks.answers import extract_answer, same_answer
@@ -64,7 +71,8 @@ def load_examples(source: str, split: str, count: int | None = None, seed: int =
 
     source: 'words' (`steps` and `largest` set how hard it is), 'countdown', 'gsm8k' or 'medreason' (from the hub), a file
     of JSON lines with question, trace, answer, or a folder that holds train.jsonl and test.jsonl. Splits are disjoint: a
-    source without a test split of its own is divided by tasks.common.split_of; validation always comes out of train.
+    source without a test split of its own is divided by tasks.common.split_of; validation always comes out of train. Of a
+    few rows validation, or even train, may be empty; without test examples there is a UserError.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}': one of {', '.join(SPLITS)}")
@@ -78,8 +86,11 @@ def load_examples(source: str, split: str, count: int | None = None, seed: int =
     else:
         raise UserError(f"no data set '{source}'{nearest(source, SOURCES)}: use {', '.join(SOURCES)}, "
                         "a file of JSON lines, or a folder with train.jsonl and test.jsonl")  # fmt: skip
-    if not found:
-        raise UserError(f"'{source}' has no {split} examples")
+    if not found and split == "test":
+        raise UserError(
+            f"'{source}' has no test examples: by their text a tenth of the questions is for test, and here none is. Put some "
+            "into a file of their own: --data DIR, a folder with train.jsonl and test.jsonl"
+        )
     random.Random(f"order {seed}").shuffle(found)
     return [Example(*solution) for solution in found[:count]]
 
@@ -95,13 +106,16 @@ INSTRUCTION = "\n\nReason step by step inside <think> </think>, then give only t
 
 
 def prompt_ids(tokenizer, question: str) -> list[int]:
-    """The prompt's tokens. With a chat template: one user turn, question and instruction. Without: question, newline
-    (after the beginning token, for a tokenizer that has one)."""
+    """The prompt's tokens. With a chat template: one user turn, question and instruction, and whatever the template puts
+    before the answer. Without: question, newline (after the beginning token, for a tokenizer that has one). Control tokens
+    that are written in the question are text."""
     if getattr(tokenizer, "chat_template", None):
-        text = chat_text(tokenizer, question + INSTRUCTION)
+        text = question + INSTRUCTION
+        prompt = without_closed_block(chat_text(tokenizer, text))
     else:
-        text = (tokenizer.bos_token or "") + question + "\n"
-    ids = token_ids(tokenizer, text)
+        text = question
+        prompt = (tokenizer.bos_token or "") + question + "\n"
+    ids = prompt_tokens(tokenizer, prompt, text.strip())
     if not ids:
         raise UserError(f"the tokenizer makes no token of the question {question[:100]!r}: there is nothing to answer")
     return ids
@@ -113,8 +127,17 @@ def response_text(trace: str, answer: str) -> str:
 
 
 def response_ids(tokenizer, text: str) -> list[int]:
-    """The response's tokens and the end token. The end token is part of the response: it is trained, scored, paid."""
-    return token_ids(tokenizer, text) + [end_tokens(tokenizer)[0]]
+    """The response's tokens and the end token. The end token is part of the response: it is trained, scored, paid.
+
+    Control tokens that are written in `text` are text. Where the chat template's prompt already opens <think>, the response
+    does not open it again; `decode` gives the whole text back.
+    """
+    return text_ids(tokenizer, text.removeprefix(prompt_opening(tokenizer))) + [end_tokens(tokenizer)[0]]
+
+
+def prompt_opening(tokenizer) -> str:
+    """What the prompt has written of the response: "<think>" and a newline with some chat templates, else nothing."""
+    return opening(tokenizer, str(getattr(tokenizer, "chat_template", None) or ""))
 
 
 def tokenize(tokenizer, examples: list[Example]) -> list[Example]:
@@ -143,14 +166,18 @@ def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
 
 
 def decode(tokenizer, ids) -> str:
-    """Response tokens back to text, up to the first end token; special tokens are left out."""
+    """Response tokens back to text, up to the first end token; special tokens are left out. What the prompt has written of
+    the response stands before it."""
     ends = end_tokens(tokenizer)
     ids = itertools.takewhile(lambda token: token not in ends, map(int, ids))
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return prompt_opening(tokenizer) + text
 
 
 def until_end(tokenizer, text: str) -> str:
-    """`text` up to the first end token that is written out in it: what follows is no part of the response."""
+    """`text` up to the first end token that is written out in it: what follows is no part of the response. For responses
+    that a file brings as text: there an end token's name is taken for the end that somebody's model wrote. (In a
+    demonstration it is text: response_ids.)"""
     for end in end_tokens(tokenizer):
         text = text.split(tokenizer.convert_ids_to_tokens(end), 1)[0]
     return text
@@ -162,24 +189,68 @@ def token_at(tokenizer, ids, offset: int) -> int:
     return next(reaches, len(ids) - 1)
 
 
-def fit_context(tokenizer, examples: list[Example], context: int, new_tokens: int = 0) -> tuple[list[Example], int]:
+def fit_context(
+    tokenizer, examples: list[Example], context: int, new_tokens: int = 0
+) -> tuple[list[Example], int]:
     """Drop what does not fit the model's context: (examples that fit, number dropped). An example fits if its prompt with its
     own trace, and its prompt with `new_tokens` sampled ones, are at most `context` tokens long. Cutting a trace instead
     would teach the reward that experts stop in mid-sentence. UserError if the tokenizer cannot write most of them."""
-    kept, unwritten = [], []
+    kept, unwritten = written_and_short(tokenizer, examples, context, new_tokens)
+    check_fitting(examples, kept, unwritten, context)
+    return kept, len(examples) - len(kept)
+
+
+def written_and_short(
+    tokenizer, examples: list[Example], context: int, new_tokens: int
+) -> tuple[list[Example], list[Example]]:
+    """(examples that fit the context, examples that the tokenizer cannot write)."""
+    kept = []
+    unwritten = []
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, *end_tokens(tokenizer)}
     for example in examples:
         prompt = prompt_ids(tokenizer, example.question)
         response = response_ids(tokenizer, response_text(example.trace, example.answer))
-        unwritten += [example] * (not unknown.isdisjoint(prompt + response))
+        if not unknown.isdisjoint(prompt + response):
+            unwritten.append(example)
         if len(prompt) + max(len(response), new_tokens) <= context:
             kept.append(example)
+    return kept, unwritten
+
+
+def check_fitting(examples: list[Example], kept: list, unwritten: list, context: int) -> None:
+    """UserError if the tokenizer cannot write most of these examples, or none is short enough."""
     if 2 * len(unwritten) > len(examples):
         raise UserError(f"this model's tokenizer has no tokens for {len(unwritten)} of {len(examples)} examples, such as "
                         f"{unwritten[0].question[:60]!r}: these problems need another --model")  # fmt: skip
-    if not kept:
+    if examples and not kept:
         raise UserError(f"none of the {len(examples)} examples fits the model's context of {context} tokens")
-    return kept, len(examples) - len(kept)
+
+
+def load_fitting(
+    tokenizer, context: int, new_tokens: int, source: str, split: str, count: int, *problems, in_words: bool = False
+) -> tuple[list[Example], int]:
+    """load_examples(source, split, count, *problems) that fit the context, and how many did not. In the place of one that is
+    too long comes the next one of the data, while there are any."""
+    kept: list[Example] = []
+    unwritten: list[Example] = []
+    tried: list[Example] = []
+    while len(kept) < count:
+        # a longer list begins with the shorter one: what is new are the examples after those that were tried
+        try:
+            loaded = load_examples(source, split, len(tried) + count - len(kept), *problems, in_words=in_words)
+        except UserError:
+            if not tried:
+                raise
+            break  # no more different problems can be made
+        fresh = loaded[len(tried) :]
+        if not fresh:
+            break
+        short, strange = written_and_short(tokenizer, fresh, context, new_tokens)
+        kept += short
+        unwritten += strange
+        tried += fresh
+    check_fitting(tried, kept, unwritten, context)
+    return kept, len(tried) - len(kept)
 
 
 # 3. Batches ---------------------------------------------------------------------------------------------------------

@@ -460,19 +460,24 @@ def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
 def divide_logits(model, divisor: float) -> None:
     """Change the weights so that all logits come out divided: a policy at a temperature, for good.
 
-    Logits are linear in what the last norm scales (unless they are capped), so it is the weight
-    of that norm that is divided.
+    Logits are linear in what the last norm scales (unless they are capped), so it is the weight w
+    of that norm that is divided. Gemma's norms scale by 1 + w: there w becomes
+    (1 + w) / divisor - 1. UserError, and the weights as before, if neither divides the logits.
     """
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    before = model(tokens).logits
+    tokens = loading.ordinary_tokens(model)  # [1, n]
+    before = model(tokens).logits.float()  # [1, n, V]
     norm = getattr(model.get_decoder(), "norm", None)
-    if norm is not None:
-        norm.weight /= divisor
-    after = model(tokens).logits
-    if (after * divisor - before).norm() > 1e-2 * before.norm():
-        raise UserError(
-            "this model's logits cannot be divided by scaling its last norm: use --start base"
-        )
+    if norm is not None and before.norm() > 0:  # of logits that are all 0 nothing could be seen
+        weight = norm.weight.clone()
+        for offset in (0.0, 1.0):
+            norm.weight.copy_((offset + weight) / divisor - offset)
+            after = model(tokens).logits.float()
+            if (after * divisor - before).norm() <= 1e-2 * before.norm():
+                return
+        norm.weight.copy_(weight)
+    raise UserError(
+        "this model's logits cannot be divided by scaling its last norm: use --start base"
+    )
 
 
 def main() -> None:

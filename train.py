@@ -89,25 +89,44 @@ class Run:
                             sft_batch=parallel.share_of(s.sft_batch, "--sft-batch"))  # fmt: skip
 
     def load_data(self) -> None:
-        """Demonstrations, extra questions, validation and test, all of them short enough for the model's context."""
+        """Demonstrations, extra questions, validation and test, all of them short enough for the model's context. What
+        there is less of than was asked for is said, and what was used is kept in results.json ("counts")."""
         s, parts, dropped = self.s, [], 0
         counts = (("train", s.demonstrations + s.extra_questions), ("validation", 100), (s.test_split, s.eval_questions))
         for split, count in counts:
-            examples = data.load_examples(s.data, split, count, s.seed, s.words_steps, s.words_largest,
-                                          in_words=s.model not in loading.SHIPPED)  # fmt: skip
-            examples, too_long = data.fit_context(self.tokenizer, examples, self.context, s.max_new_tokens)
+            examples, too_long = data.load_fitting(
+                self.tokenizer, self.context, s.max_new_tokens, s.data, split, count, s.seed,
+                s.words_steps, s.words_largest, in_words=s.model not in loading.SHIPPED)  # fmt: skip
             parts.append(examples)
             dropped += too_long
         train, self.validation, self.test = parts
-        experts, extra = train[: s.demonstrations], train[s.demonstrations :]
+        experts = parallel.even(train[: s.demonstrations], "demonstrations")
+        extra = parallel.even(train[s.demonstrations :], "extra questions")
+        train = experts + extra
+        if not experts or not self.test:
+            raise UserError(f"'{s.data}' has {len(experts)} demonstrations and {len(self.test)} {s.test_split} questions: "
+                            "give a folder with train.jsonl and test.jsonl")  # fmt: skip
         rng, wrong = random.Random(f"wrong {s.seed}"), round(s.wrong_demonstrations * len(experts))
         experts[:wrong] = [negatives.perturb(example, rng) or example for example in experts[:wrong]]
-        if len(experts) < s.demonstrations:
-            print(f"only {len(experts)} demonstrations are there, not {s.demonstrations}")
+        for name, used, asked in (
+            ("demonstrations", experts, s.demonstrations),
+            ("extra questions", extra, s.extra_questions),
+            ("validation questions", self.validation, 100),
+            (f"{s.test_split} questions for the results", self.test, s.eval_questions),
+        ):
+            if len(used) < asked:
+                print(f"only {len(used)} {name} are there, not {asked}")
         if dropped:
             print(f"{dropped} examples are longer than the model's context of {self.context} tokens: skipped")
-        if min(len(experts), len(self.validation), len(self.test)) < parallel.world():
+        if min(len(experts), len(self.test), len(self.validation) or parallel.world()) < parallel.world():
             raise UserError(f"{parallel.world()} processes need as many demonstrations, validation and test questions")
+        self.counts = {
+            "demonstrations": len(experts),
+            "extra_questions": len(extra),
+            "validation": len(self.validation),
+            "test": len(self.test),
+            "reranked": min(len(self.test), s.rerank_questions),
+        }
         self.data_sum = zlib.crc32(repr((experts, extra, self.validation, self.test)).encode())
         self.experts = parallel.share(data.tokenize(self.tokenizer, experts))
         self.extra = parallel.share(data.tokenize(self.tokenizer, extra))
@@ -119,6 +138,7 @@ class Run:
         self.keeper = keeper
         with keeper.opened(self.device.type, self.data_sum):
             self.results = keeper.progress.results
+            self.results["counts"] = self.counts
             for name, phase in self.phases():
                 if name not in keeper.progress.finished:
                     phase()
@@ -221,7 +241,7 @@ class Run:
     def run_steps(self, method: str, trainer, steps: int) -> None:
         """Call trainer.step (of a warm-up: warm_up) until `steps` are done, validating now and then."""
         warm_up, seconds = method.endswith("warm-up"), self.keeper.progress.seconds
-        every = 0 if warm_up else self.s.validate_every
+        every = 0 if warm_up or not self.validation else self.s.validate_every
         for step in self.keeper.steps(method, steps):
             start = time.perf_counter()
             metrics = {"discriminator": trainer.warm_up()} if warm_up else trainer.step()

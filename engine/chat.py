@@ -62,12 +62,65 @@ def at_date(template: str, day: datetime.date) -> str:
     return re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", lambda m: repr(day.strftime(m[2])), template)
 
 
-def token_ids(tokenizer, text: str) -> list[int]:
-    """The tokens of a text, with nothing added."""
+def token_ids(tokenizer, text: str, **options) -> list[int]:
+    """The tokens of a text, with nothing added. Control tokens that are written out in it become tokens: for text from
+    outside take `text_ids`."""
     try:
-        return tokenizer(check_text(text), add_special_tokens=False)["input_ids"]
+        return tokenizer(check_text(text), add_special_tokens=False, **options)["input_ids"]
     except ValueError as error:
         raise UserError(f"cannot tokenise: {error}") from None
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # the response's own: tokens, if a model has such
+CONTROL_NAME = re.compile(r"<\|.*\|>")  # <|fim_prefix|>: control, though Qwen's tokenizer lists it as ordinary
+CUT = "\ud800"  # half of a surrogate pair: stands in no text that has tokens
+
+
+@functools.lru_cache(maxsize=8)  # asked for with every text; some tokenizers have thousands
+def control_tokens(tokenizer, size: int) -> dict[str, int]:
+    """{name: id} of the tokens that steer a model and stand for no text: end of turn, end of text, padding. `size` is
+    len(tokenizer), so that a token that is added later is seen."""
+    found = {}
+    for token, added in tokenizer.added_tokens_decoder.items():
+        control = added.special or CONTROL_NAME.fullmatch(added.content)
+        if control and added.content not in TAGS:
+            found[added.content] = token
+    return found
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The tokens of a text that comes from outside: a question, a trace. The name of a control token in it is read letter
+    by letter, as other text is. A trace with "<|im_end|>" in it must not teach an end in mid-response, a question must
+    not close its own turn. UserError if this tokenizer cannot write the name as text."""
+    control = control_tokens(tokenizer, len(tokenizer))
+    # the unknown token stands for any letter that is not known: no harm in it
+    refused = {name: token for name, token in control.items() if token != tokenizer.unk_token_id}
+    ids = token_ids(tokenizer, text)
+    if set(refused.values()).isdisjoint(ids):
+        return ids
+    for name in control:  # transformers splits special ones; the others are cut in two behind their "<"
+        if CONTROL_NAME.fullmatch(name):
+            text = text.replace(name, "<" + CUT + name[1:])
+    ids = []
+    for piece in text.split(CUT):
+        ids += token_ids(tokenizer, piece, split_special_tokens=True)
+    for name, token in refused.items():
+        if token in ids:
+            raise UserError(f"a question or trace holds {name}, a control token that this tokenizer cannot write as text")
+    return ids
+
+
+def prompt_tokens(tokenizer, prompt: str, text: str) -> list[int]:
+    """The tokens of a prompt that holds `text`, which comes from outside. Control tokens in the rest, the chat template's
+    own, stay tokens."""
+    control = control_tokens(tokenizer, len(tokenizer))
+    if not any(name in text for name in control):
+        return token_ids(tokenizer, prompt)
+    first, *others = prompt.split(text)
+    ids = token_ids(tokenizer, first)
+    for following in others:
+        ids += text_ids(tokenizer, text) + token_ids(tokenizer, following)
+    return ids
 
 
 @functools.lru_cache(maxsize=8)  # asked for with every response; a template is no fast program
@@ -77,3 +130,23 @@ def end_of_turn(tokenizer, template: str) -> int | None:
     after = chat_text(tokenizer, "the question", reply=reply).rpartition(reply)[2].lstrip() if template else ""
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return next((token for token in token_ids(tokenizer, after)[:1] if token in special), None)
+
+
+@functools.lru_cache(maxsize=8)
+def opening(tokenizer, template: str) -> str:
+    """What the chat template writes of the answer itself, at the end of its prompt: "<think>\\n", "<think>" or nothing."""
+    prompt = chat_text(tokenizer, "the question") if template else ""
+    opened = re.search(r"<think>(\s*)\Z", prompt)
+    if opened is None:
+        return ""
+    return "<think>\n" if "\n" in opened[1] else "<think>"
+
+
+def without_closed_block(prompt: str) -> str:
+    """The prompt of a chat template that says "do not think": it ends in an empty <think> block, already closed. Here thinking
+    is asked for, so that block is left out, and the response opens its own.
+
+    >>> without_closed_block("assistant\\n<think>\\n\\n</think>\\n\\n")
+    'assistant\\n'
+    """
+    return re.sub(r"<think>\s*</think>\s*\Z", "", prompt)

@@ -150,6 +150,7 @@ class Keeper:
         """The folder, locked for this process, at the newest checkpoint or at the beginning."""
         parallel.wait()  # all have seen that the folder is free
         self.folder.mkdir(parents=True, exist_ok=True)
+        parallel.check_same_folder(self.folder)
         self.signals.advice = self.advice
         self.progress, self.saved, self.about = Progress(), None, {"device": device, "data": data_sum}
         with checkpoint.locked(self.folder):

@@ -56,11 +56,15 @@ def load_causal(name: str, device="cpu", dtype=torch.float32):
 
 
 def load_model(name: str, kind: type, dtype=torch.float32, **options):
-    """What kind.from_pretrained makes of a folder or hub name. Without dropout (eval)."""
+    """What kind.from_pretrained makes of a folder or hub name. Without dropout (eval). UserError if a weight is not finite:
+    else the run would say so at its end."""
     path = resolve_model(name)
     with in_one_line(name):
         check_weights(path)
-        return kind.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
+        loaded = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info: (model, info)
+        check_finite(model, name)
+        return loaded
 
 
 def check_weights(folder: str) -> None:
@@ -74,6 +78,18 @@ def check_weights(folder: str) -> None:
     elif os.path.isdir(folder) and not weights.is_file():
         raise UserError(f"folder {folder} holds no model.safetensors: other weights (.bin, .pt) are not opened, they can run "
                         "code. Save them anew with transformers: save_pretrained")  # fmt: skip
+
+
+@torch.no_grad()
+def check_finite(model, name: str) -> None:
+    """UserError that names the first tensor with a NaN or an infinity in it: in a sum over a tensor both stay."""
+    for tensor_name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        total = tensor.sum(dtype=torch.float32)
+        if not total.isfinite() and not tensor.isfinite().all():  # the sum of large finite ones may overflow
+            raise UserError(f"the weights of '{name}' are damaged: {tensor_name} holds NaN or infinity. Fetch or save that "
+                            "model anew")  # fmt: skip
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -113,14 +129,28 @@ def output_layer(model) -> tuple[torch.Tensor, float]:
 def check_output_layer(model, name: str) -> None:
     """Refuse a model whose logits are not softcap(W h), which is all that logprob.py knows: a bias or a scale after W
     would make every log-probability wrong, silently."""
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    tokens = ordinary_tokens(model)  # [1, n]
     weight, softcap = output_layer(model)
-    logits = model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T
+    logits = model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T  # [1, n, V]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     expected = model(tokens).logits.float()
+    if not expected.norm() > 0:  # NaN is not, either
+        raise UserError(f"'{name}' gives the same logit, 0, to every token: its weights are empty or damaged")
     if logits.shape != expected.shape or (logits - expected).norm() > 0.05 * expected.norm():
         raise UserError(f"the output layer of '{name}' is not of the kind known here, a matrix without bias or scale")
+
+
+def ordinary_tokens(model, count: int = 16) -> torch.Tensor:
+    """[1, count] token ids, spread over the vocabulary, none of them special: what a model does to padding, whose
+    embedding may be 0, shows nothing."""
+    special = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        listed = getattr(model.config, name, None)
+        special |= set(listed if isinstance(listed, list) else [listed])
+    ordinary = [token for token in range(model.get_input_embeddings().num_embeddings) if token not in special]
+    places = torch.linspace(0, len(ordinary) - 1, count + 2)[1:-1].long()  # without the ends
+    return torch.tensor(ordinary, device=model.device)[places.to(model.device)][None]
 
 
 def context_length(model) -> int:

@@ -1,4 +1,4 @@
-"""Many GPUs of one machine: torchrun --nproc-per-node=N train.py ...
+"""Many GPUs: torchrun --nproc-per-node=N train.py ... On several machines, all in one folder that they share.
 
 Every process ("rank") holds whole models and answers its own share of the questions: it keeps their demonstrations and
 their replay, and samples with its own random numbers. The ranks meet in five places:
@@ -16,6 +16,8 @@ Without torchrun every function returns what it was given.
 
 import os
 import sys
+import uuid
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -58,7 +60,30 @@ def rank() -> int:
 
 def resume_command(name: str) -> str:
     """What a run goes on with."""
-    return f"{'python' if world() == 1 else f'torchrun --nproc-per-node={world()}'} train.py --resume --name {name}"
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # torchrun's
+    program = "python" if world() == 1 else f"torchrun --nproc-per-node={per_node}"
+    if per_node < world():
+        program += f" --nnodes={world() // per_node}"
+    return f"{program} train.py --resume --name {name}"
+
+
+def check_same_folder(folder: Path) -> None:
+    """Refuse processes on several machines that do not see the same files: a checkpoint is written by all of them, and its
+    models by rank 0 alone. UserError on every rank."""
+    if world() == 1:
+        return
+    names = [f".seen-by-all-{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(names)  # rank 0's
+    mark = folder / names[0]
+    if rank() == 0:
+        mark.touch()
+    wait()
+    blind = total(not mark.exists())
+    if rank() == 0:
+        mark.unlink()
+    if blind:
+        raise UserError(f"{blind:.0f} of {world()} processes do not see {folder} of the first one: on several machines start "
+                        "torchrun in a folder that all of them share (a network disk)")  # fmt: skip
 
 
 def wait() -> None:
@@ -70,6 +95,15 @@ def wait() -> None:
 def share(items: list) -> list:
     """This rank's items: every N-th."""
     return items[rank() :: world()]
+
+
+def even(items: list, name: str) -> list:
+    """The items, without those at the end that cannot be shared evenly. Each rank draws from its own share as often as the
+    others: of 3 demonstrations on 2 ranks the one that is alone would weigh as much as the other two."""
+    left_over = len(items) % world()
+    if left_over:
+        print(f"{left_over} of {len(items)} {name} left out: {world()} processes share them evenly, so that all weigh the same")
+    return items[: len(items) - left_over]
 
 
 def share_of(count: int, flag: str) -> int:

@@ -11,7 +11,6 @@ import torch
 import data
 import reward
 from engine import loading
-from engine.chat import token_ids
 from engine.errors import Parser, UserError, exit_status, printable
 from engine.runs import load_run
 
@@ -27,7 +26,8 @@ def colour(text: str, value: float, scale: float) -> str:
 
 def token_scores(reward_model, tokenizer, question: str, response: str) -> list[tuple[str, float]]:
     """(token, f) for each token of a response text, in order. Needs no policy: f is a property of the trace."""
-    prompt, ids = data.prompt_ids(tokenizer, question), token_ids(tokenizer, response)
+    prompt = data.prompt_ids(tokenizer, question)
+    ids = data.response_ids(tokenizer, response)[:-1]  # without the end token
     if tokenizer.unk_token_id in prompt + ids and tokenizer.unk_token_id != tokenizer.eos_token_id:
         raise UserError("the question or trace holds something this model's vocabulary lacks; it knows the words of "
                         "`python data.py`'s problems, digits, + - * / = and newlines")  # fmt: skip

@@ -14,14 +14,22 @@ HUB = {"gsm8k": ("openai/gsm8k", "main"), "medreason": ("UCSC-VLAA/MedReason", N
 
 
 def from_files(path: Path, split: str) -> list[Solution]:
-    """One split of a JSON-lines file, or of a folder with train.jsonl and, if there is one, test.jsonl."""
+    """One split of a JSON-lines file, or of a folder with train.jsonl and, if there is one, test.jsonl. What stands in both
+    files of a folder is left out of train."""
     train, test = (path, path) if path.is_file() else (path / "train.jsonl", path / "test.jsonl")
     has_test = test != train and test.exists()
     if not train.exists():
         raise UserError(f"no train.jsonl in folder {path}")
     if split == "test" and has_test:
         return read_jsonl(test)
-    return of_split(read_jsonl(train), split, has_test)
+    found = read_jsonl(train)
+    if has_test:
+        tested = {without_form(solution.question) for solution in read_jsonl(test)}
+        kept = [solution for solution in found if without_form(solution.question) not in tested]
+        if len(kept) < len(found) and split == "train":
+            print(f"{len(found) - len(kept)} questions of {train} stand in {test}, too: left out of train")
+        found = kept
+    return of_split(found, split, has_test)
 
 
 def from_hub(source: str, split: str) -> list[Solution]:
@@ -43,9 +51,23 @@ def from_hub(source: str, split: str) -> list[Solution]:
 
 
 def of_split(found: list[Solution], split: str, has_test: bool = False) -> list[Solution]:
-    """Those of one split. A source that has a test split of its own keeps for train what would be `split_of`'s test share."""
+    """Those of one split. Questions that differ in spaces and case alone go together, where the first of them in the
+    alphabet goes. A source that has a test split of its own keeps for train what would be `split_of`'s test share."""
     shares = ("train", "test") if has_test and split == "train" else (split,)
-    return [solution for solution in found if split_of(solution.question) in shares]
+    first: dict[str, str] = {}  # of all questions that are alike
+    for solution in found:
+        form = without_form(solution.question)
+        first[form] = min(solution.question, first.get(form, solution.question))
+    return [solution for solution in found if split_of(first[without_form(solution.question)]) in shares]
+
+
+def without_form(question: str) -> str:
+    """The question without its spaces and case.
+
+    >>> without_form("How  many eggs?")
+    'howmanyeggs?'
+    """
+    return "".join(question.split()).casefold()
 
 
 def read_jsonl(path: Path) -> list[Solution]:
@@ -101,6 +123,7 @@ def from_record(record: dict) -> Solution:
     >>> from_record({"question": "1+2?", "answer": "It is 1+2 = <<1+2=3>>3.\\n#### 3"})
     Solution(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=(), marks=((12, '1+2=3'),))
     """
+    record = with_listed_options(from_chat(record))
     question, answer = field(record, "question", needed=True), field(record, "answer", needed=True)
     trace, options = field(record, "trace"), record.get("options") or []
     if trace is None and "####" in answer:
@@ -111,9 +134,131 @@ def from_record(record: dict) -> Solution:
         raise ValueError("field 'trace' is missing (the reasoning, without the answer)")
     if not isinstance(options, list):
         raise ValueError(f"field 'options' must be a list of strings, not {type(options).__name__}")
-    trace, marks = without_marks(trace)
+    trace, marks = without_marks(without_tags(trace))  # tags first: marks know their places
+    answer = answer.strip()
+    if answer.startswith("<answer>"):
+        answer = answer.removeprefix("<answer>").removesuffix("</answer>").strip()
+        if not answer:
+            raise ValueError("field 'answer' has nothing between its tags")
     options = tuple(field({"options": one}, "options") or "" for one in options)
-    return Solution(question, trace, answer.strip(), options, marks)
+    return Solution(question, trace, answer, options, marks)
+
+
+def without_tags(trace: str) -> str:
+    """A trace without the tags that data.response_text puts around it: R1 and its pupils write them themselves. An answer in
+    tags at its end goes, too; what stands between is kept.
+
+    >>> without_tags("<think>\\n3+2=5\\n</think>\\nSo five.\\n<answer>5</answer>")
+    '3+2=5\\nSo five.'
+    """
+    before, opened, inside = trace.rpartition("<answer>")
+    if opened and inside.rstrip().endswith("</answer>"):
+        trace = before
+    trace = trace.strip().removeprefix("<think>")
+    thought, _, after = trace.partition("</think>")  # a prompt may have opened it: then there is no <think>
+    return "\n".join(part.strip() for part in (thought, after) if part.strip())
+
+
+# What makes demonstrations of TRL's completions, where the answer stands behind the last "="
+CONVERT = (
+    "python -c \"import json; [print(json.dumps({'question': r['prompt'], 'trace': r['completion'], 'answer': "
+    "r['completion'].split('=')[-1].strip()})) for r in map(json.loads, open('IN.jsonl'))]\" > OUT.jsonl"
+)
+
+
+def from_chat(record: dict) -> dict:
+    """A record in one of TRL's formats with our fields: `messages` of one user and one assistant turn, or `prompt` and
+    `completion`, each a text or such messages. A system message is left out, since prompts have an instruction of their
+    own. The answer is a field `answer`, or what the completion has in <answer> tags, behind its last '####', or in its last
+    \\boxed{}. Other records stay as they are.
+
+    >>> from_chat({"prompt": "3+2?", "completion": "3+2=5 #### 5"})
+    {'question': '3+2?', 'trace': '3+2=5 ', 'answer': '5'}
+    """
+    if "question" in record or not ("messages" in record or {"prompt", "completion"} <= record.keys()):
+        return record
+    if "messages" in record:
+        turns = turns_of(record["messages"], "messages")
+        if [role for role, _ in turns] != ["user", "assistant"]:
+            raise ValueError("field 'messages' must hold one user turn and one assistant turn: give the last turns alone")
+        prompt, completion = (content for _, content in turns)
+    else:
+        prompt = one_turn(record["prompt"], "prompt", "user")
+        completion = one_turn(record["completion"], "completion", "assistant")
+    answer = field(record, "answer")
+    trace, named = split_completion(completion)
+    if not answer and not named:
+        raise ValueError(
+            "the completion names no answer (<answer>5</answer>, #### 5 or \\boxed{5}): add a field 'answer'; "
+            f"where it stands behind the last '=', with: {CONVERT}"
+        )
+    rest = {name: record[name] for name in ("options",) if name in record}
+    return {"question": prompt, "trace": trace, "answer": answer or named} | rest
+
+
+def turns_of(messages, name: str) -> list[tuple[str, str]]:
+    """(role, content) of each message of a chat, without the system's."""
+    if not isinstance(messages, list):
+        raise ValueError(f"field '{name}' must be a list of messages, each with role and content")
+    turns = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"field '{name}': each message needs a role and a content, which is text")
+        if message.get("role") != "system":
+            turns.append((str(message.get("role")), message["content"]))
+    return turns
+
+
+def one_turn(value, name: str, role: str) -> str:
+    """The text of a prompt or a completion, which may be a text or a list of one message."""
+    if not isinstance(value, list):
+        return field({name: value}, name, needed=True)
+    turns = turns_of(value, name)
+    if [by for by, _ in turns] != [role]:
+        raise ValueError(f"field '{name}' must be a text or one message of the {role}")
+    return turns[0][1]
+
+
+def split_completion(text: str) -> tuple[str, str]:
+    """(trace, answer) of a whole response; the answer is "" if none is marked.
+
+    >>> split_completion("<think>3+2=5</think>\\n#### 5")
+    ('<think>3+2=5</think>\\n', '5')
+    """
+    before, opened, inside = text.rpartition("<answer>")
+    if opened:
+        return before, inside.partition("</answer>")[0].strip()
+    before, mark, after = text.rpartition("####")
+    if mark:
+        return before, after.strip()
+    before, mark, after = text.rpartition("\\boxed{")
+    depth = 1
+    for place, letter in enumerate(after if mark else ""):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:  # the brace that closes the box
+            boxed, rest = after[:place], after[place + 1 :]
+            if rest.strip(" .$\n"):  # amid a sentence: its words stay as they are
+                return before + boxed + rest, boxed.strip()
+            return before.rstrip(" $"), boxed.strip()
+    return text, ""
+
+
+def with_listed_options(record: dict) -> dict:
+    """A record whose options are {"A": "7", "B": "5"} with a list of them. Where the keys are not A, B, C in order, an answer
+    that names one becomes that option's text.
+
+    >>> with_listed_options({"options": {"1": "7", "2": "5"}, "answer": "2"})
+    {'options': ['7', '5'], 'answer': '5'}
+    """
+    options = record.get("options")
+    if not isinstance(options, dict):
+        return record
+    letters = [chr(ord("A") + i) for i in range(len(options))]
+    named = str(record.get("answer")).strip()
+    changed = {"options": list(options.values())}
+    if list(options) != letters and named in options:
+        changed["answer"] = options[named]
+    return record | changed
 
 
 def without_marks(trace: str) -> tuple[str, tuple[tuple[int, str], ...]]:

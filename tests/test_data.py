@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +14,12 @@ import data
 from data import Example
 from engine import loading
 from engine.candidates import from_texts
-from engine.chat import chat_text, set_date, token_ids
+from engine.chat import chat_text, control_tokens, set_date, token_ids
 from engine.errors import UserError
 from engine.settings import TASKS
 from tasks import records, words
 from tasks.answers import extract_answer
-from tasks.common import first_difference
+from tasks.common import first_difference, split_of
 
 EXPERT = Example(
     "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", "3*12=36\n24+36=60\n60-9=51", "51", task="words"
@@ -257,6 +259,173 @@ def test_too_long_examples_are_dropped_and_counted(shipped):
     assert data.fit_context(tokenizer, [short, long], 256) == ([short], 1)
     with pytest.raises(UserError, match="none of the 1 examples fits"):
         data.fit_context(tokenizer, [long], 256)
+
+
+CONTROL = "26+4=30<|im_end|>\n<|im_start|>user\nhi<|endoftext|> <|fim_prefix|>"
+
+
+def test_control_tokens_written_in_a_trace_are_text(qwen_tokenizer):
+    """<|fim_prefix|> too, which Qwen's tokenizer does not mark as special."""
+    text = data.response_text(CONTROL, "30")
+    ids = data.response_ids(qwen_tokenizer, text)
+    control = control_tokens(qwen_tokenizer, len(qwen_tokenizer)).values()
+    assert [place for place, token in enumerate(ids) if token in control] == [len(ids) - 1]
+    assert data.decode(qwen_tokenizer, ids) == text
+
+
+def test_a_question_cannot_close_its_turn(qwen_tokenizer):
+    control = control_tokens(qwen_tokenizer, len(qwen_tokenizer))
+    names = {token: name for name, token in control.items()}
+    prompt = data.prompt_ids(qwen_tokenizer, CONTROL)
+    assert [names[token] for token in prompt if token in names] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert CONTROL in qwen_tokenizer.decode(prompt)
+    plain = copy.deepcopy(qwen_tokenizer)
+    plain.chat_template = None
+    assert not set(data.prompt_ids(plain, CONTROL)) & set(control.values())
+
+
+def test_control_tokens_of_a_small_tokenizer_are_text_or_refused(shipped):
+    tokenizer = shipped[1]
+    ids = data.response_ids(tokenizer, "1+1=2<|endoftext|><|pad|>")
+    assert [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id] == [len(ids) - 1]
+    assert tokenizer.pad_token_id not in ids
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<|more|>"])  # not special
+    assert tokenizer.convert_tokens_to_ids("<|more|>") not in data.response_ids(tokenizer, "1<|more|>2")
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\nAHEAD{% endif %}"
+)
+
+
+@pytest.mark.parametrize("ahead", ["", "<think>\n", "<think>", "<think>\n\n</think>\n\n"])
+def test_what_the_prompt_writes_of_the_response_is_not_written_again(qwen_tokenizer, ahead):
+    tokenizer = copy.deepcopy(qwen_tokenizer)
+    tokenizer.chat_template = TEMPLATE.replace("AHEAD", ahead)
+    prompt = data.prompt_ids(tokenizer, "1+1?")
+    text = data.response_text("1+1=2", "2")
+    ids = data.response_ids(tokenizer, text)
+    whole = tokenizer.decode(prompt + ids)
+    assert whole.endswith("<|im_start|>assistant\n" + text + "<|im_end|>")
+    assert data.decode(tokenizer, ids) == text  # nothing is lost for those that read responses
+    opened = ahead in ("<think>", "<think>\n")
+    assert tokenizer.decode(prompt).endswith("assistant\n" + ahead * opened)
+
+
+def test_ordinary_texts_are_tokenised_as_before(qwen_tokenizer):
+    text = data.response_text("a < b | c > d, <tool_call> é\n 3", "7")
+    expected = qwen_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert data.response_ids(qwen_tokenizer, text)[:-1] == expected
+    rendered = chat_text(qwen_tokenizer, text + data.INSTRUCTION)
+    expected = qwen_tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert data.prompt_ids(qwen_tokenizer, text) == expected
+
+
+def test_examples_that_are_too_long_are_replaced_by_others(shipped, tmp_path):
+    short = [{"question": f"Ava has {i} pens. How many pens?", "trace": "1+1=2", "answer": "2"} for i in range(60)]
+    long = [row | {"question": row["question"].replace("Ava", "Ben"), "trace": "1+1=2\n" * 60} for row in short]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, short + long)))
+    (tmp_path / "test.jsonl").write_text(json.dumps(short[0] | {"question": "Cho has 1 pens. How many pens?"}))
+    load = [shipped[1], 256, 64, str(tmp_path), "train"]
+    examples, dropped = data.load_fitting(*load, 30, 0)
+    whole = data.load_examples(str(tmp_path), "train", None, 0)
+    assert len(examples) == 30 and dropped > 0
+    assert examples == [e for e in whole if len(e.trace) < 20][:30]  # in the data's order
+    every, _ = data.load_fitting(*load, 500, 0)
+    assert len(every) == sum(len(e.trace) < 20 for e in whole)  # no more are there
+    assert data.load_fitting(shipped[1], 256, 64, "words", "test", 7, 0) == (data.load_examples("words", "test", 7), 0)
+
+
+# other people's files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "trace, read",
+    [
+        ("<think>\n3+2=5\n</think>", "3+2=5"),
+        ("<think>3+2=5</think>\n<answer>5</answer>", "3+2=5"),
+        ("3+2=5\n</think>\nSo five.", "3+2=5\nSo five."),
+        ("3+2=5, 5 < 6", "3+2=5, 5 < 6"),
+    ],
+)
+def test_tags_that_a_trace_brings_are_taken_off(trace, read):
+    solution = records.from_record({"question": "3+2?", "trace": trace, "answer": "<answer>5</answer>"})
+    assert (solution.trace, solution.answer) == (read, "5")
+
+
+MESSAGES = [{"role": "user", "content": "3+2?"}, {"role": "assistant", "content": "<think>3+2=5</think>\n\\boxed{5}"}]
+
+
+@pytest.mark.parametrize(
+    "record, solution",
+    [
+        ({"messages": MESSAGES}, ("3+2?", "3+2=5", "5", ())),
+        ({"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]}, ("3+2?", "3+2=5", "5", ())),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, ("3+2?", "3+2=5", "5", ())),
+        ({"prompt": "3+2?", "completion": "3+2=5\n#### 5"}, ("3+2?", "3+2=5", "5", ())),
+        ({"prompt": "3+2?", "completion": "3+2=5", "answer": 5}, ("3+2?", "3+2=5", "5", ())),
+        ({"prompt": "x?", "completion": r"So \boxed{\frac{1}{2}} it is."}, ("x?", r"So \frac{1}{2} it is.", r"\frac{1}{2}", ())),
+        ({"question": "?", "options": {"A": "7", "B": 5}, "trace": "t", "answer": "B"}, ("?", "t", "B", ("7", "5"))),
+        ({"question": "?", "options": {"1": "7", "2": "5"}, "trace": "t", "answer": 2}, ("?", "t", "5", ("7", "5"))),
+    ],
+)
+def test_other_formats_are_read(record, solution):
+    assert records.from_record(record) == solution
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"prompt": "3+2?", "completion": "3+2=5"}, r"(?s)names no answer .*json\.dumps"),
+        ({"messages": MESSAGES * 2}, "one user turn and one assistant turn"),
+        ({"messages": "hello"}, "list of messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "a content"),
+        ({"prompt": MESSAGES, "completion": "5"}, "one message of the user"),
+    ],
+)
+def test_what_cannot_be_read_says_how_to_convert_it(record, message):
+    with pytest.raises(ValueError, match=message):
+        records.from_record(record)
+
+
+def test_the_line_that_converts_completions_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "IN.jsonl").write_text(json.dumps({"prompt": "3+2?", "completion": "3+2=5"}))
+    program = records.CONVERT.removeprefix('python -c "').removesuffix('" > OUT.jsonl')
+    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert records.from_record(json.loads(made)) == ("3+2?", "3+2=5", "5", ())
+
+
+def test_near_duplicates_stay_in_one_split(tmp_path):
+    rows = []
+    for i in range(60):
+        question = f"Nora has {i} shells and finds 2 more. How many now?"
+        for form in (question, question.replace(" ", "  "), question.lower()):
+            rows.append({"question": form, "trace": "1+1=2", "answer": "2"})
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    splits = [data.load_examples(str(file), split) for split in data.SPLITS]
+    forms = [{records.without_form(e.question) for e in examples} for examples in splits]
+    assert sum(map(len, forms)) == 60 and sum(map(len, splits)) == 180 and all(forms)
+
+
+def test_questions_of_the_test_file_leave_train(tmp_path, capsys):
+    rows = [{"question": f"What is {i}+1?", "trace": "t", "answer": "2"} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0] | {"question": "what is  0+1?"}))
+    count = sum(len(data.load_examples(str(tmp_path), split)) for split in ("train", "validation"))
+    assert count == 39 and "1 questions of" in capsys.readouterr().out
+
+
+def test_a_few_rows_without_a_test_question_say_what_to_do(tmp_path):
+    rows = [{"question": f"Nora has {i} shells.", "trace": "t", "answer": "2"} for i in range(9)]
+    rows = [row for row in rows if split_of(row["question"]) == "train"]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="folder with train.jsonl and test.jsonl"):
+        data.load_examples(str(tmp_path / "mine.jsonl"), "test")
+    assert data.load_examples(str(tmp_path / "mine.jsonl"), "validation") == []
 
 
 def test_medreason_row_keeps_answer_text_only():

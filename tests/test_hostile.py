@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_report import page_with
 
 import data
@@ -310,6 +311,18 @@ def test_broken_weights_are_one_line(tmp_path, head):
     (folder / "model.safetensors").write_bytes(head + content[len(head) :])
     for load in LOADERS:
         assert str(folder) in one_line(load, str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named_when_it_is_loaded(tmp_path, shipped, value):
+    folder = copy_of_base(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "q_proj.weight" in name)
+    weights[name][0, 0] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in LOADERS:
+        message = one_line(load, str(folder))
+        assert "q_proj.weight holds NaN or infinity" in message and str(folder) in message
 
 
 # Calls that turn data into code, and libraries whose files are code.

@@ -114,6 +114,19 @@ def work(rank: int, folder: Path) -> None:
         raise AssertionError("5 questions were shared between 2 processes")
     assert parallel.lowest([2.5, -1.0][rank]) == -1.0 and parallel.lowest([math.inf, math.inf][rank]) == math.inf
     assert (parallel.seed(7) == 7) == (rank == 0)
+    assert parallel.even([1, 2, 3], "demonstrations") == [1, 2] and parallel.even([1, 2], "demonstrations") == [1, 2]
+    parallel.check_same_folder(folder)
+    try:
+        parallel.check_same_folder(folder if rank == 0 else folder / "elsewhere")
+    except UserError as error:  # on both: neither waits for the other
+        assert "1 of 2 processes do not see" in str(error)
+    else:
+        raise AssertionError("two folders were taken for one")
+    assert not list(folder.glob(".seen*"))
+    with torch.no_grad():
+        run = train.Run(parse_settings([*TINY, "--demonstrations", "3", "--extra-questions", "5", "--method", "sft"]))
+    assert (len(run.experts), len(run.extra), len(run.answered)) == (1, 2, 3)  # as many on both
+    assert run.counts["demonstrations"] == 2 and run.counts["extra_questions"] == 4
     assert train.main([*TINY, "--questions", "5", "--group", "2"]) == 2 and not Path("runs").exists()
     parallel.leave()
     assert rank == 0
@@ -184,6 +197,8 @@ def test_a_trace_that_was_cut_off_is_worth_the_same_in_every_process(ranks):
 def test_without_torchrun_nothing_is_shared():
     parallel.start("cpu")
     assert (parallel.world(), parallel.rank(), parallel.seed(3), parallel.share([1, 2, 3])) == (1, 0, 3, [1, 2, 3])
+    assert parallel.even([1, 2, 3], "demonstrations") == [1, 2, 3]
+    parallel.check_same_folder(Path("nowhere"))
     assert parallel.total(2.5) == 2.5 and parallel.share_of(5, "--questions") == 5
 
 
@@ -262,6 +277,29 @@ def test_stopped_then_killed_two_processes_go_on_bit_for_bit(undisturbed, tmp_pa
     assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
     for model in whole.glob("*/model.safetensors"):
         assert_close(load_file(parts / model.relative_to(whole)), load_file(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_machines_share_a_folder_or_are_refused(tmp_path, shared):
+    """Two agents of torchrun on one machine, each a "machine" with one process."""
+    port = str(free_port())
+    flags = "--method sft --validate-every 0 --name demo".split()
+    agents = []
+    for node in ("0", "1"):
+        folder = tmp_path if shared else tmp_path / node
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2", "--node-rank", node,
+                   "--master-addr=127.0.0.1", "--master-port", port]  # fmt: skip
+        agents.append(subprocess.Popen([*command, str(ROOT / "train.py"), *TINY, *flags], cwd=folder, text=True,
+                                       stderr=subprocess.PIPE, stdout=subprocess.PIPE))  # fmt: skip
+    errors = [agent.communicate()[1] for agent in agents]
+    if shared:
+        assert [agent.returncode for agent in agents] == [0, 0], errors
+        assert (tmp_path / RUN / "results.json").exists() and not list((tmp_path / RUN).glob(".seen*"))
+    else:
+        assert all(agent.returncode for agent in agents)
+        for error in errors:
+            assert error.count("error: 1 of 2 processes do not see runs/demo") == 1, error
 
 
 def test_torchrun_passes_a_signal_on(tmp_path):

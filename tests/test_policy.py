@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from conftest import all_groups, demonstrations, sft_loss, true_gradient
 from torch.testing import assert_close
 
@@ -448,3 +449,50 @@ def test_an_unknown_output_layer_is_refused(shipped):
     model.lm_head.bias = torch.nn.Parameter(torch.full((66,), 5.0))
     with pytest.raises(UserError, match="output layer of 'biased'"):
         loading.check_output_layer(model, "biased")
+
+
+# --- loading and dividing --------------------------------------------------------------------------------------------
+
+TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.5}  # fmt: skip
+
+
+def test_a_scale_behind_the_output_matrix_is_seen():
+    """Granite divides its logits; on its padding token, whose embedding is 0, nothing shows it."""
+    config = transformers.GraniteConfig(**TINY, logits_scaling=4.0)
+    with pytest.raises(UserError, match="without bias or scale"):
+        loading.check_output_layer(transformers.GraniteForCausalLM(config).eval(), "granite")
+
+
+def test_logits_that_are_all_zero_are_refused():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
+    loading.check_output_layer(model, "llama")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    with pytest.raises(UserError, match="empty or damaged"):
+        loading.check_output_layer(model, "llama")
+    with pytest.raises(UserError, match="cannot be divided"):
+        policy.divide_logits(model, 0.2)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3", "Gemma2"])
+def test_divided_logits_are_divided_or_refused(kind):
+    options = {} if kind == "Llama" else {"head_dim": 8}
+    name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    config = getattr(transformers, name)(**TINY, **options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = model(tokens).logits
+        if kind == "Gemma2":  # its logits are capped
+            with pytest.raises(UserError, match="cannot be divided"):
+                policy.divide_logits(model, 0.2)
+            assert torch.equal(model(tokens).logits, before)  # as it was
+        else:
+            policy.divide_logits(model, 0.2)
+            assert_close(model(tokens).logits, before * 5, rtol=1e-4, atol=1e-3)
+
+
+def test_ordinary_tokens_are_many_and_not_special(shipped):
+    tokens = loading.ordinary_tokens(shipped[0]).flatten().tolist()
+    assert len(set(tokens)) == 16 and min(tokens) < 10 and max(tokens) > 50
+    assert not set(tokens) & {shipped[1].pad_token_id, shipped[1].eos_token_id}

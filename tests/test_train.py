@@ -1,7 +1,7 @@
 """train.py as its users run it: whole runs in a temporary folder, and one clear line for each kind of bad input."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from engine.errors import UserError, exit_status
 from engine.runs import load_run
 from engine.settings import Settings, parse_settings
 from show import trace as trace_of
+from tasks.common import split_of
 
 TINY = ("--demonstrations 16 --extra-questions 4 --questions 4 --group 4 --eval-questions 8 --rerank-questions 8 "
         "--rerank-n 4 --eval-samples 2 --max-steps 2 --grpo-steps 2 --sft-steps 3 --fair-steps 3 --warm-up 2 --validate-every 2 "
@@ -345,3 +346,33 @@ def test_a_base_that_never_begins_as_the_demonstrations_is_told(flags, first, to
     few = "--method irl --max-steps 1 --eval-questions 2 --eval-samples 1 --rerank-questions 2 --validate-every 0".split()
     assert train.main([*TINY, *few, *flags.split()]) == 0
     assert ("--start sft can" in capsys.readouterr().out) == told
+
+
+def test_every_shortfall_is_said_and_what_was_used_is_counted(settings, capsys):
+    """Of countdown's problems 515 are for test, whatever is asked for."""
+    s = replace(settings, data="countdown", model="countdown-base", eval_questions=600, extra_questions=10, max_new_tokens=40)
+    run = train.Run(s)
+    printed = capsys.readouterr().out
+    assert "only 515 test questions for the results are there, not 600" in printed
+    assert printed.count("only") == 1
+    expected = {"demonstrations": 16, "extra_questions": 10, "validation": 100, "test": 515, "reranked": 8}
+    assert run.counts == expected and len(run.test) == 515
+
+
+def test_five_rows_and_a_test_file_are_a_run(settings, tmp_path, monkeypatch, capsys):
+    """None of these rows is for validation: then there is no curve, and results all the same."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"Ava has {i} pens. How many pens?", "trace": "1+1=2", "answer": "2"} for i in range(90)]
+    of = {name: [row for row in rows if split_of(row["question"]) == name] for name in ("train", "test")}
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, of["train"][:5])))
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, of["test"][:4])))
+    flags = "--method sft --sft-steps 1 --validate-every 1 --demonstrations 16 --extra-questions 3 --device cpu "
+    flags += "--max-new-tokens 8"
+    assert train.main([*flags.split(), "--data", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    for line in ("only 5 demonstrations", "only 0 extra questions", "only 0 validation questions", "only 4 test questions"):
+        assert line in printed
+    results = json.loads((tmp_path / "runs/demo/results.json").read_text())
+    assert results["counts"]["demonstrations"] == 5 and results["counts"]["test"] == 4
