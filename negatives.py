@@ -212,13 +212,13 @@ def is_still_right(before: Example, after: Example) -> bool:
     changed_tokens = read_tokens(after.trace)
     if len(tokens) != len(changed_tokens):
         return False
-    in_true = (
-        set()
-    )  # where a token of the copy begins that is in the expression of a true calculation
+    # where those tokens of the copy begin that are in the expression of a true calculation
+    in_true = set()
     for calculation in read_calculations(changed_tokens)[0]:
         if calculation.holds:
             in_true.update(token.start for token in calculation.expression)
-    in_any = set()  # the same of the expert's trace, true or rounded
+    # the same of the expert's trace, true or rounded
+    in_any = set()
     for calculation in read_calculations(tokens)[0]:
         in_any.update(token.start for token in calculation.expression)
     for old, new in zip(tokens, changed_tokens):
