@@ -1,29 +1,33 @@
 """Negatives that cost no sampling: an expert's own trace with something wrong in it.
 
-The discriminator of Algorithm 1 (arXiv 2510.01857) learns from experts and negatives. Most negatives are samples of the
-policy; the paper adds perturbed experts. They are written in the expert's own style, so that style tells nothing, and
-nobody has to say which trace is right: an expert's trace in which something was changed is wrong.
+The discriminator of Algorithm 1 (arXiv 2510.01857) learns from experts and negatives. Most
+negatives are samples of the policy; the paper adds perturbed experts. They are written in the
+expert's own style, so that style tells nothing, and nobody has to say which trace is right: an
+expert's trace in which something was changed is wrong.
 
-    broken    one thing changes, and everything else stays:      one thing is enough to see it, and all
-              a number, an operator, the answer, a swap          that follows contradicts it
-    carried   one calculation changes, its result is computed    every equation is true, only the reasoning
-              anew, and all that used it follows, to the answer  is wrong: so are a model's own errors
+    broken    one thing changes, everything else stays:      one thing is enough to see it, and
+              a number, an operator, the answer, a swap      all that follows contradicts it
+    carried   one calculation changes, its result is         every equation is true, only the
+              computed anew, and all that used it follows,   reasoning is wrong: so are a model's
+              to the answer                                  own errors
 
               expert             broken             carried
               3*12=36            3*12=36            3*14=42
               24+36=60           24-36=60           24+42=66
               60-9=51  -> 51     60-9=51  -> 51     66-9=57  -> 57
 
-Negative is only what follows from the first changed token on: what stands before it is the expert's own.
+Negative is only what follows from the first changed token on: what stands before it is the expert's
+own.
 
-    what                               where                        test, in tests/test_negatives.py
-    one thing broken                   perturb                      perturbations_change_something_and_are_wrong
-    a copy that is still right         is_still_right               a_copy_that_is_still_right_is_none
-    a carried error                    carry_error                  every_equation_of_a_carried_copy_is_true
-    which numbers are the old result   follow                       later_uses_are_replaced_and_nothing_else
-    the first changed token            perturbed_negatives          perturbed_negatives_count_from_the_first_changed_..
+    what                          where                 test, in tests/test_negatives.py
+    one thing broken              perturb               perturbations_change_something_and_are_wrong
+    a copy that is still right    is_still_right        a_copy_that_is_still_right_is_none
+    an error that is carried on   carry_error           every_equation_of_a_carried_copy_is_true
+    what is the old result        follow                later_uses_are_replaced_and_nothing_else
+    the first changed token       perturbed_negatives   perturbed_negatives_count_from_the_first_..
 
-Run `python negatives.py` to see one example of each kind. Numbers and equations are read in tasks/arithmetic.py.
+Run `python negatives.py` to see one example of each kind. Numbers and equations are read in
+tasks/arithmetic.py.
 """
 
 import random
@@ -48,22 +52,23 @@ from tasks.arithmetic import (
 )
 from tasks.common import first_difference
 
-# Nothing here knows what mistakes a policy makes. In particular '*' never becomes '+', which is how the pupil of `words`
-# goes wrong: the reward has to find that out from samples.
-INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*", "×": "÷", "÷": "×", "x": "/", "X": "/", "−": "+", "–": "+"}
+# Nothing here knows what mistakes a policy makes. In particular '*' never becomes '+', which is how
+# the pupil of `words` goes wrong: the reward has to find that out from samples.
+INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
+INVERSE |= {"×": "÷", "÷": "×", "x": "/", "X": "/", "−": "+", "–": "+"}  # other spellings
 
-MOST_TEXT = 20_000  # characters of a trace that is read for its equations: longer ones fit no context
+MOST_TEXT = 20_000  # characters of a trace whose equations are read: longer ones fit no context
 
 
-# 1. One thing broken -------------------------------------------------------------------------------------------------
+# 1. One thing broken ------------------------------------------------------------------------------
 
 
 def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Example | None:
     """A copy of the example with something wrong in it; None if it offers nothing to change.
 
-    kind: "broken" (one of BROKEN at random), "carried" (broken where nothing can be carried on), "both" (either, with
-    equal chance); or one of BROKEN alone: "number", "operator", "answer", "swap". A change that would change nothing, or
-    leave everything right, is not made.
+    kind: "broken" (one of BROKEN at random), "carried" (broken where nothing can be carried on),
+    "both" (either, with equal chance); or one of BROKEN alone: "number", "operator", "answer",
+    "swap". A change that would change nothing, or leave everything right, is not made.
 
     >>> expert = Example("?", "3*12=36", "36")
     >>> perturb(expert, random.Random(0), "operator").trace
@@ -98,19 +103,28 @@ def break_number(example: Example, rng: random.Random) -> Example | None:
 
 
 def break_operator(example: Example, rng: random.Random) -> Example | None:
-    """An operator of the trace becomes its inverse. Those before a number that changes nothing are left out: x*1 and x/1
-    are the same, x+0 and x-0 as well."""
+    """An operator of the trace becomes its inverse."""
     trace = example.trace
-    places = []
-    for match in re.finditer(r"(?<=[\d) ])[-+*/×÷](?=[\d( $])", trace):
-        right = re.compile(r"[ $]{0,3}([0-9][0-9,]{0,20}(?:\.[0-9]{1,20})?)").match(trace, match.end())
-        neutral = 0.0 if match.group() in "+-" else 1.0
-        if right is None or float(right[1].replace(",", "")) != neutral:
-            places.append(match.start())
-    if not places:
-        return None
-    at = rng.choice(places)
-    return replace(example, trace=trace[:at] + INVERSE[trace[at]] + trace[at + 1 :])
+    places = [match.start() for match in re.finditer(r"(?<=[\d) ])[-+*/×÷](?=[\d( $])", trace)]
+    for _ in range(20 * bool(places)):  # nearly always the first will do
+        at = rng.choice(places)
+        if not is_neutral(trace, at):
+            return replace(example, trace=trace[:at] + INVERSE[trace[at]] + trace[at + 1 :])
+    return None
+
+
+def is_neutral(trace: str, at: int) -> bool:
+    """Whether the operator at this place and its inverse come to the same: x*1 and x/1, x+0 and
+    x-0.
+
+    >>> [is_neutral(text, 1) for text in ("7*1", "7/$1.00 =", "7+0", "7*0", "7*1.5", "7+x")]
+    [True, True, True, False, False, False]
+    """
+    right = re.match(r"[ $]{0,3}([0-9][0-9,]{0,20}(?:\.[0-9]{1,20})?)", trace[at + 1 : at + 60])
+    if right is None:
+        return False
+    neutral = 0.0 if trace[at] in "+-" else 1.0
+    return float(right[1].replace(",", "")) == neutral
 
 
 def break_answer(example: Example, rng: random.Random) -> Example | None:
@@ -119,7 +133,8 @@ def break_answer(example: Example, rng: random.Random) -> Example | None:
     others = other_options(example)
     if others:
         other = rng.choice(others)
-        if re.fullmatch(r"\(?[A-Za-z][.):]?", old) and old not in example.options:  # a letter stays a letter
+        is_letter = re.fullmatch(r"\(?[A-Za-z][.):]?", old) and old not in example.options
+        if is_letter:  # and it stays one
             letter = chr(ord("A") + example.options.index(other))
             other = re.sub("[A-Za-z]", letter.lower() if old.islower() else letter, old)
         return replace(example, answer=other)
@@ -131,11 +146,13 @@ def break_answer(example: Example, rng: random.Random) -> Example | None:
 
 
 def other_options(example: Example) -> list[str]:
-    """The options that the answer does not name. Options are compared with each other; no verifier is asked."""
+    """The options that the answer does not name. Options are compared with each other; no verifier
+    is asked."""
     options = example.options
     right = option_of(example.answer, options)
     if right is None:
-        return [option for option in options if normalise_text(option) != normalise_text(example.answer)]
+        answer = normalise_text(example.answer)
+        return [option for option in options if normalise_text(option) != answer]
     return [option for option in options if option_of(option, options) != right]
 
 
@@ -143,17 +160,23 @@ def swap_numbers(example: Example, rng: random.Random) -> Example | None:
     """Two different numbers of the trace change places."""
     trace = example.trace
     spans = [match.span() for match in re.finditer("[0-9]+", trace)]
-    for _ in range(20 * (len(spans) > 1)):  # most pairs will do; a short trace of equal numbers has none
+    if len(spans) < 2:
+        return None
+    for _ in range(20):  # most pairs will do; a short trace of equal numbers has none
         (a, b), (c, d) = sorted(rng.sample(spans, 2))
-        commutes = re.fullmatch(r"([\s\d]*\+)+\s*|([\s\d]*[*×])+\s*", trace[b:c])  # all of a sum, or of a product
-        if trace[a:b].lstrip("0") != trace[c:d].lstrip("0") and not commutes:
-            return replace(example, trace=trace[:a] + trace[c:d] + trace[b:c] + trace[a:b] + trace[d:])
+        between = trace[b:c]
+        equal = trace[a:b].lstrip("0") == trace[c:d].lstrip("0")
+        # all that stands between is of a sum, or of a product
+        commutes = re.fullmatch(r"([\s\d]*\+)+\s*|([\s\d]*[*×])+\s*", between)
+        if not equal and not commutes:
+            swapped = trace[:a] + trace[c:d] + between + trace[a:b] + trace[d:]
+            return replace(example, trace=swapped)
     return None
 
 
 def other_number(digits: str, rng: random.Random) -> str:
-    """A different number with as many digits: near (one digit off by one) or far, with equal chance. Compared as text,
-    since Python makes no integer of more than 4,300 digits."""
+    """A different number with as many digits: near (one digit off by one) or far, with equal
+    chance. Compared as text, since Python makes no integer of more than 4,300 digits."""
     if rng.random() < 0.5:
         place = rng.randrange(len(digits))
         near = (int(digits[place]) + rng.choice((1, 9))) % 10
@@ -166,14 +189,21 @@ def other_number(digits: str, rng: random.Random) -> str:
     return changed
 
 
-BROKEN = {"number": break_number, "operator": break_operator, "answer": break_answer, "swap": swap_numbers}
+BROKEN = {
+    "number": break_number,
+    "operator": break_operator,
+    "answer": break_answer,
+    "swap": swap_numbers,
+}
 
 
 def is_still_right(before: Example, after: Example) -> bool:
-    """Whether all that changed lies in written calculations that still hold and still have the same result.
+    """Whether all that changed lies in written calculations that still hold and still have the same
+    result.
 
     >>> before = Example("?", "10+2-3=9", "9")
-    >>> [is_still_right(before, replace(before, trace=trace)) for trace in ("2+10-3=9", "10-2+3=9", "10+2-9=3")]
+    >>> copies = [replace(before, trace=trace) for trace in ("2+10-3=9", "10-2+3=9", "10+2-9=3")]
+    >>> [is_still_right(before, copy) for copy in copies]
     [True, False, False]
     """
     if before.answer != after.answer or max(len(before.trace), len(after.trace)) > MOST_TEXT:
@@ -182,43 +212,43 @@ def is_still_right(before: Example, after: Example) -> bool:
     changed_tokens = read_tokens(after.trace)
     if len(tokens) != len(changed_tokens):
         return False
-    holding = {}  # start of a token that a true calculation of the copy holds -> that calculation's result
+    # where those tokens of the copy begin that are in the expression of a true calculation
+    in_true = set()
     for calculation in read_calculations(changed_tokens)[0]:
         if calculation.holds:
-            for token in calculation.expression:
-                holding[token.start] = calculation.result
-    result_before = {}
+            in_true.update(token.start for token in calculation.expression)
+    # the same of the expert's trace, true or rounded
+    in_any = set()
     for calculation in read_calculations(tokens)[0]:
-        for token in calculation.expression:
-            result_before[token.start] = calculation.result
+        in_any.update(token.start for token in calculation.expression)
     for old, new in zip(tokens, changed_tokens):
         if old.text == new.text:
             continue
-        if new.start not in holding or old.start not in result_before:
+        if new.start not in in_true or old.start not in in_any:
             return False  # it changed in a sentence, in a result, or in what is now false
-        if holding[new.start].value != result_before[old.start].value:
-            return False
     return True
 
 
-# 2. An error that is carried on --------------------------------------------------------------------------------------
-# All from the demonstration alone: `a op b = c` as it stands in the text, and where a data set marks its calculations
-# (GSM8K's <<48/2=24>>; tasks/records.py takes them out of the text and keeps them) also those that are told in words.
+# 2. An error that is carried on -------------------------------------------------------------------
+# From the demonstration alone: `a op b = c` as it stands in the text; and where a data set marks
+# its calculations (GSM8K's <<48/2=24>>, which tasks/records.py keeps) those told in words, too.
 
 ATTEMPTS = 24  # changes that are tried on one trace
 ATTEMPTS_AT_A_STEP = 6
 ABSURD = 10  # a carried number may be this times the largest one of question and trace
-WINDOW = 12  # how many numbers before a result are searched for its operands, and for what tells of it
+WINDOW = 12  # numbers before a result that may be its operands, or tell of it
 
 # Numbers that a text brings in without digits. What equals one of them may be a given number.
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 WORD_VALUES = {word: Fraction(value) for value, word in enumerate(WORDS)}
-WORD_VALUES |= {"half": Fraction(2), "twice": Fraction(2), "double": Fraction(2), "both": Fraction(2), "third": Fraction(3)}
-WORD_VALUES |= {"triple": Fraction(3), "quarter": Fraction(4), "dozen": Fraction(12), "percent": Fraction(100)}
+WORD_VALUES |= {"half": Fraction(2), "twice": Fraction(2), "double": Fraction(2)}
+WORD_VALUES |= {"both": Fraction(2), "third": Fraction(3), "triple": Fraction(3)}
+WORD_VALUES |= {"quarter": Fraction(4), "dozen": Fraction(12), "percent": Fraction(100)}
 
 
 class Unclear(Exception):
-    """This change cannot be carried on: nobody can tell what would have to follow, or something absurd would."""
+    """This change cannot be carried on: nobody can tell what would have to follow, or something
+    absurd would."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +256,8 @@ class Step:
     """One calculation of a trace, with the places of its parts."""
 
     calculation: Calculation
-    shown: dict[int, int]  # index in the expression -> index among the trace's numbers, of operands that the trace shows
+    # of the operands that the trace shows: index in the expression -> index among its numbers
+    shown: dict[int, int]
     result: int  # index among the trace's numbers
     marked: bool  # told by a mark: its tokens are the mark's, without percent signs
 
@@ -248,7 +279,8 @@ class Worked:
     trace: str
     numbers: list[Token]
     steps: dict[int, Step]  # by the index of their result
-    announced: dict[int, int]  # "20 hours because 1500/75=20": index of the first 20 -> that of the result
+    # "20 hours because 1500/75=20": index of the first 20 -> that of the result
+    announced: dict[int, int]
     unread: frozenset[int]  # numbers in equations that are not understood: they cannot follow
     given: frozenset[Fraction]  # numbers of the question, and those that words bring in
     candidates: list[Fraction]  # numbers of the question that may stand in the place of an operand
@@ -256,12 +288,15 @@ class Worked:
 
 
 def carry_error(example: Example, rng: random.Random) -> Example | None:
-    """The example with one operand or operator changed, and all that follows from it; None if that does not come about.
+    """The example with one operand or operator changed, and all that follows from it; None if that
+    does not come about.
 
-    The change reaches the answer, and every written equation that was true is still true. Given up is a change after which
-    a number would be negative, endless, absurd, or not to be told from another one (`follow`).
+    The change reaches the answer, and every written equation that was true is still true. Given up
+    is a change after which a number would be negative, endless, absurd, or not to be told from
+    another one (`follow`).
 
-    >>> expert = Example("Ava has 24 pens and buys 3 bags of 12.", "3*12=36\\n24+36=60\\nSo she has 60 pens.", "60 pens")
+    >>> trace = "3*12=36\\n24+36=60\\nSo she has 60 pens."
+    >>> expert = Example("Ava has 24 pens and buys 3 bags of 12.", trace, "60 pens")
     >>> carried = carry_error(expert, random.Random(1))
     >>> carried.trace, carried.answer
     ('3*17=51\\n24+51=75\\nSo she has 75 pens.', '75 pens')
@@ -281,7 +316,7 @@ def carry_error(example: Example, rng: random.Random) -> Example | None:
             copy = write_copy(example, worked, change, values, answer, last)
         except Unclear:
             continue
-        if copy.answer != example.answer and equations_hold(example.trace, copy.trace):
+        if equations_hold(example.trace, copy.trace):
             return copy
     return None
 
@@ -295,7 +330,8 @@ def the_number(answer: str) -> Token | None:
 
 
 def last_step(worked: Worked, answer: Token) -> Step | None:
-    """The step that the answer comes from: the last one with this result. (18% and 18 may both be written as 18.)"""
+    """The step that the answer comes from: the last one with this result. (18% and 18 may both be
+    written as 18.)"""
     for index in sorted(worked.steps, reverse=True):
         number = worked.numbers[index]
         if number.amount(number.value) == answer.amount(answer.value):
@@ -316,9 +352,13 @@ def read_worked(example: Example) -> Worked:
     steps = {}
     for calculation in calculations:
         if not calculation.holds:  # 10/3 = 3.33
-            others += [*(token for token in calculation.expression if token.kind == "number"), calculation.result]
+            others += [token for token in calculation.expression if token.kind == "number"]
+            others.append(calculation.result)
             continue
-        shown = {i: index_at[token.start] for i, token in enumerate(calculation.expression) if token.kind == "number"}
+        shown = {}
+        for i, token in enumerate(calculation.expression):
+            if token.kind == "number":
+                shown[i] = index_at[token.start]
         result = index_at[calculation.result.start]
         steps[result] = Step(calculation, shown, result, marked=False)
     starts = [number.start for number in numbers]
@@ -326,25 +366,34 @@ def read_worked(example: Example) -> Worked:
         step = read_mark(example.trace, numbers, bisect_left(starts, place), place, mark)
         if step is not None and step.result not in steps:
             steps[step.result] = step
-    understood = {index for step in steps.values() for index in (step.result, *step.shown.values())}
-    unread = {index_at[token.start] for token in others} - understood
-    question = read_tokens(example.question)
-    given = {token.value for token in question if token.kind == "number"}
-    given |= {WORD_VALUES[word] for word in words_of(example.question) | words_of(example.trace) if word in WORD_VALUES}
+    calculated = places_of(steps)
+    unread = {index_at[token.start] for token in others} - calculated
+    question = [token for token in read_tokens(example.question) if token.kind == "number"]
+    given = {number.value for number in question}
+    words = words_of(example.question) | words_of(example.trace)
+    given |= {value for word, value in WORD_VALUES.items() if word in words}
     if "%" in example.question or "%" in example.trace:
         given.add(Fraction(100))
-    amounts = [token.amount(token.value) for token in (*question, *numbers) if token.kind == "number"]
-    largest = max(amounts, default=Fraction(0))
+    candidates = [number.value for number in question if stands_alone(example.question, number)]
+    amounts = [number.amount(number.value) for number in (*question, *numbers)]
     return Worked(
         example.trace,
         numbers,
         steps,
-        read_announced(example.trace, numbers, steps, understood | unread),
+        read_announced(example.trace, numbers, steps, calculated | unread),
         frozenset(unread),
         frozenset(given),
-        [token.value for token in question if token.kind == "number" and stands_alone(example.question, token)],
-        largest,
+        candidates,
+        max(amounts, default=Fraction(0)),
     )
+
+
+def places_of(steps: dict[int, Step]) -> set[int]:
+    """Indices of all numbers that the steps are made of."""
+    places = set()
+    for step in steps.values():
+        places.update((step.result, *step.shown.values()))
+    return places
 
 
 def words_of(text: str) -> set[str]:
@@ -353,14 +402,15 @@ def words_of(text: str) -> set[str]:
 
 
 def read_mark(trace: str, numbers: list[Token], result: int, place: int, mark: str) -> Step | None:
-    """The step that a mark such as 48/2=24 tells of, whose result, the next number, stands at `place` of the trace. Its
-    operands are those numbers just before it, in the same line, that have their values. None if the mark and the trace do
-    not agree."""
+    """The step that a mark such as 48/2=24 tells of, whose result, the next number, stands at
+    `place` of the trace. Its operands are those numbers just before it, in the same line, that have
+    their values. None if the mark and the trace do not agree."""
     calculations, _ = read_calculations(read_tokens(mark))
     if len(calculations) != 1 or not calculations[0].holds:
         return None
     calculation = calculations[0]
-    if result == len(numbers) or numbers[result].start > place + 3:  # a currency sign and a space may stand between
+    # a currency sign and a space may stand between
+    if result == len(numbers) or numbers[result].start > place + 3:
         return None
     if numbers[result].amount(numbers[result].value) != calculation.result.value:
         return None
@@ -385,28 +435,36 @@ def before_in_line(trace: str, numbers: list[Token], result: int) -> list[int]:
     return [index for index in indices if numbers[index].start >= line]
 
 
-def read_announced(trace: str, numbers: list[Token], steps: dict[int, Step], calculated: set[int]) -> dict[int, int]:
-    """The results that a sentence tells before it calculates them: {index of such a number: index of the result}."""
+def read_announced(
+    trace: str, numbers: list[Token], steps: dict[int, Step], calculated: set[int]
+) -> dict[int, int]:
+    """The results that a sentence tells before it calculates them: {index of such a number: index
+    of the result}."""
     announced = {}
     for result in steps:
         for index in before_in_line(trace, numbers, result):
             number = numbers[index]
-            if number.value == numbers[result].value and index not in calculated and stands_alone(trace, number):
+            if index in calculated or number.value != numbers[result].value:
+                continue
+            if stands_alone(trace, number):
                 announced[index] = result
     return announced
 
 
 def stands_alone(text: str, number: Token) -> bool:
-    """Whether a number of a sentence counts or measures something: it is no part of a date, a time, a fraction, an ordinal,
-    a name such as B12, and no label of a list.
+    """Whether a number of a sentence counts or measures something: it is no part of a date, a time,
+    a fraction, an ordinal, a name such as B12, and no label of a list.
 
     >>> text = "1. On 5/24/2020, the 24th, at 24:00, COVID-24: a 24-inch pipe, $24 and 24."
-    >>> [text[token.start :] for token in read_tokens(text) if token.text == "24" and stands_alone(text, token)]
+    >>> numbers = [token for token in read_tokens(text) if token.text == "24"]
+    >>> [text[number.start :] for number in numbers if stands_alone(text, number)]
     ['24-inch pipe, $24 and 24.', '24 and 24.', '24.']
     """
     before = text[max(0, number.start - 12) : number.start]
     after = text[number.end : number.end + 2]
-    if re.search(r"\w$|\w[-–:/.,]$|[-–]$", before) or re.match(r"\w|[:/.,]\w|[-–][0-9]", after):
+    if re.search(r"\w$|\w[-–:/.,]$|[-–]$", before):  # B24, 5/24, -24
+        return False
+    if re.match(r"\w|[:/.,]\w|[-–][0-9]", after):  # 24th, 24:00, 24-30
         return False
     in_a_list = re.search(r"(?:^|\n)[ \t]{0,8}$", before) and re.match(r"[.):]\s", after)
     labelled = re.search(r"(?:step|stage|part|no\.|#) ?$", before, re.IGNORECASE)
@@ -417,12 +475,15 @@ def stands_alone(text: str, number: Token) -> bool:
 
 
 def changes(worked: Worked, last: int, rng: random.Random) -> Iterator[Change]:
-    """Changes to try: the steps up to the one with the answer in random order, some of each, an operand or an operator."""
+    """Changes to try: the steps up to the one with the answer in random order, some of each, an
+    operand or an operator."""
     indices = [index for index in worked.steps if index <= last]
     for place in rng.sample(indices, min(len(indices), ATTEMPTS // ATTEMPTS_AT_A_STEP)):
         step = worked.steps[place]
         expression = step.calculation.expression
-        operators = [i for i, token in enumerate(expression) if token.kind in INVERSE and not step.marked]
+        operators = []
+        if not step.marked:  # a mark's operators have no place in the text
+            operators = [i for i, token in enumerate(expression) if token.kind in INVERSE]
         operands = sorted(step.shown)
         for _ in range(ATTEMPTS_AT_A_STEP):
             if operators and (not operands or rng.random() < 0.5):
@@ -434,10 +495,11 @@ def changes(worked: Worked, last: int, rng: random.Random) -> Iterator[Change]:
 
 
 def other_operand(worked: Worked, index: int, rng: random.Random) -> Fraction:
-    """Another value for an operand, with equal chance a number of the question or one just before it in the trace (the
-    wrong one of those at hand), or the same number with other digits."""
+    """Another value for an operand, with equal chance a number of the question or one just before
+    it in the trace (the wrong one of those at hand), or the same number with other digits."""
     number = worked.numbers[index]
-    at_hand = worked.candidates + [before.value for before in worked.numbers[max(0, index - WINDOW) : index]]
+    before = worked.numbers[max(0, index - WINDOW) : index]
+    at_hand = worked.candidates + [other.value for other in before]
     if at_hand and rng.random() < 0.5:
         return rng.choice(at_hand)
     digits = iter(other_number(re.sub("[^0-9]", "", number.text), rng))
@@ -447,18 +509,20 @@ def other_operand(worked: Worked, index: int, rng: random.Random) -> Fraction:
 
 
 def follow(worked: Worked, change: Change) -> dict[int, Fraction]:
-    """All that a change brings about: {index among the trace's numbers: its new value}. Unclear where that is.
+    """All that a change brings about: {index among the trace's numbers: its new value}. Unclear
+    where that is.
 
-    The rule for what follows, from the changed step on. A number is the old result, and follows, if it has exactly its
-    value, stands alone or is an operand, and this value is not that of a number of the question, of a word ("two"), or of
-    a number that stood before the old result: of those nobody can tell which is meant, and the change is given up. A step
-    with an operand that has changed is computed anew; its own result is then followed like the first one.
+    The rule for what follows, from the changed step on. A number is the old result, and follows, if
+    it has exactly its value, stands alone or is an operand, and this value is not that of a number
+    of the question, of a word ("two"), or of a number that stood before the old result: of those
+    nobody can tell which is meant, and the change is given up. A step with an operand that has
+    changed is computed anew; its own result is then followed like the first one.
     """
     first = change.step
     values: dict[int, Fraction] = {}  # index among the numbers -> new value
     new: dict[Fraction, Fraction] = {}  # value of an old result -> that of the new one
     other = set(worked.given)  # values of numbers that are no old result
-    operands = {index for step in worked.steps.values() for index in step.shown.values()}
+    calculated = places_of(worked.steps)
     if change.operand is not None:
         if change.operand in (0, 1):
             raise Unclear("it would calculate nothing")
@@ -487,7 +551,7 @@ def follow(worked: Worked, change: Change) -> dict[int, Fraction]:
             other.add(number.value)
         elif index in worked.unread:
             raise Unclear("an equation that is not understood uses it")
-        elif index in operands or stands_alone(worked.trace, number):
+        elif index in calculated or stands_alone(worked.trace, number):
             if number.value in other:
                 raise Unclear("another number has the same value")
             values[index] = new[number.value]
@@ -500,19 +564,23 @@ def follow(worked: Worked, change: Change) -> dict[int, Fraction]:
 
 
 def mentions(worked: Worked, change: Change) -> list[int]:
-    """Where the line tells of the operand that changes, before it calculates: "at $5 a bid there were 50/5 bids". None if
-    that may be said of two numbers."""
+    """Where the line tells of the operand that changes, before it calculates: "at $5 a bid there
+    were 50/5 bids". None if that may be said of two numbers."""
     old = worked.numbers[change.step.shown[change.index]].value
     line = before_in_line(worked.trace, worked.numbers, change.step.result)
-    calculated = {index for step in worked.steps.values() for index in (step.result, *step.shown.values())}
+    calculated = places_of(worked.steps)
     same = [index for index in line if worked.numbers[index].value == old]
+    if len(same) != 2:  # the operand itself, and what tells of it
+        return []
     told = [index for index in same if index not in calculated and index not in worked.announced]
-    told = [index for index in told if stands_alone(worked.trace, worked.numbers[index])]
-    return told if len(same) == 2 else []
+    return [index for index in told if stands_alone(worked.trace, worked.numbers[index])]
 
 
-def recompute(worked, step: Step, values: dict, new: dict, other: set, change: Change | None) -> Fraction:
-    """The value of a step's result, now that some of its operands have changed, or itself."""
+def recompute(
+    worked: Worked, step: Step, values: dict, new: dict, other: set, change: Change | None
+) -> Fraction:
+    """The value of a step's result, now that some of its operands have changed, or itself. values,
+    new, other: as `follow` has them so far."""
     expression = list(step.calculation.expression)
     operands = {}
     for i, token in enumerate(expression):
@@ -539,8 +607,9 @@ def recompute(worked, step: Step, values: dict, new: dict, other: set, change: C
 
 
 def check_plausible(number: Token, value: Fraction, largest: Fraction) -> None:
-    """Unclear if `value` in the place of `number` would be told by its looks: negative, zero, far larger than all others,
-    broken where the expert's is whole, or with more decimals than cents have."""
+    """Unclear if `value` in the place of `number` would be told by its looks: negative, zero, far
+    larger than all others, broken where the expert's is whole, or with more decimals than cents
+    have."""
     old = number.amount(number.value)
     amount = number.amount(value)
     most = 0
@@ -554,9 +623,15 @@ def check_plausible(number: Token, value: Fraction, largest: Fraction) -> None:
 
 
 def write_copy(
-    example: Example, worked: Worked, change: Change, values: dict[int, Fraction], answer: Token, last: Step
+    example: Example,
+    worked: Worked,
+    change: Change,
+    values: dict[int, Fraction],
+    answer: Token,
+    last: Step,
 ) -> Example:
-    """The example with the changed operator and all changed numbers, each written as the old one is."""
+    """The example with the changed operator and all changed numbers, each written as the old one
+    is."""
     if last.result not in values:
         raise Unclear("it does not reach the answer")
     commas = any("," in number.text for number in worked.numbers)
@@ -585,7 +660,8 @@ def write_copy(
 
 
 def equations_hold(before: str, after: str) -> bool:
-    """Whether each equation that is true in one text is true in the other: what was carried on is read once more."""
+    """Whether each equation that is true in one text is true in the other: what was carried on is
+    read once more."""
     old, _ = read_calculations(read_tokens(before))
     new, _ = read_calculations(read_tokens(after))
     if len(old) != len(new):
@@ -593,14 +669,15 @@ def equations_hold(before: str, after: str) -> bool:
     return all(then.holds for now, then in zip(old, new) if now.holds)
 
 
-# 3. Negatives --------------------------------------------------------------------------------------------------------
+# 3. Negatives -------------------------------------------------------------------------------------
 
 
 def perturbed_negatives(
     tokenizer, example: Example, count: int, rng: random.Random, kind: str = "broken"
 ) -> list[tuple[list[int], int]]:
-    """At most `count` copies of an expert's trace with something wrong: (response tokens, index of the first changed
-    token). A copy whose tokens equal the expert's is dropped: a no-op is no negative."""
+    """At most `count` copies of an expert's trace with something wrong: (response tokens, index of
+    the first changed token). A copy whose tokens equal the expert's is dropped: a no-op is no
+    negative."""
     expert = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
     negatives = []
     for _ in range(count):
@@ -625,7 +702,8 @@ def main() -> None:
             copy = perturb(expert, rng, kind)
             if copy is not None:
                 at = first_difference(whole, data.response_text(copy.trace, copy.answer))
-                print(f"{kind:9s}", copy.trace.replace("\n", " | "), "->", copy.answer, f"(differs at {at})")
+                trace = copy.trace.replace("\n", " | ")
+                print(f"{kind:9s}", trace, "->", copy.answer, f"(differs at {at})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Arithmetic as it stands in a text: its numbers, its written calculations, and their values as exact fractions.
+"""Arithmetic as it stands in a text: its numbers, its written calculations, their exact values.
 
-    Natalia sold 48/2 = $24.50 on May 3rd.        numbers 48, 2, 24.50, 3 (the last one does not stand alone)
-                 ^^^^   ^^^^^                     one calculation: an expression and the number that it is said to be
+    Natalia sold 48/2 = $24.50 on May 3rd.     numbers 48, 2, 24.50 and 3
+                 ^^^^   ^^^^^                  a calculation: an expression, and its result
 
 Nothing is handed to Python's eval, and everything takes linear time: a text may be anybody's.
 """
@@ -20,7 +20,8 @@ TOKEN = re.compile(
     r"|(?P<word>[^-0-9.+*/×÷−–()= \t$€£]+|.)",
     re.DOTALL,
 )
-SIGNS = {"×": "*", "÷": "/", "−": "-", "–": "-", "x": "*", "X": "*"}  # other spellings of an operator
+# other spellings of an operator
+SIGNS = {"×": "*", "÷": "/", "−": "-", "–": "-", "x": "*", "X": "*"}
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
@@ -40,7 +41,8 @@ class Token(NamedTuple):
 
 
 class Calculation(NamedTuple):
-    """`expression = result`. In GSM8K's own marks the tokens' places are those in the mark, not in the trace."""
+    """`expression = result`. In GSM8K's own marks the tokens' places are those in the mark, not in
+    the trace."""
 
     expression: tuple[Token, ...]
     result: Token
@@ -51,11 +53,13 @@ class Calculation(NamedTuple):
         return evaluate(self.expression) == self.result.value
 
 
-# 1. Reading ----------------------------------------------------------------------------------------------------------
+# 1. Reading ---------------------------------------------------------------------------------------
+# -------------------
 
 
 def read_tokens(text: str) -> list[Token]:
-    """Numbers, signs and words of a text in their order; spaces and currency signs are left out, line ends are words.
+    """Numbers, signs and words of a text in their order; spaces and currency signs are left out,
+    line ends are words.
 
     >>> [token.text for token in read_tokens("2 x $1,200.50 = all")]
     ['2', 'x', '1,200.50', '=', 'all']
@@ -73,7 +77,8 @@ def read_tokens(text: str) -> list[Token]:
 
 
 def number_token(match: re.Match) -> Token:
-    """The number that a match of TOKEN holds. One with too many digits is a word: nobody calculates with it."""
+    """The number that a match of TOKEN holds. One with too many digits is a word: nobody calculates
+    with it."""
     percent = match["percent"] or ""
     digits = match["number"].removesuffix(percent)
     end = match.start() + len(digits)
@@ -100,14 +105,19 @@ def as_word(tokens: list[Token], i: int) -> Token:
 
 
 def chains(tokens: list[Token]) -> list[list[list[Token]]]:
-    """What is written with equals signs between: for each such chain its parts, each a list of tokens.
+    """What is written with equals signs between: for each such chain its parts, each a list of
+    tokens.
 
-    >>> [[part[0].text for part in chain] for chain in chains(read_tokens("so 1+2 = 3 and x = 4*2 = 8"))]
+    >>> written = chains(read_tokens("so 1+2 = 3 and x = 4*2 = 8"))
+    >>> [[part[0].text for part in chain] for chain in written]
     [['1', '3'], ['4', '8']]
     """
     found: list[list[list[Token]]] = []
     chain: list[list[Token]] = [[]]
-    for token in [*tokens, Token(0, 0, "", "word")]:  # a word at the end, which closes the last chain
+    for token in [
+        *tokens,
+        Token(0, 0, "", "word"),
+    ]:  # a word at the end, which closes the last chain
         part = chain[-1]
         if token.kind == "=":
             chain.append([])
@@ -124,7 +134,8 @@ def chains(tokens: list[Token]) -> list[list[list[Token]]]:
 
 
 def trim(part: list[Token]) -> list[Token]:
-    """An expression without what does not belong to it: a dash before it, an operator behind it, an open parenthesis."""
+    """An expression without what does not belong to it: a dash before it, an operator behind it, an
+    open parenthesis."""
     if len(part) > MOST_TOKENS:
         return part  # `evaluate` refuses it
     open_count = sum(token.kind == "(" for token in part) - sum(token.kind == ")" for token in part)
@@ -155,7 +166,8 @@ def is_expression(part: list[Token]) -> bool:
 
 
 def read_calculations(tokens: list[Token]) -> tuple[list[Calculation], list[Token]]:
-    """(the calculations `expression = number` of a text, the numbers of all other chains that calculate something).
+    """(the calculations `expression = number` of a text, the numbers of all other chains that
+    calculate something).
 
     >>> calculations, others = read_calculations(read_tokens("48/2 = $24, and 2*3+4 = 6+4 = 10"))
     >>> [(one.result.text, one.holds) for one in calculations], [number.text for number in others]
@@ -173,16 +185,19 @@ def read_calculations(tokens: list[Token]) -> tuple[list[Calculation], list[Toke
     return calculations, others
 
 
-# 2. Evaluating -------------------------------------------------------------------------------------------------------
+# 2. Evaluating ------------------------------------------------------------------------------------
+# -------------------
 
 
 def evaluate(expression, values: dict[int, Fraction] | None = None) -> Fraction | None:
     """The exact value of an expression; None if it is none, is too long, or divides by zero.
 
-    values: {index in the expression: another value for the number there}. Operators wait on a stack until one that
-    binds less closely comes (Dijkstra's shunting yard), so that no nesting is too deep.
+    values: {index in the expression: another value for the number there}. Operators wait on a stack
+    until one that binds less closely comes (Dijkstra's shunting yard), so that no nesting is too
+    deep.
 
-    >>> [str(evaluate(read_tokens(text))) for text in ("10-2+3", "2*(3+4)", "50% x 12", "1/0", "2+")]
+    >>> texts = ("10-2+3", "2*(3+4)", "50% x 12", "1/0", "2+")
+    >>> [str(evaluate(read_tokens(text))) for text in texts]
     ['11', '14', '6', 'None', 'None']
     """
     values = values or {}
@@ -239,7 +254,8 @@ def apply(operator: str, operands: list[Fraction]) -> bool:
     return True
 
 
-# 3. Writing ----------------------------------------------------------------------------------------------------------
+# 3. Writing ---------------------------------------------------------------------------------------
+# -------------------
 
 
 def decimals_of(value: Fraction, most: int) -> int | None:
@@ -255,11 +271,13 @@ def decimals_of(value: Fraction, most: int) -> int | None:
 
 
 def write_number(value: Fraction, like: str, commas: bool = False) -> str | None:
-    """`value` as `like` is written: its commas, its cents, its leading point. None if it takes more than 10 decimals.
+    """`value` as `like` is written: its commas, its cents, its leading point. None if it takes more
+    than 10 decimals.
 
     commas: whether the text groups digits, for where `like` is too short to tell.
 
-    >>> [write_number(Fraction(value), like) for value, like in (("2400", "1,200"), ("3.5", "1.50"), ("1/4", ".5"))]
+    >>> pairs = (("2400", "1,200"), ("3.5", "1.50"), ("1/4", ".5"))
+    >>> [write_number(Fraction(value), like) for value, like in pairs]
     ['2,400', '3.50', '.25']
     """
     count = decimals_of(value, 10)
