@@ -33,7 +33,7 @@ def test_a_spent_budget_stops_after_two_rounds():
 
 def test_a_way_without_a_value_is_timed():
     (seconds,) = bench.alternate({"a": lambda: None}, rounds=1)["a"]
-    assert 0 < seconds < 10
+    assert seconds > 0
 
 
 def test_every_way_has_the_gradients_of_plain(monkeypatch):
