@@ -112,7 +112,7 @@ def test_everything_of_a_full_run_is_shown(page):
     assert "a_new_rule" in elements.text and not any(key in elements.text for key in names() if "_" in key)
     assert all(name in elements.text for name in report.METHODS.values())
     legends = set(re.findall("</i>([^<]*)</span>", page))
-    assert legends == {*report.METHODS.values(), "expert", "negative", *(names()[rule] for rule in report.RULES),
+    assert legends == {*report.METHODS.values(), "expert", "sample", "broken", *(names()[rule] for rule in report.RULES),
                        "right answer (50)", "wrong answer (50)"}  # fmt: skip
     assert CSS in page and not re.search("{[{%#]|[%#}]}", page.replace(CSS, "")) and page.startswith("<!doctype html>")
 
