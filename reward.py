@@ -26,6 +26,16 @@ Subtracting log pi buys this: at the optimum f is the expert's log-density, what
 was; nearly so with smoothed labels, and as far as the negatives are the policy's own. With
 logit = f it is the log-ratio expert / policy, and is worth nothing once the policy has moved on.
 
+But not all negatives are the policy's own: broken copies and old samples are not drawn from pi. A
+policy that starts at the reward is sharp, pi ~ exp(f / alpha). Of nearly all tokens it is sure, so
+f - log pi lies a hair below 0, for experts and samples alike: D = 0.496, and whether D > 1/2 says
+nothing. To the wrong token of a broken copy it gives a log pi far below f, so there D lies near 1,
+until f falls too. In the demo D of experts and of samples are 0.50, of broken copies 0.62. We left
+-log pi out for copies (logit = f), and we took the density of a mixture, half pi, half even over
+the vocabulary: two seeds each, 300 validation questions. Accuracy 0.961 as it is, 0.965, 0.956;
+AUROC of f 0.984, 0.988, 0.987. Neither is clearly better, so AIRL's logit stays, and the metrics
+tell the kinds of negatives apart (`discriminator_metrics`).
+
 Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every
 token of two traces.
 """

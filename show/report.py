@@ -30,6 +30,7 @@ METHODS = {"base": "Base"} | METHODS  # each has one colour on the whole page: t
 # Ways to choose one of N samples that are drawn: (colour, look). The others only get numbers.
 RULES = {"oracle": ("ink", "dotted"), "reward": ("irl", ""), "majority": ("other", "dashed"), "sft_logprob": ("sft", ""),
          "sft_fair_logprob": ("sft_fair", ""), "logprob": ("base", ""), "random": ("soft", "dotted")}  # fmt: skip
+LOOKS = {"sample": "dashed", "broken": "dotted"}  # of negatives: the policy's samples, broken copies of the experts'
 WIDTH, HEIGHT, BOTTOM = 290, 178, 144  # of a chart; from its bottom down is the x axis. The page scales it to its column.
 
 # 1. Reading and cleaning --------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def curve(metrics: list[dict], methods: str, keys: str, share: bool = False) -> 
             lines.append(("", colour, "pale", points))
             near = len(points) // 20
             points = [(step, fmean(y for _, y in points[max(0, i - near) : i + near + 1])) for i, (step, _) in enumerate(points)]
-        lines.append((name, colour, "dashed" if name == "negative" else "", points))
+        lines.append((name, colour, LOOKS.get(name, ""), points))
     return chart("step", lines, share)
 
 

@@ -1,7 +1,6 @@
 """A lecture (train.py --explain) shows what training does: the same stages, the same numbers, the same weights after."""
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -159,10 +158,8 @@ def test_the_update_is_seen_to_move_d(capsys):
     assert before_and_after("--reward-lr 0") == before_and_after("--reward-lr 3e-4")  # stands still: the warm-up's last
 
 
-def test_one_command_some_seconds_and_nothing_written(capsys, monkeypatch):
-    start = time.perf_counter()
+def test_one_command_and_nothing_written(capsys, monkeypatch):
     assert train.main(["--explain", "--device", "cpu"]) == 0  # the shipped base with all its defaults
-    assert time.perf_counter() - start < 60  # about 10 on an idle core
     printed = capsys.readouterr().out
     stages = ["THE QUESTION", "1. ROLLOUT", "2. DISCRIMINATOR", "3. REWARD", "4. POLICY", "WHAT TRAINING NEVER SAW"]
     places = [printed.index(stage) for stage in stages]

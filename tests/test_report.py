@@ -19,7 +19,7 @@ from show.report import chart, histogram, limits, ticks
 
 FRAME = Path(report.__file__).with_suffix(".html").read_text(encoding="utf-8")
 CSS = Path(report.__file__).with_suffix(".css").read_text(encoding="utf-8").strip()
-METRICS = ("validation/t1", "policy/loss", "policy/grad_norm", "discriminator/d_expert", "discriminator/d_negative",
+METRICS = ("validation/t1", "policy/loss", "policy/grad_norm", "discriminator/d_expert", "discriminator/d_sample", "discriminator/d_broken",
            "discriminator/accuracy", "reward/mean", "rollout/entropy", "rollout/length", "rollout/finished")  # fmt: skip
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.com/x.png onerror=alert(2)>"
 
@@ -112,7 +112,7 @@ def test_everything_of_a_full_run_is_shown(page):
     assert "a_new_rule" in elements.text and not any(key in elements.text for key in names() if "_" in key)
     assert all(name in elements.text for name in report.METHODS.values())
     legends = set(re.findall("</i>([^<]*)</span>", page))
-    assert legends == {*report.METHODS.values(), "expert", "negative", *(names()[rule] for rule in report.RULES),
+    assert legends == {*report.METHODS.values(), "expert", "sample", "broken", *(names()[rule] for rule in report.RULES),
                        "right answer (50)", "wrong answer (50)"}  # fmt: skip
     assert CSS in page and not re.search("{[{%#]|[%#}]}", page.replace(CSS, "")) and page.startswith("<!doctype html>")
 

@@ -350,15 +350,17 @@ def test_no_pickle(here, monkeypatch):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_during_evaluation_a_signal_does_not_wait(here, finished, monkeypatch, capsys, number, status):
+    waited = []
+
     def evaluation(*_):
         os.kill(os.getpid(), number)
         time.sleep(60)
+        waited.append(1)
 
     with monkeypatch.context() as patch:
         at_call(patch, train, "evaluate", 2, evaluation)  # 1: the base, 2: the policy
-        start = time.monotonic()
         assert train.main(IRL) == status
-        assert time.monotonic() - start < 50
+    assert not waited
     assert "Go on with: python train.py --resume --name demo" in capsys.readouterr().err
     assert signal.getsignal(number) is not None and "Signals" not in repr(signal.getsignal(number))  # given back
     assert train.main(RESUME) == 0

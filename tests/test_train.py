@@ -324,6 +324,23 @@ def test_grpo_learns_from_unbroken_examples(monkeypatch):
     assert seen == data.load_examples("words", "train", 20)
 
 
+@pytest.mark.parametrize("start, methods", [("sft", "grpo"), ("base", "grpo"), ("reward", "grpo")])
+def test_grpo_starts_where_irl_does(start, methods, monkeypatch):
+    """At SFT, which is trained first though nobody asked for it, or at the base; reward is a start of IRL's own."""
+    kept, real = [], baselines.GRPO.__post_init__
+
+    def remember(self):
+        kept.append({name: weight.clone() for name, weight in self.policy_model.state_dict().items()})
+        real(self)
+
+    monkeypatch.setattr(baselines.GRPO, "__post_init__", remember)
+    few = ["--eval-questions", "2", "--eval-samples", "1", "--validate-every", "0"]
+    assert train.main([*TINY, *few, "--method", methods, "--start", start, "--sft-lr", "1e-2"]) == 0
+    expected = weights("demo/sft") if start == "sft" else loading.load_policy(loading.BASE)[0].state_dict()
+    assert all(torch.equal(kept[0][name], expected[name]) for name in expected)
+    assert ("sft" in json.loads(Path("runs/demo/results.json").read_text())["methods"]) == (start == "sft")
+
+
 @pytest.mark.parametrize("flags, expected", [
     ("", ("reward", "exact", 0.0)), ("--gamma 0.9", ("base", "exact", 0.9)),
     ("--reward-nll 0", ("base", "exact", 0.0)), ("--reward head", ("base", "ppo", 0.0)),
