@@ -163,60 +163,78 @@ def padded(rows: list[list[float]]) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def predict(scores: torch.Tensor, threshold: float, pointer: str) -> torch.Tensor:
-    """The step that is said to be the first wrong one: [B, S] -> [B]. -1 if no score is below the threshold.
+def predict(
+    scores: torch.Tensor, threshold: float | torch.Tensor, pointer: str
+) -> torch.Tensor:
+    """The step that is said to be the first wrong one: [B, S] -> [B]. -1 if no score is below.
 
-    first: the first that is. lowest: the lowest of all, the first of equals.
+    first: the first that is below the threshold. lowest: the lowest of all, the first of equals.
+    Thresholds [K, 1, 1] are tried at once: [K, B].
 
-    >>> [predict(torch.tensor([[0.0, -1.0, -2.0], [0.0, 0.0, 0.0]]), -0.5, pointer).tolist() for pointer in POINTERS]
+    >>> scores = torch.tensor([[0.0, -1.0, -2.0], [0.0, 0.0, 0.0]])
+    >>> [predict(scores, -0.5, pointer).tolist() for pointer in POINTERS]
     [[1, -1], [2, -1]]
     """
     below = scores < threshold
-    place = below.long().argmax(1) if pointer == "first" else scores.argmin(1)
-    return torch.where(below.any(1), place, -1)
+    place = below.long().argmax(-1) if pointer == "first" else scores.argmin(-1)
+    return torch.where(below.any(-1), place, -1)
 
 
-def f1_of(wrong: float, right: float) -> float:
+def f1_of(wrong: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """2 w r / (w + r): nothing for a predictor that calls everything wrong, or everything right.
 
-    >>> f1_of(0.5, 1.0), f1_of(0.0, 1.0)
-    (0.6666666666666666, 0.0)
+    >>> f1_of(torch.tensor([0.5, 0.0]), torch.tensor([1.0, 1.0]))
+    tensor([0.6667, 0.0000])
     """
-    return 2 * wrong * right / (wrong + right) if wrong and right else 0.0
+    return torch.where(wrong * right > 0, 2 * wrong * right / (wrong + right), 0.0)
 
 
-def accuracies(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """{"wrong": share of wrong solutions whose first wrong step is named, "right": of right ones said to be right, "f1"}:
-    [B], [B].
+def accuracies(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of predictions [.., B] for solutions with labels [.., B], over B, in double precision:
 
-    >>> accuracies(torch.tensor([1, -1, -1, -1]), torch.tensor([1, 0, -1, -1]))
-    {'wrong': 0.5, 'right': 1.0, 'f1': 0.6666666666666666}
+    {"wrong": share of wrong solutions whose first wrong step is named,
+     "right": share of right solutions that are said to be right, "f1"}
+
+    >>> accuracies(torch.tensor([1, -1, -1, -1]), torch.tensor([1, 0, -1, -1]))["f1"].item()
+    0.6666666666666666
     """
-    hits, is_wrong = (predicted == labels).double(), labels >= 0
-    share = lambda chosen: float(hits[chosen].mean()) if chosen.any() else 0.0
-    wrong, right = share(is_wrong), share(~is_wrong)
+    hits = (predicted == labels).double()
+    is_wrong = (labels >= 0).double()
+    wrong = (hits * is_wrong).sum(-1) / is_wrong.sum(-1).clamp(min=1)
+    right = (hits * (1 - is_wrong)).sum(-1) / (1 - is_wrong).sum(-1).clamp(min=1)
     return {"wrong": wrong, "right": right, "f1": f1_of(wrong, right)}
 
 
-def f1_interval(predicted: torch.Tensor, labels: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[float]:
+def f1_interval(
+    predicted: torch.Tensor, labels: torch.Tensor, draws: int = 1000, seed: int = 0
+) -> list[float]:
     """[F1, low, high]: 95% percentile bootstrap over solutions."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(labels), (draws, len(labels)), generator=generator)  # [D, B]
-    values = torch.tensor([accuracies(predicted[rows], labels[rows])["f1"] for rows in drawn], dtype=torch.double)
+    values = accuracies(predicted[drawn], labels[drawn])["f1"]  # [D]
     ends = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
-    return [accuracies(predicted, labels)["f1"], *ends.tolist()]
+    return [accuracies(predicted, labels)["f1"].item(), *ends.tolist()]
 
 
-def best_threshold(scores: torch.Tensor, labels: torch.Tensor, pointer: str) -> tuple[float, float]:
-    """(threshold, F1) with the highest F1, between two neighbouring scores: [B, S], [B]. Of equals the lowest, which
-    raises fewest alarms.
+def best_threshold(
+    scores: torch.Tensor, labels: torch.Tensor, pointer: str
+) -> tuple[float, float]:
+    """(threshold, F1) with the highest F1, between two neighbouring scores: [B, S], [B].
+
+    Of equals the lowest, which raises fewest alarms.
 
     >>> best_threshold(torch.tensor([[0.0, -3.0], [-1.0, 0.0]]), torch.tensor([1, -1]), "first")
     (-2.0, 1.0)
     """
-    known = scores[scores.isfinite()].unique()  # ascending
-    between = [(low + high) / 2 for low, high in zip(known[:-1].tolist(), known[1:].tolist())] or known.tolist()
-    return max(((t, accuracies(predict(scores, t, pointer), labels)["f1"]) for t in between), key=lambda found: found[1])
+    known = scores[scores.isfinite()].double().unique()  # ascending
+    between = (known[:-1] + known[1:]) / 2 if len(known) > 1 else known  # [K]
+    best = (float(between[0]), -1.0)
+    for some in between.split(256):
+        predicted = predict(scores, some[:, None, None], pointer)  # [k, B]
+        f1 = accuracies(predicted, labels)["f1"]  # [k]
+        if f1.max() > best[1]:  # argmax: the first, that is the lowest, of equals
+            best = (float(some[f1.argmax()]), float(f1.max()))
+    return best
 
 
 def guess_f1(c: float) -> float:
@@ -231,18 +249,32 @@ def guess_f1(c: float) -> float:
     return 2 * c / (1 + c**0.5) ** 2
 
 
-def guess_points(solutions: list[Solution]) -> dict[str, float]:
-    """{"chance", "longest": the share of wrong solutions whose first wrong step is named} by what asks no model."""
-    wrong = [s for s in solutions if s.label >= 0]
-    share = lambda hits: sum(hits) / max(1, len(wrong))
-    longest = share(max(range(len(s.steps)), key=lambda i: len(s.steps[i])) == s.label for s in wrong)
-    return {"chance": share(1 / len(s.steps) for s in wrong), "longest": longest}
+def guess_points(lengths: list[list[int]], labels: list[int]) -> dict[str, float]:
+    """{"chance", "longest": the share of wrong solutions whose first wrong step is named}.
+
+    By what asks no model. lengths: of every step, in letters.
+
+    >>> guess_points([[3, 9], [1, 2], [5]], [1, 0, -1])
+    {'chance': 0.5, 'longest': 0.5}
+    """
+    chance = []
+    longest = []
+    for row, label in zip(lengths, labels):
+        if label >= 0:
+            chance.append(1 / len(row))
+            longest.append(row.index(max(row)) == label)
+    wrong = max(1, len(chance))
+    return {"chance": sum(chance) / wrong, "longest": sum(longest) / wrong}
 
 
 def guesses(solutions: list[Solution]) -> dict[str, float]:
-    """{"chance", "longest": F1} of what asks no model, exactly. A threshold of length would be one of the writer's style, and
-    says nothing of another's."""
-    return {name: guess_f1(c) for name, c in guess_points(solutions).items()}
+    """{"chance", "longest": F1} of what asks no model, exactly.
+
+    A threshold of length would be one of the writer's style, and says nothing of another's.
+    """
+    lengths = [[len(step) for step in s.steps] for s in solutions]
+    points = guess_points(lengths, [s.label for s in solutions])
+    return {name: guess_f1(share) for name, share in points.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -291,12 +323,12 @@ def localise(dev: dict, dev_labels: torch.Tensor, test: dict, test_labels: torch
         scores, labels = dev[rule], dev_labels
         if not (labels < 0).any():
             scores, labels = right_parts(scores, labels)
-        points = accuracies(predict(test[rule], ABSENT, "lowest"), test_labels)["wrong"]
+        points = accuracies(predict(test[rule], ABSENT, "lowest"), test_labels)["wrong"].item()
         for pointer in POINTERS:
             threshold, dev_f1 = best_threshold(scores, labels, pointer)
             predicted = predict(test[rule], threshold, pointer)
-            found = accuracies(predicted, test_labels)
-            tried.append(found | {"points": points, "rule": rule, "pointer": pointer, "threshold": threshold, "dev_f1": dev_f1,
+            one = {name: v.item() for name, v in accuracies(predicted, test_labels).items()}
+            tried.append(one | {"points": points, "rule": rule, "pointer": pointer, "threshold": threshold, "dev_f1": dev_f1,
                                   "f1": f1_interval(predicted, test_labels)})  # fmt: skip
     every = {f"{one['rule']} {one['pointer']}": one["f1"][0] for one in tried}
     return max(tried, key=lambda one: one["dev_f1"]) | {"all": every}

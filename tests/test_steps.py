@@ -146,7 +146,8 @@ def test_a_guess_at_its_best():
     texts = ("aaa", "a"), ("a", "aa", "a"), ("aa", "a", "a", "a")
     solutions = [Solution("?", s, label) for s, label in zip(texts, (0, 1, 2))] + [Solution("?", ("a",), -1)]
     for name, c in (("chance", (1 / 2 + 1 / 3 + 1 / 4) / 3), ("longest", 2 / 3)):
-        tried = max(steps.f1_of((1 - q / 1000) * c, q / 1000) for q in range(1, 1000))
+        q = torch.arange(1, 1000) / 1000
+        tried = steps.f1_of((1 - q) * c, q).max().item()
         assert steps.guesses(solutions)[name] == pytest.approx(tried, abs=1e-5)
 
 
