@@ -47,9 +47,7 @@ METHODS = {  # rows of accuracies: their stages
 # README.md's rows: their names in results/real.json, and there.
 README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples"}
 README_METHODS |= tables.README_METHODS
-README_SIGNALS = {
-    name: tables.README_CHOICES[name] for name in ("logprob", "sft_fair_logprob", *REWARDS)
-}
+README_SIGNALS = {name: tables.README_CHOICES[name] for name in ("logprob", "reward_broken")}
 README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
 # What reranking measures beside accuracies, and results/real.md's names of it.
 MEASURES = {
@@ -191,10 +189,7 @@ def told_apart(judges: dict[str, dict]) -> dict[str, dict[str, list[float]]]:
 
 
 def choices(examples: list[data.Example], sampled: list[dict], scores: dict[str, list]) -> dict:
-    """rerank.choice_results of every judge by every rule.
-
-    A judge's plain name is its mean, which was chosen beforehand.
-    """
+    """rerank.choice_results of every judge, by its mean over a trace, chosen beforehand."""
     n = len(sampled[0]["texts"])
     texts = [text for one in sampled for text in one["texts"]]
     candidates = Candidates(examples, data.make_batch([], []), texts, n)
@@ -202,9 +197,7 @@ def choices(examples: list[data.Example], sampled: list[dict], scores: dict[str,
     length = torch.tensor([[float(len(text)) for text in one["texts"]] for one in sampled])
     by_way = {"longest": length, "shortest": -length}
     for name, records in scores.items():
-        for rule in records[0]:
-            by_way[f"{name}_{rule}"] = torch.tensor([one[rule] for one in records])
-        by_way[name] = by_way[f"{name}_mean"]
+        by_way[name] = torch.tensor([one["mean"] for one in records])
     voters = {f"weighted_majority_{name}": name for name in REWARDS if name in scores}
     results = rerank.choice_results(candidates.correct, keys, by_way, voters)
     results["length"] = {}
@@ -234,21 +227,23 @@ def correlation(scores: torch.Tensor, length: torch.Tensor) -> float:
 # ------------------------------------------------------------------------------------------------
 
 
-def localise(kept: dict) -> dict[str, dict[str, float]]:
-    """{"processbench": F1, "points": share of wrong solutions} of what asks no model, then judges."""
+def localise(kept: dict) -> dict[str, dict]:
+    """{"processbench": [F1, low, high], "points": share of wrong solutions}, each by name.
+
+    Of what asks no model, then of judges.
+    """
     solutions = kept["solutions"]
     labels = {part: torch.tensor(solutions[part]["labels"]) for part in ("dev", "test")}
-    lengths = solutions["test"]["lengths"]
-    points = steps.guess_points(lengths, solutions["test"]["labels"])
-    found = {"processbench": {}, "points": points}
-    found["processbench"] |= {name: steps.guess_f1(share) for name, share in points.items()}
+    hits = steps.guess_hits(solutions["test"]["lengths"], solutions["test"]["labels"])
+    f1 = steps.guesses(hits)
+    points = {name: float(values.double().mean()) for name, values in hits.items()}
     for judge, parts in kept["judges"].items():
         dev = steps.by_rule(parts["dev"])
         test = steps.by_rule(parts["test"])
         one = steps.localise(dev, labels["dev"], test, labels["test"])
-        found["processbench"][JUDGES[judge]] = one["f1"][0]
-        found["points"][JUDGES[judge]] = one["points"]
-    return found
+        f1[JUDGES[judge]] = one["f1"]
+        points[JUDGES[judge]] = one["points"]
+    return {"processbench": f1, "points": points}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -264,16 +259,26 @@ def summary() -> dict:
 def summary_of(kept: dict) -> dict:
     """One model's: "gsm8k", "rerank", "told", "processbench", .. as far as it went.
 
+    "paired": what IRL and GRPO have beyond SFT, from which they start, paired by question.
+
     "rerank_sft" and so on: of SFT's samples.
     """
     stages = kept["stages"]
     examples = examples_of(kept)
-    one: dict = {"gsm8k": {}}
+    one: dict = {"gsm8k": {}, "paired": {}}
+    right = {}
     for method, stage in METHODS.items():
         if stage in stages:
-            one["gsm8k"][method] = {
-                "t1": rerank.bootstrap(accuracy(examples, stages[stage]["samples"])),
-                "greedy": rerank.bootstrap(accuracy(examples, stages[stage]["greedy_samples"])),
+            right[method] = {
+                "t1": accuracy(examples, stages[stage]["samples"]),
+                "greedy": accuracy(examples, stages[stage]["greedy_samples"]),
+            }
+    for method, shares in right.items():
+        one["gsm8k"][method] = {key: rerank.bootstrap(values) for key, values in shares.items()}
+        if method in ("irl", "grpo"):  # question by question
+            one["paired"][method] = {
+                key: rerank.bootstrap(values - right["sft"][key])
+                for key, values in shares.items()
             }
     by_name = with_logit(kept["judges"])
     for source, suffix in (("few_shot", ""), ("sft", "_sft")):
@@ -333,6 +338,7 @@ def model_tables(one: dict) -> list[str]:
         first, last = r["entropy"]
         entropy = f"-log pi of a sampled token {first:.2f} to {last:.2f}"
         parts.append(f"{method}: {r['steps']} steps from SFT; {entropy}")
+    parts += beyond_lines(one)
     for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
         if f"rerank{suffix}" in one:
             parts.append(choice_table(one, suffix, whose))
@@ -341,12 +347,22 @@ def model_tables(one: dict) -> list[str]:
     if "processbench" in one:
         points = one["points"]
         rows = [
-            [name, f"{100 * f1:.1f}", f"{100 * points[name]:.1f}"]
+            [name, share(f1), f"{100 * points[name]:.1f}"]
             for name, f1 in one["processbench"].items()
         ]
         lowest = "% of wrong solutions, the lowest step always named"
         parts.append(tables.table(["first wrong step, ProcessBench", "F1", lowest], rows))
     return parts
+
+
+def beyond_lines(one: dict) -> list[str]:
+    """What IRL and GRPO have beyond SFT, a line each."""
+    lines = []
+    names = {"irl": "IRL", "grpo": "GRPO"}
+    for method, gains in one["paired"].items():
+        t1, greedy = (tables.percent(gains[key], signed=True) for key in ("t1", "greedy"))
+        lines.append(f"*{names[method]} beyond SFT, question by question: T=1 {t1}, greedy {greedy}.*")
+    return lines
 
 
 def choice_table(one: dict, suffix: str, whose: str) -> str:
@@ -395,7 +411,7 @@ def readme_table(found: dict) -> str:
 
     def first_error(one: dict, signal: str) -> str:
         f1 = one.get("processbench", {}).get(signal)
-        return "–" if f1 is None else f"{100 * f1:.1f}"
+        return tables.short(f1)
 
     rows = []
     groups: tuple[tuple[str, dict, Callable], ...] = (
@@ -410,7 +426,8 @@ def readme_table(found: dict) -> str:
     for name, one in models.items():
         about = f"{one['demonstrations']} demonstrations, {one['questions']} questions"
         head.append(f"{name}, {about}")
-    return tables.table(head, tables.filled(rows))
+    lines = [line for one in models.values() for line in beyond_lines(one)]
+    return "\n\n".join([tables.table(head, tables.filled(rows)), *lines])
 
 
 def write() -> None:

@@ -226,7 +226,7 @@ def main_summary(measured: Measured) -> dict:
         "sft": "updates and rate that were best on validation at temperature 1",
         "sft_fair": "updates, rate, share of the base in the weights and temperature that were best at temperature 1",
         "sft_fair_greedy": "the same, best greedy",
-        "likelihood_only": "without the discriminator's loss: on words default settings, on countdown runs.LIKELIHOOD",
+        "likelihood_only": "without the discriminator's loss: on words default settings, on countdown trials.LIKELIHOOD",
         "irl": "default settings; on countdown GRPO's steps and rate",
         "broken_only": "the same, but its negatives are broken copies alone: the discriminator sees no trace of the policy",
         "own_grade": "the same with the base's own grade as the reward: no demonstrations, the same for every size",
@@ -275,6 +275,7 @@ def summary_of(measured: Measured, data: str, sizes: list[int]) -> dict:
     # 256, if as many seeds are there as of others
     size = max(sizes, key=lambda n: (seeds[n], n == 256))
     summary["seeds"] = {str(n): count for n, count in seeds.items()}
+    summary["questions"] = int(max(irl["questions"], default=0))  # as many as there are, at most 1,000
     summary["judged with"] = size
     main = partial(measured.scores_of, f"{data}-main-{size}", "base")
     broken = partial(measured.scores_of, f"{data}-broken-{size}", "base")
@@ -393,10 +394,13 @@ def alarm_table(summary: dict) -> str:
     return table(["a token below −1 is found, %", "in wrong traces of the base", "in right ones"], rows)
 
 
-def changed_table(measured: Measured, part: str, short_form: bool = False) -> str:
+def changed_table(
+    measured: Measured, part: str, short_form: bool = False, only: str = ""
+) -> str:
     """One row per change: accuracies, what they have beyond the defaults', AUROC, collapses.
 
-    `short_form` leaves out the flags, and the intervals of what is not compared.
+    `short_form` leaves out the flags, and the intervals of what is not compared; `only` shows the
+    changes whose label begins so.
     """
     default = measured.of("words-main-256" if part == "variants" else f"{part}-default")
     fell = collapsed(measured.trials, measured.curves)
@@ -404,7 +408,7 @@ def changed_table(measured: Measured, part: str, short_form: bool = False) -> st
     for label, change in trials.CHANGES[part].items():
         name = f"{part}-{trials.plain(label)}"
         changed = measured.of(name)
-        if not len(changed):
+        if not len(changed) or not label.startswith(only):
             continue
         row = [label]
         if not short_form:
@@ -602,7 +606,8 @@ def readme_tables(summary: dict) -> dict[str, str]:
     head = ["% right: T=1 / greedy"]
     for task, size in columns:
         n = summary[task]["seeds"][size]
-        head.append(f"{task} {size}, {n} seed{'s' if n > 1 else ''}")
+        about = f"{n} seed{'s' if n > 1 else ''}, {summary[task]['questions']:,} questions"
+        head.append(f"{task} {size}, {about}")
     rows = []
     for method, name in README_METHODS.items():
         row = [name]
@@ -643,7 +648,7 @@ def task_tables(task: str, summary: dict) -> list[str]:
     """docs/results.md's tables of one kind of problems."""
     main = summary["main"]
     keys = {"t1": "T = 1", "greedy": "greedy"}
-    head = [task]
+    head = [f"{task}, {summary['questions']:,} test questions"]
     for size in main:
         head += [f"{size} ({summary['seeds'][size]} seeds): {title}" for title in keys.values()]
     rows = []
@@ -708,7 +713,12 @@ def pages(measured: Measured, summary: dict) -> dict[str, dict[str, str]]:
     results = {"full": full_tables(summary), "chosen": irl_choices(measured)}
     for part in trials.CHANGES:
         results[part] = changed_table(measured, part, short_form=True)
-    return {"README.md": readme_tables(summary), "docs/results.md": results}
+    heads = changed_table(measured, "ablations", short_form=True, only="linear head")
+    return {
+        "README.md": readme_tables(summary),
+        "docs/results.md": results,
+        "docs/collapses.md": {"heads": heads},
+    }
 
 
 def into_page(text: str, parts: dict[str, str]) -> str:

@@ -225,7 +225,7 @@ def test_the_summary_has_every_method_by_data_and_size(results):
     assert all(name in tables.full_tables(summary) for name in tables.NAMES.values())
     small = "".join(tables.readme_tables(summary).values())
     assert all(name in small for name in tables.README_METHODS.values())
-    columns = [f"{task} {size}, 2 seeds" for task in ("words", "countdown") for size in (64, 256)]
+    columns = [f"{task} {size}, 2 seeds, 100 questions" for task in ("words", "countdown") for size in (64, 256)]
     assert f"| % right: T=1 / greedy | {' | '.join(columns)} |" in small
     assert "| base's own grade |" not in small  # of best of 8: there are no grades here
     assert set(tables.readme_tables({}).values()) == {tables.NOTHING_YET}

@@ -58,7 +58,7 @@ def test_a_choice_is_by_its_own_scores():
     bad = [dict.fromkeys(real_tables.RULES, row) for row in ([-1.0, 0.0], [0.0, -1.0])]
     found = real_tables.choices(examples, sampled, {"logprob": bad, "reward": good})
     row = found["2"]
-    assert row["reward"][0] == row["reward_lowest"][0] == row["shortest"][0] == row["weighted_majority_reward"][0] == 1.0
+    assert row["reward"][0] == row["shortest"][0] == row["weighted_majority_reward"][0] == 1.0
     assert row["logprob"][0] == row["longest"][0] == 0.0 and row["random"][0] == row["majority"][0] == 0.5
     assert found["auroc"]["reward"] == 1.0 and (found["length"]["reward"], found["length"]["logprob"]) == (-1.0, 1.0)
 
@@ -130,7 +130,7 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
     assert found == real_tables.summary()
     assert set(one["gsm8k"]) == set(real_tables.METHODS)
     assert all(len(r["t1"]) == len(r["greedy"]) == 3 for r in one["gsm8k"].values())
-    ways = {"random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "longest", "reward", "reward_dense_last",
+    ways = {"random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "longest", "reward", "reward_dense",
             "reward_sparse", "reward_broken", "weighted_majority_reward", "oracle"}  # fmt: skip
     assert ways <= set(one["rerank"]["2"]) and ways <= set(one["rerank_sft"]["2"])
     assert {"longest", "reward_sparse", "logprob"} <= set(one["length"]) == set(one["length_sft"])
