@@ -210,17 +210,50 @@ def auroc_within(scores: torch.Tensor, correct: torch.Tensor) -> list[float] | N
     return bootstrap(torch.tensor(areas)) if areas else None
 
 
-def auroc_beyond(scores: torch.Tensor, other: torch.Tensor, correct: torch.Tensor, draws: int = 1000,
-                 seed: int = 0) -> list[float] | None:  # fmt: skip
-    """By how much the scores' AUROC, all candidates pooled, is above the other scores': [Q, N] each -> [difference, low, high].
-    Questions are drawn again (`bootstrap` says why), the same for both. None where nothing is right, or nothing wrong."""
-    gap = lambda q: auroc(scores[q].flatten(), correct[q].flatten()) - auroc(other[q].flatten(), correct[q].flatten())
-    mixed = lambda q: 0 < correct[q].mean() < 1
-    if not mixed(slice(None)):
+def auroc_beyond(
+    scores: torch.Tensor,
+    other: torch.Tensor,
+    correct: torch.Tensor,
+    draws: int = 1000,
+    seed: int = 0,
+) -> list[float] | None:
+    """By how much the scores' AUROC, all candidates pooled, is above the other scores'.
+
+    [Q, N] each -> [difference, low, high]. Questions are drawn again (`bootstrap` says why), the
+    same for both. None where nothing is right, or nothing wrong.
+    """
+    n_right = (correct > 0).double().sum(1)  # [Q]
+    n_wrong = (correct == 0).double().sum(1)
+    if not n_right.sum() or not n_wrong.sum():
         return None
-    drawn = torch.randint(len(correct), (draws, len(correct)), generator=torch.Generator().manual_seed(seed))
-    low, high = torch.tensor([gap(q) for q in drawn if mixed(q)]).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return [gap(slice(None)), low, high]
+    gaps = pairs_won(scores, correct) - pairs_won(other, correct)  # [Q, Q]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(correct), (draws, len(correct)), generator=generator)
+    # how often each question was drawn: first all of them once, as they are
+    times = torch.nn.functional.one_hot(drawn, len(correct)).sum(1).double()  # [draws, Q]
+    times = torch.cat([torch.ones(1, len(correct), dtype=torch.double), times])
+    won = ((times @ gaps) * times).sum(1)
+    pairs = (times @ n_right) * (times @ n_wrong)
+    gap, *again = (won / pairs)[pairs > 0].tolist()
+    ends = torch.tensor([0.025, 0.975], dtype=torch.double)
+    return [gap, *torch.tensor(again, dtype=torch.double).quantile(ends).tolist()]
+
+
+def pairs_won(scores: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
+    """Of question q's right and r's wrong candidates, the pairs where the right one scores higher.
+
+    [Q, N] each -> [Q, Q]; equals count half. All of them over all pairs are the AUROC.
+
+    >>> pairs_won(torch.tensor([[1.0, 2.0], [2.0, 3.0]]), torch.tensor([[0, 1], [0, 1]]))
+    tensor([[1.0000, 0.5000],
+            [1.0000, 1.0000]], dtype=torch.float64)
+    """
+    wrong = (correct == 0).double()
+    rows = []
+    for row, right in zip(scores, correct > 0):
+        higher = (1 + (row[right, None, None] - scores).sign().double()) / 2  # [right, Q, N]
+        rows.append((higher * wrong).sum((0, 2)))
+    return torch.stack(rows)
 
 
 def bootstrap(values: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[float]:

@@ -1,20 +1,20 @@
-"""How the methods that IRL is compared with are tuned: on validation questions of seed 100, which nothing else uses.
+"""How the methods that IRL is compared with are tuned: on validation questions of seed 100.
 
-SFT gets what IRL's default gets, so that a difference is no trick that only one of them has: its weights may be averaged
-with the base, its logits divided. Each number of updates and rate is trained once, and looked at with every share of the
-base and every temperature: results/choose/<data>-sft-<demonstrations>-<updates>-<rate>.json. GRPO, which learns from
-answers, is tuned in its steps and rate.
+SFT gets what IRL's default gets, so that a difference is no trick that only one of them has: its
+weights may be averaged with the base, its logits divided. Each number of updates and rate is
+trained once, and looked at with every share of the base and every temperature: the rows of one
+trial in results/tuning.csv. GRPO, which learns from answers, is tuned in its steps and rate.
 
-`python -m experiments.run --only choose` runs all of it. Chosen is what is best there: `sft_flags` for SFT as it is
-known, `fair_flags` for SFT with both, at temperature 1 or greedy, `grpo_flags`.
+`python -m experiments.run --only choose` runs all of it. Chosen is what is best there: `sft_flags`
+for SFT as it is known, `fair_flags` for SFT with both, at temperature 1 or greedy, `grpo_flags`.
 """
 
-import json
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 
+import pandas
 import torch
 
 import baselines
@@ -23,12 +23,16 @@ from engine import loading, lora
 from engine.candidates import collect
 from engine.errors import UserError
 from engine.settings import parse_settings
-from experiments import run as runs
+from experiments import store
 
-SHARES, TEMPERATURES = (0.0, 0.25, 0.5, 0.75), (1.0, 0.2)  # of the base in the weights; what divides the logits, as IRL's alpha
-UPDATES, MORE_UPDATES, RATES = (15, 30, 60, 120, 240, 480), (960,), (3e-4, 6e-4)  # more for 1,024 demonstrations
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of the base in the weights
+TEMPERATURES = (1.0, 0.2)  # what divides the logits, as IRL's alpha
+UPDATES = (15, 30, 60, 120, 240, 480)
+MORE_UPDATES = (960,)  # for 1,024 demonstrations
+RATES = (3e-4, 6e-4)
 GRPO = ((400, 4e-4), (400, 8e-4), (800, 4e-4))  # steps, rate
-QUESTIONS, SAMPLES, SEED = 500, 1, 100
+QUESTIONS = 500
+SEED = 100  # which nothing else uses
 
 
 @dataclass(frozen=True)
@@ -38,97 +42,129 @@ class Cell:
     data: str
     model: str
     method: str  # sft or grpo
-    size: int  # demonstrations
+    demonstrations: int
     steps: int
-    lr: float
+    rate: float
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.method}-{self.size}-{self.steps}-{self.lr:g}"
+        """A trial's name."""
+        return f"{self.data}-{self.method}-{self.demonstrations}-{self.steps}-{self.rate:g}"
 
 
 def cells(data: str, model: str, sizes: tuple, quick: bool) -> list[Cell]:
-    """All trainings; GRPO's questions are those of 256 demonstrations and the extra ones, as in the main part."""
-    updates = lambda size: (2, 4) if quick else UPDATES + MORE_UPDATES * (size >= 1024)
-    found = [Cell(data, model, "sft", n, steps, lr) for n in sizes for steps in updates(n) for lr in RATES]
-    return found + [Cell(data, model, "grpo", 256, n, lr) for n, lr in (((2, 4e-4),) if quick else GRPO)]
+    """All trainings; GRPO's questions are those of 256 demonstrations and the extra ones."""
+    trainings = []
+    for size in sizes:
+        updates = UPDATES + MORE_UPDATES if size >= 1024 else UPDATES
+        for steps in (2, 4) if quick else updates:
+            trainings += [Cell(data, model, "sft", size, steps, rate) for rate in RATES]
+    for steps, rate in ((2, 4e-4),) if quick else GRPO:
+        trainings.append(Cell(data, model, "grpo", 256, steps, rate))
+    return trainings
 
 
-def measure(cell: Cell, quick: bool) -> dict:
-    """Train, then look: {.., "t1": {share: {temperature: accuracy}}, "greedy": {share: accuracy}}."""
+def measure(cell: Cell, quick: bool) -> list[dict]:
+    """Train, then look with each share and temperature: the rows of tuning.csv, and seconds."""
     torch.set_num_threads(1)
     loading.quiet()
-    flags = f"--data {cell.data} --model {cell.model} --demonstrations {cell.size} --seed {SEED} --device cpu"
-    flags += f" --{cell.method}-steps {cell.steps} --{cell.method}-lr {cell.lr} --test-split validation"
-    flags += f" --eval-questions {20 if quick else QUESTIONS}{' --extra-questions 20' * quick}"
+    flags = f"--data {cell.data} --model {cell.model} --demonstrations {cell.demonstrations}"
+    flags += f" --{cell.method}-steps {cell.steps} --{cell.method}-lr {cell.rate}"
+    flags += f" --seed {SEED} --test-split validation --device cpu"
+    flags += " --eval-questions 20 --extra-questions 20" if quick else f" --eval-questions {QUESTIONS}"
     # --explain: a run that loads everything and writes nothing
-    run, begin = train.Run(parse_settings([*flags.split(), "--explain"])), time.perf_counter()
-    model, sft = run.to_train(), cell.method == "sft"
+    run = train.Run(parse_settings([*flags.split(), "--explain"]))
+    model = run.to_train()
     start = lora.start_of(model)
-    trainer = baselines.SFT if sft else baselines.GRPO
-    trainer = trainer(run.mine, run.tokenizer, model, run.experts if sft else run.answered)
+    if cell.method == "sft":
+        trainer = baselines.SFT(run.mine, run.tokenizer, model, run.experts)
+        shares = SHARES
+        temperatures = TEMPERATURES
+    else:
+        trainer = baselines.GRPO(run.mine, run.tokenizer, model, run.answered)
+        shares = SHARES[:1]
+        temperatures = TEMPERATURES[:1]
     for _ in range(cell.steps):
         trainer.step()
-    trained, learnt = time.perf_counter(), lora.start_of(model)
+    learnt = lora.start_of(model)
 
-    def accuracy(samples: int, temperature: float) -> float:
+    def accuracy(temperature: float) -> float:
+        """One sample for each question."""
         generator = torch.Generator().manual_seed(SEED)
-        return float(collect(model, run.tokenizer, run.test, samples, run.s.max_new_tokens, temperature, generator,
-                             run.s.sample_rows).correct.mean())  # fmt: skip
+        samples = collect(
+            model,
+            run.tokenizer,
+            run.test,
+            1,
+            run.s.max_new_tokens,
+            temperature,
+            generator,
+            run.s.sample_rows,
+        )
+        return round(float(samples.correct.mean()), 4)
 
-    t1, greedy = {}, {}
-    for share in SHARES if sft else SHARES[:1]:
+    rows = []
+    for share in shares:
         lora.average(model, learnt, 1.0)  # back to what was learnt
         lora.average(model, start, share)
-        # dividing the logits and sampling at that temperature are the same
-        t1[str(share)] = {str(t): round(accuracy(SAMPLES, t), 4) for t in (TEMPERATURES if sft else TEMPERATURES[:1])}
-        greedy[str(share)] = round(accuracy(1, 0.0), 4)
-    seconds = {"training": round(trained - begin), "in all": round(time.perf_counter() - begin)}
-    return asdict(cell) | {"t1": t1, "greedy": greedy, "seconds": seconds}
+        greedy = accuracy(0.0)
+        for temperature in temperatures:
+            # dividing the logits and sampling at that temperature are the same
+            look = {"share": share, "temperature": temperature, "t1": accuracy(temperature)}
+            rows.append(look | {"greedy": greedy})
+    return rows
 
 
 def run(data: str, model: str, sizes: tuple, jobs: int, quick: bool) -> None:
-    """Every training whose file is not there yet, `jobs` at a time, one thread each."""
-    path = lambda cell: runs.results_folder() / "choose" / f"{cell.name}.json"
-    left = [cell for cell in cells(data, model, sizes, quick) if not path(cell).exists()]
+    """Every training that has no rows yet, `jobs` at a time, one thread each."""
+    known = set(store.read("tuning")["trial"])
+    left = [cell for cell in cells(data, model, sizes, quick) if cell.name not in known]
+    begun = time.perf_counter()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for number, (cell, found) in enumerate(zip(left, pool.map(measure, left, [quick] * len(left)))):
-            runs.keep(path(cell), json.dumps(found) + "\n")
-            print(f"{number + 1:4d} of {len(left)}  choose {cell.name}  {found['seconds']['in all']} s", flush=True)
+        waiting = {pool.submit(measure, cell, quick): cell for cell in left}
+        for number, ended in enumerate(as_completed(waiting), 1):
+            cell = waiting[ended]
+            about = {name: value for name, value in vars(cell).items() if name != "model"}
+            store.add("tuning", cell.name, SEED, [about | row for row in ended.result()])
+            seconds = time.perf_counter() - begun
+            print(f"{number:4d} of {len(left)}  choose {cell.name}  {seconds:.0f} s", flush=True)
 
 
-def found_of(data: str, method: str, size: int) -> list[dict]:
+def best(looks: pandas.DataFrame, by: str, tricks: bool = True) -> pandas.Series:
+    """The row that is best by "t1" or "greedy"; where that ties, by the other.
+
+    Without tricks: of the rows whose weights are not averaged and whose logits are not divided.
+    """
+    if not tricks:
+        looks = looks[(looks["share"] == 0) & (looks["temperature"] == 1)]
+    other = "greedy" if by == "t1" else "t1"
+    return looks.sort_values([by, other], ascending=False).iloc[0]
+
+
+def looks_of(data: str, method: str, demonstrations: int) -> pandas.DataFrame:
     """What is known of this method's trainings."""
-    paths = sorted((runs.results_folder() / "choose").glob(f"{data}-{method}-{size}-*.json"))
-    if not paths:
+    table = store.read("tuning")
+    same = (table["data"] == data) & (table["method"] == method)
+    looks = table[same & (table["demonstrations"] == demonstrations)]
+    if not len(looks):
         raise UserError(f"{method} on {data} is not tuned yet: run --only choose first")
-    return [json.loads(path.read_text()) for path in paths]
-
-
-def best(found: list[dict], by: str, tricks: bool) -> tuple[dict, str, str]:
-    """(training, share of the base, temperature) that is best by "t1" or "greedy"; where that ties, by the other."""
-    options = [
-        ((one["t1"][share][t], one["greedy"][share]), one, share, t)
-        for one in found
-        for share in one["t1"]
-        for t in one["t1"][share]
-        if tricks or (share, t) == ("0.0", "1.0")
-    ]
-    return max(options, key=lambda option: option[0][:: 1 if by == "t1" else -1])[1:]
+    return looks
 
 
 def sft_flags(data: str, size: int) -> str:
     """SFT as it is known, best at temperature 1."""
-    one, _, _ = best(found_of(data, "sft", size), "t1", tricks=False)
-    return f"--sft-steps {one['steps']} --sft-lr {one['lr']}"
+    one = best(looks_of(data, "sft", size), "t1", tricks=False)
+    return f"--sft-steps {one['steps']} --sft-lr {one['rate']}"
 
 
 def fair_flags(data: str, size: int, by: str = "t1") -> str:
     """SFT with what IRL gets."""
-    one, share, t = best(found_of(data, "sft", size), by, tricks=True)
-    return f"--fair-steps {one['steps']} --fair-lr {one['lr']} --fair-average {share} --fair-temperature {t}"
+    one = best(looks_of(data, "sft", size), by)
+    flags = f"--fair-steps {one['steps']} --fair-lr {one['rate']}"
+    return f"{flags} --fair-average {one['share']} --fair-temperature {one['temperature']}"
 
 
 def grpo_flags(data: str) -> str:
-    one, _, _ = best(found_of(data, "grpo", 256), "t1", tricks=False)
-    return f"--grpo-steps {one['steps']} --grpo-lr {one['lr']}"
+    """GRPO at its best at temperature 1."""
+    one = best(looks_of(data, "grpo", 256), "t1", tricks=False)
+    return f"--grpo-steps {one['steps']} --grpo-lr {one['rate']}"

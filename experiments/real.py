@@ -2,11 +2,13 @@
 
     python -m experiments.real --model FOLDER --data FOLDER --processbench FILE --mr-gsm8k FILE
     python -m experiments.real --model FOLDER ... --quick      the whole path with tiny counts; its numbers mean nothing
-    python -m experiments.real --tables                        results/real.json and real.md from what is there
+    python -m experiments.real --tables                        results/real.json and real.md from results/real-samples.json.xz
 
-Stages, in an order of worth. Each writes results/real/<model>/<stage>.json, texts and scores included, and is left out when
-that file is there. What is sampled or scored is kept question by question, and training in checkpoints, in
-runs/real-<model>/, where the trained models are too: `rerank.py --run runs/real-<model>` and `experiments.steps` take it.
+Stages, in an order of worth. Each writes runs/real-<model>/stages/<stage>.json, texts and scores
+included, and is left out when that file is there; what tables need of them goes to
+results/real-samples.json.xz. What is sampled or scored is kept question by question, and training
+in checkpoints, in runs/real-<model>/, where the trained models are too:
+`rerank.py --run runs/real-<model>` and `experiments.steps` take it.
 
     zero_shot, few_shot   the model as it is: greedy and at temperature 1, asked for tags, or shown four worked examples
     sft, sft_samples      adapters on the demonstrations, and what they write
@@ -17,8 +19,8 @@ runs/real-<model>/, where the trained models are too: `rerank.py --run runs/real
     judge_base, judge_..  what the base, SFT, fair SFT and each reward say of all samples, of experts' solutions and the same
                           with one thing broken, and of each step of solutions
     irl, grpo             policies that go on from SFT, as far as --minutes go; GRPO takes as many steps
-    rerank                best of n of the few-shot model's samples, and of SFT's, by every judge that is there
-    localise              the first wrong step on ProcessBench, thresholds from MR-GSM8K, likewise
+
+experiments/real_tables.py makes of them: best of n by every judge, the first wrong step on ProcessBench.
 
 Few-shot samples are in GSM8K's own form, `#### 18` at the end. Judges know the tags of the demonstrations, so samples are put
 into them where they have none, and tokenised anew (`in_tags`); their `logprob` is that of the tokens that were sampled. The
@@ -33,7 +35,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from os import environ
 from pathlib import Path
@@ -50,13 +52,13 @@ import rerank
 import reward
 import train
 from engine import checkpoint, loading, lora
-from engine.candidates import Candidates, collect, from_texts, reward_ends
+from engine.candidates import collect, from_texts, reward_ends
 from engine.chat import at_date, token_ids
 from engine.errors import Parser, UserError, exit_status, nearest
 from engine.runs import MAY_CHANGE
 from engine.settings import complete, parse_flags
-from experiments import run as runs
-from experiments import steps, tables
+from experiments import real_tables, steps
+from experiments.real_tables import RULES, SHOTS, SOURCES, own_scores
 from negatives import perturb
 from show.report import tidy
 from tasks.answers import extract_answer
@@ -66,7 +68,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-SHOTS = 4
 SHARES, TEMPERATURES = (0.0, 0.25, 0.5, 0.75), (1.0, 0.5, 0.2)  # as for words (experiments/choose.py)
 KINDS = {
     "reward": dict(reward="likelihood", logit="airl", granularity="dense"),
@@ -76,9 +77,6 @@ KINDS = {
     "reward_broken": dict(reward="head", logit="gail", granularity="sparse", rollouts_per_expert=0, perturbed=4),
     "reward_broken_dense": dict(reward="head", logit="gail", granularity="dense", rollouts_per_expert=0, perturbed=4),
 }
-RULES = ("mean", "last", "lowest")
-SOURCES = {"few_shot": "few_shot", "sft": "sft_samples"}  # whose samples are judged: where they are
-JUDGES = {"base": "logprob", "sft": "sft_logprob", "sft_fair": "sft_fair_logprob"} | {kind: kind for kind in KINDS}
 # Batches of 8 questions; two passes over 128 demonstrations for a reward, three for SFT. Rates are train.py's.
 FLAGS = ("--lora-rank 16 --questions 8 --group 4 --rollouts-per-expert 2 --perturbed 1 --sft-batch 16 --max-new-tokens 320 "
          "--micro-batch 4 --extra-questions 4")  # fmt: skip
@@ -128,7 +126,7 @@ class Job:
 
     @property
     def results(self) -> Path:
-        return results_folder() / self.name
+        return self.folder / "stages"
 
     def found(self, stage: str) -> dict:
         """What a stage before this one has found."""
@@ -136,10 +134,6 @@ class Job:
         if not path.exists():
             raise UserError(f"the stage {stage} must come first: {path} is missing")
         return json.loads(path.read_text())
-
-    def judged(self) -> dict[str, dict]:
-        """What the judges that are there have found, by the names of JUDGES."""
-        return {name: self.found(f"judge_{name}") for name in JUDGES if (self.results / f"judge_{name}.json").exists()}
 
     @cached_property
     def solutions(self) -> dict[str, list[steps.Solution]]:
@@ -186,10 +180,6 @@ class Job:
     @property
     def adapters(self) -> Path:
         return self.folder / "adapters"
-
-
-def results_folder() -> Path:
-    return runs.results_folder() / "real"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -391,7 +381,7 @@ def sft_fair(job: Job) -> tuple[dict, str]:
     validation questions."""
     run, a = job.run, job.args
     held, start = run.validation[: a.validation], lora.start_of(run.to_train())
-    batch = data.demonstration_batch(run.tokenizer, held, run.device)
+    batch = data.demonstration_batch(data.tokenize(run.tokenizer, held), run.device)
 
     def averaged(share: float):
         model = job.load("sft")
@@ -429,34 +419,34 @@ def negatives(job: Job) -> tuple[dict, str]:
 
 
 @dataclass
-class RewardTrainer:
-    """Discriminator updates on negatives that are there already; otherwise irl.IRL.warm_up."""
+class RewardTrainer(irl.IRL):
+    """The discriminator of irl.IRL on negatives that are there already; no policy moves."""
 
-    settings: object
-    tokenizer: object
-    discriminator: reward.Discriminator
-    policy_model: torch.nn.Module | None  # whose log pi AIRL's logit subtracts
-    experts: list[data.Example]
-    pool: list[dict[str, list[list[int]]]]  # of each expert: who wrote it -> responses as tokens
+    pool: list[dict] = field(default_factory=list)  # of each expert: who wrote it -> responses
 
-    changes = ("discriminator.reward_model", "optimizer", "rng", "done")  # what a checkpoint keeps
-
-    def __post_init__(self):
-        self.optimizer = policy.make_optimizer(self.discriminator.reward_model, self.settings.warm_up_lr)
-        self.rng = random.Random(f"reward {self.settings.seed}")
-        self.done = 0
+    # what a checkpoint keeps
+    changes = ("discriminator.reward_model", "reward_optimizer", "rng", "steps_done")
 
     def step(self) -> dict:
         """One update: some experts, each with a response of every writer and broken copies."""
         s = self.settings
+        policy.set_constant_rate(self.reward_optimizer, s.warm_up_lr)
         with data.no_verifier():
             rows = data.draw(list(range(len(self.experts))), s.questions, self.rng)
-            chosen = [[self.rng.choice(written) for written in self.pool[i].values()] for i in rows]
-            comparison = reward.compare(self.tokenizer, [self.experts[i] for i in rows], chosen, s.perturbed, self.rng,
-                                        self.discriminator.reward_model.model.device, s.negatives)  # fmt: skip
-            metrics = reward.update(self.discriminator, self.optimizer, self.policy_model, comparison, s.label_smoothing,
-                                    s.reward_nll, s.micro_batch, micro_tokens=s.micro_tokens)  # fmt: skip
-        self.done += 1
+            samples = []
+            for row in rows:
+                samples.append([self.rng.choice(texts) for texts in self.pool[row].values()])
+            comparison = reward.compare(
+                self.tokenizer,
+                [self.experts[row] for row in rows],
+                samples,
+                s.perturbed,
+                self.rng,
+                self.reward_model.model.device,
+                s.negatives,
+            )
+            metrics = self.discriminator_step(comparison)
+        self.steps_done += 1
         return metrics
 
 
@@ -470,8 +460,8 @@ def learn_reward(kind: str, job: Job) -> tuple[dict, str]:
     pool = pool if run.s.rollouts_per_expert else [{}] * len(pool)
     discriminator = run.load_discriminator()
     job.recall(discriminator.reward_model.model, "sft")
-    pi = job.load("sft") if discriminator.logit == "airl" else None
-    trainer = RewardTrainer(run.s, run.tokenizer, discriminator, pi, run.experts, pool)
+    pi = job.load("sft")  # whose log pi AIRL's logit subtracts
+    trainer = RewardTrainer(run.s, run.tokenizer, pi, discriminator, run.experts, pool=pool)
     count = max(1, (1 if job.args.quick else 2) * len(run.experts) // run.s.questions)
     metrics = train_steps(job, kind, trainer, count)
     job.keep(discriminator.reward_model.model, kind)
@@ -516,7 +506,7 @@ def judge(name: str, job: Job) -> tuple[dict, str]:
     texts, found = {}, {}
     for source, stage in SOURCES.items() if name != "base" else ():
         if source == name:
-            found[source] = own_scores(job, stage)
+            found[source] = own_scores(job.found(stage)["samples"])
         elif (job.results / f"{stage}.json").exists():
             texts[source] = [[in_tags(text) for text in one["texts"]] for one in job.found(stage)["samples"]]
     for source, some in (texts | {"pairs": expert_pairs(run.test)}).items():
@@ -530,108 +520,6 @@ def expert_pairs(examples: list[data.Example], seed: int = 0) -> list[list[str]]
     """Of each example [the expert's solution, the same with one thing broken]; twice the same where nothing can be broken."""
     rng, whole = random.Random(f"pairs {seed}"), lambda e: data.response_text(e.trace, e.answer)
     return [[whole(example), whole(perturb(example, rng) or example)] for example in examples]
-
-
-def own_scores(job: Job, stage: str) -> list[dict]:
-    """What the model that sampled said of its samples."""
-    return [{rule: one[rule] for rule in RULES} for one in job.found(stage)["samples"]]
-
-
-def rerank_samples(job: Job) -> tuple[dict, str]:
-    """Both models' samples, chosen among by every judge that is there."""
-    judged, found, lines = job.judged(), {}, []
-    said = with_logit(judged)
-    for source, stage in SOURCES.items():
-        sampled = job.found(stage)["samples"]
-        scores = {name: parts[source] for name, parts in said.items() if source in parts}
-        found[source] = choices(job.run.test, sampled, {"logprob": own_scores(job, stage)} | scores)
-        best = found[source][str(len(sampled[0]["texts"]))]
-        shown = ("random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "reward", "oracle")
-        lines.append(f"{source}: " + ", ".join(f"{way} {best[way][0]:.3f}" for way in shown if way in best))
-    return found | {"told": told_apart(judged), "judges": list(judged)}, "; ".join(lines)
-
-
-def minus(records: list[dict], others: list[dict]) -> list[dict]:
-    """Means of the differences: of f and of pi's log-probability, AIRL's logit, which is what a discriminator is trained on.
-
-    >>> minus([{"mean": [3.0, 1.0], "last": [0.0, 0.0]}], [{"mean": [1.0, 1.0]}])
-    [{'mean': [2.0, 0.0]}]
-    """
-    return [{"mean": [a - b for a, b in zip(one["mean"], other["mean"])]} for one, other in zip(records, others)]
-
-
-def with_logit(judged: dict[str, dict]) -> dict[str, dict]:
-    """What judges have said of texts, under the tables' names; where both f and SFT's log pi are there, their logit too."""
-    said = {JUDGES[name]: found for name, found in judged.items()}
-    if {"reward", "sft_logprob"} <= said.keys():
-        f, log_pi = said["reward"], said["sft_logprob"]
-        both = [part for part in (*SOURCES, "pairs") if part in f and part in log_pi]
-        said["reward_logit"] = {part: minus(f[part], log_pi[part]) for part in both}
-    return said
-
-
-def told_apart(judged: dict[str, dict]) -> dict[str, dict[str, list[float]]]:
-    """How often a judge's mean is higher for an expert's solution than for {"broken": the same with one thing broken, "sft":
-    samples of SFT for the same question}: {judge: {..: [mean, low, high]}} over questions. Equals count half."""
-    said = {name: parts for name, parts in with_logit(judged).items() if "pairs" in parts}
-    means, found = lambda records: torch.tensor([one["mean"] for one in records]), {}
-    for name, parts in said.items():
-        expert, broken = means(parts["pairs"]).split(1, 1)  # [Q, 1] each
-        others = {"broken": broken} | ({"sft": means(parts["sft"])} if "sft" in parts else {})
-        found[name] = {what: rerank.bootstrap((1 + (expert - m).sign()).mean(1) / 2) for what, m in others.items()}
-    return found
-
-
-def choices(examples, sampled: list[dict], scores: dict[str, list[dict]]) -> dict:
-    """rerank.choice_results of every judge by every rule. A judge's plain name is its mean, chosen beforehand."""
-    n = len(sampled[0]["texts"])
-    plain = Candidates(examples, data.make_batch([], []), [t for one in sampled for t in one["texts"]], n)
-    keys = rerank.answer_keys(plain.answers, [example.options for example in examples])
-    length = torch.tensor([[float(len(text)) for text in one["texts"]] for one in sampled])
-    table = {"longest": length, "shortest": -length}
-    for name, records in scores.items():
-        for rule in records[0]:
-            table[f"{name}_{rule}"] = torch.tensor([one[rule] for one in records])
-        table[name] = table[f"{name}_mean"]
-    voters = {f"weighted_majority_{kind}": kind for kind in KINDS if kind in scores}
-    alike = {name: correlation(values, length) for name, values in table.items()}
-    beyond = {name: rerank.auroc_beyond(values, table["logprob"], plain.correct) for name, values in table.items()}
-    return rerank.choice_results(plain.correct, keys, table, voters) | {"auroc_beyond": beyond, "length": alike}
-
-
-def correlation(scores: torch.Tensor, length: torch.Tensor) -> float:
-    """Pearson's, within questions: [Q, n] both. A judge near -1 has learnt that experts are brief, not what is right.
-
-    >>> correlation(torch.tensor([[1.0, 2.0], [11.0, 10.0]]), torch.tensor([[5.0, 7.0], [9.0, 7.0]]))
-    1.0
-    """
-    a, b = (x - x.mean(1, keepdim=True) for x in (scores, length))
-    return round(float((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)), 3)
-
-
-def localise(job: Job) -> tuple[dict, str]:
-    """The first wrong step: what asks no model, then every judge that is there."""
-    solutions, judged = job.solutions, job.judged()
-    labels = {part: steps.labels_of(some) for part, some in solutions.items()}
-    found = {"guesses": steps.guesses(solutions["test"]), "guess_points": steps.guess_points(solutions["test"])}
-    found |= {"signals": {}, "judges": list(judged)}
-    for name, said in judged.items():
-        if len(said.get("test", ())) != len(solutions["test"]):
-            raise UserError(f"judge_{name} was run on other solutions: remove {job.results / f'judge_{name}.json'}")
-        dev, test = (steps.by_rule(said[part]) for part in ("dev", "test"))
-        found["signals"][JUDGES[name]] = steps.localise(dev, labels["dev"], test, labels["test"])
-    line = ", ".join(f"{name} {f1:.3f}" for name, f1 in f1_by_name(found).items())
-    return found, f"F1 on {len(solutions['test'])} solutions: {line}"
-
-
-def f1_by_name(found: dict) -> dict[str, float]:
-    """Of what `localise` has found."""
-    return found["guesses"] | {name: signal["f1"][0] for name, signal in found["signals"].items()}
-
-
-def points_by_name(found: dict) -> dict[str, float]:
-    """Likewise, without a threshold."""
-    return found["guess_points"] | {name: signal["points"] for name, signal in found["signals"].items()}
 
 
 def irl_policy(job: Job) -> tuple[dict, str]:
@@ -664,15 +552,7 @@ STAGES: dict[str, Callable] = {
     **{f"judge_{name}": partial(judge, name) for name in ("base", "sft", "sft_fair", "reward")}, "irl": irl_policy, "grpo": grpo,
     **{name: partial(stage, kind) for kind in KINDS if kind != "reward"
        for name, stage in ((kind, learn_reward), (f"judge_{kind}", judge))},
-    "rerank": rerank_samples, "localise": localise,
 }  # fmt: skip
-
-
-def is_done(job: Job, stage: str) -> bool:
-    """Its file is there and, of what is made of the judges' scores, no judge has come since."""
-    made_of_scores = stage in ("rerank", "localise")
-    there = (job.results / f"{stage}.json").exists()
-    return there and (not made_of_scores or job.found(stage).get("judges") == list(job.judged()))
 
 
 def memory_gb(device: torch.device) -> float:
@@ -691,111 +571,10 @@ def run_stage(job: Job, stage: str) -> None:
     found, line = STAGES[stage](job)
     found["seconds"] = round(job.seconds + time.perf_counter() - begun, 1)
     found["memory_gb"] = round(memory_gb(job.run.device), 2)
-    runs.keep(job.results / f"{stage}.json", json.dumps(found) + "\n")
+    job.results.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(job.results / f"{stage}.json", json.dumps(found) + "\n")
     checkpoint.remove(job.folder / "checkpoints")
     print(f"{stage}: {line}  ({found['seconds'] / 60:.1f} min, {found['memory_gb']:.1f} GB)", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------------
-
-METHODS = {"zero_shot": "zero_shot", "few_shot": "few_shot", "sft": "sft_samples", "sft_fair": "sft_fair", "irl": "irl",
-           "grpo": "grpo"}  # fmt: skip
-# README.md's rows: their names in results/real.json, and there
-README_METHODS = {"zero_shot": "base, asked for tags", "few_shot": f"base, {SHOTS} solved examples"} | tables.README_METHODS
-README_SIGNALS = {name: tables.README_CHOICES[name] for name in ("logprob", "sft_fair_logprob", *KINDS)}
-README_SIGNALS |= {"longest": "the longest step", "chance": "chance"}
-# what reranking has found beside accuracies, and results/real.md's names of it
-MEASURES = {"beyond": "beyond random", "auroc": "AUROC", "auroc_beyond": "beyond log-probability's",
-            "auroc_within": "AUROC within questions", "length": "correlation with length"}  # fmt: skip
-
-
-def summary() -> dict:
-    """results/real.json: {"models": {name: {"gsm8k", "trained", "rerank", "beyond", "auroc", "auroc_beyond", "auroc_within",
-    "length", "told", "processbench", "points", "memory_gb", "seconds", "demonstrations", "questions", "device",
-    "command"}}}, of what is there; "rerank_sft" and so on: of SFT's samples."""
-    models = {}
-    for folder in sorted(path for path in results_folder().glob("*") if (path / "about.json").exists()):
-        stages = {stage: json.loads(path.read_text()) for stage in STAGES if (path := folder / f"{stage}.json").exists()}
-        one = {"gsm8k": {m: {k: stages[s][k] for k in ("t1", "greedy")} for m, s in METHODS.items() if s in stages}}
-        for source, suffix in (("few_shot", ""), ("sft", "_sft")) if "rerank" in stages else ():
-            ranking = stages["rerank"][source]
-            one["rerank" + suffix] = {n: row for n, row in ranking.items() if n.isdigit() and n != "1"}
-            one |= {what + suffix: ranking[what] for what in MEASURES}
-        trained = {stage: stages[stage]["metrics"] for stage in ("irl", "grpo") if stage in stages}
-        entropy = lambda metrics, i: metrics[i]["rollout"]["entropy"]
-        one["trained"] = {stage: {"steps": len(m), "entropy": [entropy(m, 0), entropy(m, -1)]} for stage, m in trained.items()}
-        if "rerank" in stages:
-            one["told"] = stages["rerank"]["told"]
-        if "localise" in stages:
-            one["processbench"], one["points"] = f1_by_name(stages["localise"]), points_by_name(stages["localise"])
-        for what in ("memory_gb", "seconds"):
-            one[what] = {stage: found[what] for stage, found in stages.items()}
-        models[folder.name] = one | json.loads((folder / "about.json").read_text())
-    return {"models": models}
-
-
-def markdown(found: dict) -> str:
-    """The summary as tables; shares of a hundred."""
-    share = lambda v: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in v))
-    area = lambda v: "-" if v is None else f"{v:.3f}"
-    spread = lambda v: "-" if v is None else "{:.3f} [{:.3f}, {:.3f}]".format(*v)
-    row = lambda *cells: "| " + " | ".join(cells) + " |"
-    head = lambda *cells: ["", row(*cells), row(*["---"] * len(cells))]
-    lines = []
-    for name, one in found["models"].items():
-        about = f"{one['demonstrations']} demonstrations, {one['questions']} test questions, {one['device']}"
-        hours = sum(one["seconds"].values()) / 3600
-        lines += [f"## {name}", "", f"{about}, {hours:.1f} hours. `{one['command']}`", *head("", "T=1", "greedy")]
-        lines += [row(method, share(r["t1"]), share(r["greedy"])) for method, r in one["gsm8k"].items()]
-        for method, r in one["trained"].items():
-            first, last = r["entropy"]
-            lines += ["", f"{method}: {r['steps']} steps from SFT; -log pi of a sampled token {first:.2f} to {last:.2f}"]
-        for suffix, whose in (("", "few-shot"), ("_sft", "SFT's")):
-            ranking = one.get("rerank" + suffix, {})
-            beyond, areas, over, within, alike = (one.get(what + suffix, {}) for what in MEASURES)
-            lines += head(f"best of n, {whose} samples", *ranking, *MEASURES.values()) if ranking else []
-            for way in next(iter(ranking.values()), ()):
-                cells = [share(found[way]) for found in ranking.values()] + [share(beyond[way]) if way in beyond else "-"]
-                cells += [area(areas.get(way)), spread(over.get(way)), spread(within.get(way)), area(alike.get(way))]
-                lines.append(row(way, *cells))
-        if one.get("told"):
-            kinds = {"broken": "an expert's solution above it with one thing broken", "sft": "above SFT's samples"}
-            lines += head("% of comparisons", *kinds.values())
-            lines += [row(judge, *(share(r[k]) if k in r else "-" for k in kinds)) for judge, r in one["told"].items()]
-        if "processbench" in one:
-            points = one["points"]
-            lines += head("first wrong step, ProcessBench", "F1", "% of wrong solutions, the lowest step always named")
-            lines += [row(name, f"{100 * f1:.1f}", f"{100 * points[name]:.1f}") for name, f1 in one["processbench"].items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def readme_table(found: dict) -> str:
-    """README.md's table, a column per model that is through IRL and reranking: accuracies, best of 8 of the few-shot base's
-    samples, F1 on ProcessBench."""
-    models = {name: one for name, one in found["models"].items() if "rerank" in one and "irl" in one["gsm8k"]}
-    head = [f"{name}, {one['demonstrations']} demonstrations, {one['questions']} questions" for name, one in models.items()]
-    accuracy = lambda one, method: " / ".join(tables.short(one["gsm8k"].get(method, {}).get(key)) for key in ("t1", "greedy"))
-    best = lambda one, way: tables.short(one["rerank"].get("8", {}).get(way))
-    points = lambda one, signal: f"{100 * f1:.1f}" if (f1 := one.get("processbench", {}).get(signal)) is not None else "–"
-    rows = []
-    for what, names, cell in (("", README_METHODS, accuracy), ("best of 8: ", tables.README_CHOICES, best),
-                              ("first error, F1: ", README_SIGNALS, points)):  # fmt: skip
-        rows += [[what + label, *(cell(one, name) for one in models.values())] for name, label in names.items()]
-    return tables.table(["GSM8K, % right: T=1 / greedy", *head], tables.filled(rows))
-
-
-def write_tables() -> None:
-    """results/real.json and results/real.md, and README.md's table."""
-    found = summary()
-    runs.keep(runs.results_folder() / "real.json", json.dumps(found, indent=1) + "\n")
-    runs.keep(runs.results_folder() / "real.md", markdown(found))
-    if runs.results_folder() == runs.ROOT / "results" and found["models"]:
-        text = (runs.ROOT / "README.md").read_text(encoding="utf-8")
-        runs.keep(runs.ROOT / "README.md", tables.between_marks(text, "real", readme_table(found), "real"))
-    print(f"tables: {runs.results_folder() / 'real.md'}")
 
 
 def device_name(device: torch.device) -> str:
@@ -834,9 +613,8 @@ def wanted(args) -> list[str]:
         if name not in STAGES:
             raise UserError(f"no stage '{name}'{nearest(name, STAGES)}: {', '.join(STAGES)}")
     found = [stage for stage in STAGES if (not only or stage in only) and stage not in without]
-    if "localise" in found and not (args.processbench and args.mr_gsm8k):  # said now, not after hours
-        print("no --processbench and --mr-gsm8k: localise is left out")
-        found.remove("localise")
+    if not (args.processbench and args.mr_gsm8k):  # said now, not after hours
+        print("no --processbench and --mr-gsm8k: no first wrong step")
     return found
 
 
@@ -849,7 +627,7 @@ def main(arguments: list[str] | None = None) -> None:
         environ.setdefault("IRL_RESULTS", "results-quick")
         vars(args).update(QUICK)
     if args.tables:
-        return write_tables()
+        return real_tables.write()
     if not args.model:
         raise UserError("--model is missing: a folder with a pretrained model, or a hub name")
     for name in ("demonstrations", "questions", "samples", "validation", "steps", "solutions"):
@@ -857,14 +635,16 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     loading.quiet()
     job = Job(args, args.name or Path(args.model).name)
-    for stage in (stage for stage in wanted(args) if not is_done(job, stage)):
-        job.run  # noqa: B018  loads, once
-        with checkpoint.locked(job.folder):
-            about = {"demonstrations": len(job.run.experts), "questions": len(job.run.test),
-                     "device": device_name(job.run.device), "command": command}  # fmt: skip
-            runs.keep(job.results / "about.json", json.dumps(about))
-            run_stage(job, stage)
-    write_tables()
+    for stage in wanted(args):
+        if not (job.results / f"{stage}.json").exists():
+            job.run  # noqa: B018  loads, once
+            with checkpoint.locked(job.folder):
+                run_stage(job, stage)
+    stages = {stage: job.found(stage) for stage in STAGES if (job.results / f"{stage}.json").exists()}
+    about = {"demonstrations": len(job.run.experts), "questions": len(job.run.test),
+             "device": device_name(job.run.device), "command": command}  # fmt: skip
+    real_tables.keep(job.name, real_tables.kept_of(about, job.run.test, job.solutions, stages))
+    real_tables.write()
 
 
 if __name__ == "__main__":

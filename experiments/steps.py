@@ -4,17 +4,19 @@
     2. step_scores      scores of tokens [B, T] -> one per step [B, S]: the lowest, the mean, the last
     3. predict          the first step below a threshold, or the lowest step if it is below; -1 if none is
     4. F1               harmonic mean of the accuracy on wrong and on right solutions (ProcessBench, arXiv 2412.06559)
-    5. standardised     another writer's steps are all likelier, or all less likely: a threshold must carry over
-    6. localise         the threshold is chosen on one set of solutions, and F1 measured on another
+    5. localise         the threshold is chosen on one set of solutions, and F1 measured on another
 
-    python -m experiments.steps --run runs/demo --dev mr_gsm8k.jsonl --test processbench.json
+    python -m experiments.steps --run runs/demo --dev mr_gsm8k.jsonl --experts 200 --test processbench.json
 
 Files are JSON lines or one JSON list, in the form of ProcessBench (problem or question, steps, label) or of MR-GSM8K
 (arXiv 2312.17080: model_output_steps, model_output_solution_first_error_step, which counts from 1).
 
-A causal model scores a step before it has read the next one. So what a wrong solution wrote before its first wrong step is
-a right solution with scores of its own, at no cost: `right_parts`. Where a file has wrong solutions only, as MR-GSM8K's dev
-has, the threshold is chosen with these. They are shorter than whole solutions, so that a threshold errs towards alarms.
+Thresholds need right solutions, too: one from wrong solutions alone calls everything wrong. MR-GSM8K's
+dev has none, so `--experts` puts solutions of the run's validation questions beside it, written by
+experts and never trained on. Without them the threshold is chosen with `right_parts`: a causal model
+scores a step before it has read the next one, so what a wrong solution wrote before its first wrong
+step is a right solution with scores of its own. Those are shorter than whole solutions, so that a
+threshold errs towards alarms.
 """
 
 import json
@@ -22,6 +24,7 @@ import random
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -163,60 +166,78 @@ def padded(rows: list[list[float]]) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def predict(scores: torch.Tensor, threshold: float, pointer: str) -> torch.Tensor:
-    """The step that is said to be the first wrong one: [B, S] -> [B]. -1 if no score is below the threshold.
+def predict(
+    scores: torch.Tensor, threshold: float | torch.Tensor, pointer: str
+) -> torch.Tensor:
+    """The step that is said to be the first wrong one: [B, S] -> [B]. -1 if no score is below.
 
-    first: the first that is. lowest: the lowest of all, the first of equals.
+    first: the first that is below the threshold. lowest: the lowest of all, the first of equals.
+    Thresholds [K, 1, 1] are tried at once: [K, B].
 
-    >>> [predict(torch.tensor([[0.0, -1.0, -2.0], [0.0, 0.0, 0.0]]), -0.5, pointer).tolist() for pointer in POINTERS]
+    >>> scores = torch.tensor([[0.0, -1.0, -2.0], [0.0, 0.0, 0.0]])
+    >>> [predict(scores, -0.5, pointer).tolist() for pointer in POINTERS]
     [[1, -1], [2, -1]]
     """
     below = scores < threshold
-    place = below.long().argmax(1) if pointer == "first" else scores.argmin(1)
-    return torch.where(below.any(1), place, -1)
+    place = below.long().argmax(-1) if pointer == "first" else scores.argmin(-1)
+    return torch.where(below.any(-1), place, -1)
 
 
-def f1_of(wrong: float, right: float) -> float:
+def f1_of(wrong: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """2 w r / (w + r): nothing for a predictor that calls everything wrong, or everything right.
 
-    >>> f1_of(0.5, 1.0), f1_of(0.0, 1.0)
-    (0.6666666666666666, 0.0)
+    >>> f1_of(torch.tensor([0.5, 0.0]), torch.tensor([1.0, 1.0]))
+    tensor([0.6667, 0.0000])
     """
-    return 2 * wrong * right / (wrong + right) if wrong and right else 0.0
+    return torch.where(wrong * right > 0, 2 * wrong * right / (wrong + right), 0.0)
 
 
-def accuracies(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """{"wrong": share of wrong solutions whose first wrong step is named, "right": of right ones said to be right, "f1"}:
-    [B], [B].
+def accuracies(predicted: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of predictions [.., B] for solutions with labels [.., B], over B, in double precision:
 
-    >>> accuracies(torch.tensor([1, -1, -1, -1]), torch.tensor([1, 0, -1, -1]))
-    {'wrong': 0.5, 'right': 1.0, 'f1': 0.6666666666666666}
+    {"wrong": share of wrong solutions whose first wrong step is named,
+     "right": share of right solutions that are said to be right, "f1"}
+
+    >>> accuracies(torch.tensor([1, -1, -1, -1]), torch.tensor([1, 0, -1, -1]))["f1"].item()
+    0.6666666666666666
     """
-    hits, is_wrong = (predicted == labels).double(), labels >= 0
-    share = lambda chosen: float(hits[chosen].mean()) if chosen.any() else 0.0
-    wrong, right = share(is_wrong), share(~is_wrong)
+    hits = (predicted == labels).double()
+    is_wrong = (labels >= 0).double()
+    wrong = (hits * is_wrong).sum(-1) / is_wrong.sum(-1).clamp(min=1)
+    right = (hits * (1 - is_wrong)).sum(-1) / (1 - is_wrong).sum(-1).clamp(min=1)
     return {"wrong": wrong, "right": right, "f1": f1_of(wrong, right)}
 
 
-def f1_interval(predicted: torch.Tensor, labels: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[float]:
+def f1_interval(
+    predicted: torch.Tensor, labels: torch.Tensor, draws: int = 1000, seed: int = 0
+) -> list[float]:
     """[F1, low, high]: 95% percentile bootstrap over solutions."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(labels), (draws, len(labels)), generator=generator)  # [D, B]
-    values = torch.tensor([accuracies(predicted[rows], labels[rows])["f1"] for rows in drawn], dtype=torch.double)
+    values = accuracies(predicted[drawn], labels[drawn])["f1"]  # [D]
     ends = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
-    return [accuracies(predicted, labels)["f1"], *ends.tolist()]
+    return [accuracies(predicted, labels)["f1"].item(), *ends.tolist()]
 
 
-def best_threshold(scores: torch.Tensor, labels: torch.Tensor, pointer: str) -> tuple[float, float]:
-    """(threshold, F1) with the highest F1, between two neighbouring scores: [B, S], [B]. Of equals the lowest, which
-    raises fewest alarms.
+def best_threshold(
+    scores: torch.Tensor, labels: torch.Tensor, pointer: str
+) -> tuple[float, float]:
+    """(threshold, F1) with the highest F1, between two neighbouring scores: [B, S], [B].
+
+    Of equals the lowest, which raises fewest alarms.
 
     >>> best_threshold(torch.tensor([[0.0, -3.0], [-1.0, 0.0]]), torch.tensor([1, -1]), "first")
     (-2.0, 1.0)
     """
-    known = scores[scores.isfinite()].unique()  # ascending
-    between = [(low + high) / 2 for low, high in zip(known[:-1].tolist(), known[1:].tolist())] or known.tolist()
-    return max(((t, accuracies(predict(scores, t, pointer), labels)["f1"]) for t in between), key=lambda found: found[1])
+    known = scores[scores.isfinite()].double().unique()  # ascending
+    between = (known[:-1] + known[1:]) / 2 if len(known) > 1 else known  # [K]
+    best = (float(between[0]), -1.0)
+    for some in between.split(256):
+        predicted = predict(scores, some[:, None, None], pointer)  # [k, B]
+        f1 = accuracies(predicted, labels)["f1"]  # [k]
+        if f1.max() > best[1]:  # argmax: the first, that is the lowest, of equals
+            best = (float(some[f1.argmax()]), float(f1.max()))
+    return best
 
 
 def guess_f1(c: float) -> float:
@@ -231,36 +252,35 @@ def guess_f1(c: float) -> float:
     return 2 * c / (1 + c**0.5) ** 2
 
 
-def guess_points(solutions: list[Solution]) -> dict[str, float]:
-    """{"chance", "longest": the share of wrong solutions whose first wrong step is named} by what asks no model."""
-    wrong = [s for s in solutions if s.label >= 0]
-    share = lambda hits: sum(hits) / max(1, len(wrong))
-    longest = share(max(range(len(s.steps)), key=lambda i: len(s.steps[i])) == s.label for s in wrong)
-    return {"chance": share(1 / len(s.steps) for s in wrong), "longest": longest}
+def guess_hits(lengths: list[list[int]], labels: list[int]) -> dict[str, torch.Tensor]:
+    """{"chance", "longest": [wrong solutions], how likely the first wrong step is named}.
 
+    By what asks no model. lengths: of every step, in letters. A threshold of length would be one of
+    the writer's style, and says nothing of another's.
 
-def guesses(solutions: list[Solution]) -> dict[str, float]:
-    """{"chance", "longest": F1} of what asks no model, exactly. A threshold of length would be one of the writer's style, and
-    says nothing of another's."""
-    return {name: guess_f1(c) for name, c in guess_points(solutions).items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 5. and 6. Results
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def standardised(scores: torch.Tensor) -> torch.Tensor:
-    """Scores of a set of solutions less their mean, in units of their standard deviation, both over all steps of the set: [B, S]
-    -> [B, S]. No label is asked, but the set is.
-
-    >>> standardised(torch.tensor([[1.0, 2.0], [3.0, ABSENT]]))
-    tensor([[-1.,  0.],
-            [ 1., inf]])
+    >>> guess_hits([[3, 9], [1, 2], [5]], [1, 0, -1])
+    {'chance': tensor([0.5000, 0.5000]), 'longest': tensor([1., 0.])}
     """
-    known = scores[scores.isfinite()]
-    spread = known.std() if len(known) > 1 else torch.tensor(0.0)
-    return (scores - known.mean()) / (spread if spread > 0 else 1.0)
+    chance = []
+    longest = []
+    for row, label in zip(lengths, labels):
+        if label >= 0:
+            chance.append(1 / len(row))
+            longest.append(float(row.index(max(row)) == label))
+    return {"chance": torch.tensor(chance), "longest": torch.tensor(longest)}
+
+
+def guesses(hits: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """{"chance", "longest": [F1, low, high]}: F1 at its best grows with the share that is named."""
+    return {
+        name: [guess_f1(share) for share in rerank.bootstrap(values)]
+        for name, values in hits.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Results
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def right_parts(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,29 +297,50 @@ def right_parts(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
     return torch.cat([scores, parts]), torch.cat([labels, torch.full((len(parts),), -1)])
 
 
-def localise(dev: dict, dev_labels: torch.Tensor, test: dict, test_labels: torch.Tensor) -> dict:
-    """{"f1": [f1, low, high], "wrong", "right", "rule", "pointer", "threshold", "dev_f1", "points", "all": {..}} of one signal.
+def localise(
+    dev: dict, dev_labels: torch.Tensor, test: dict, test_labels: torch.Tensor
+) -> dict:
+    """{"f1": [f1, low, high], "wrong", "right", "rule", "pointer", "threshold", "dev_f1", "points"}.
 
-    dev, test: {rule: step scores [B, S]}; the threshold is in standard deviations of a set. Rule, pointer and threshold are
-    those with the highest F1 on dev, and nothing is chosen on test; "all" has the test's F1 for every rule and pointer, each at
-    its own threshold from dev. points: the share of the test's wrong solutions whose lowest step is the first wrong one, which
-    needs no threshold.
+    dev, test: {rule: step scores [B, S]} of one signal. Rule, pointer and threshold are those with
+    the highest F1 on dev, and nothing is chosen on test, nor are its scores scaled by its own mean.
+    points: the share of the test's wrong solutions whose lowest step, by that rule, is the first
+    wrong one, which needs no threshold.
     """
-    dev, test = ({rule: standardised(scores) for rule, scores in part.items()} for part in (dev, test))
-    tried = []
+    best: dict = {"dev_f1": -1.0}
     for rule in dev:
-        scores, labels = dev[rule], dev_labels
+        scores = dev[rule]
+        labels = dev_labels
         if not (labels < 0).any():
             scores, labels = right_parts(scores, labels)
-        points = accuracies(predict(test[rule], ABSENT, "lowest"), test_labels)["wrong"]
         for pointer in POINTERS:
             threshold, dev_f1 = best_threshold(scores, labels, pointer)
-            predicted = predict(test[rule], threshold, pointer)
-            found = accuracies(predicted, test_labels)
-            tried.append(found | {"points": points, "rule": rule, "pointer": pointer, "threshold": threshold, "dev_f1": dev_f1,
-                                  "f1": f1_interval(predicted, test_labels)})  # fmt: skip
-    every = {f"{one['rule']} {one['pointer']}": one["f1"][0] for one in tried}
-    return max(tried, key=lambda one: one["dev_f1"]) | {"all": every}
+            if dev_f1 > best["dev_f1"]:
+                best = {"rule": rule, "pointer": pointer, "threshold": threshold, "dev_f1": dev_f1}
+    scores = test[best["rule"]]
+    predicted = predict(scores, best["threshold"], best["pointer"])
+    shares = accuracies(predicted, test_labels)
+    lowest = accuracies(predict(scores, ABSENT, "lowest"), test_labels)
+    return best | {
+        "wrong": shares["wrong"].item(),
+        "right": shares["right"].item(),
+        "f1": f1_interval(predicted, test_labels),
+        "points": lowest["wrong"].item(),
+    }
+
+
+def right_solutions(examples: list[data.Example]) -> list[Solution]:
+    """Experts' solutions, a step a line: right ones for choosing a threshold.
+
+    >>> right_solutions([data.Example("1+2*2?", "2*2=4\\n\\n1+4=5", "5")])
+    [Solution(question='1+2*2?', steps=('2*2=4', '1+4=5'), label=-1)]
+    """
+    solutions = []
+    for example in examples:
+        lines = tuple(line for line in example.trace.split("\n") if line.strip())
+        if lines:
+            solutions.append(Solution(example.question, lines, -1))
+    return solutions
 
 
 def labels_of(solutions: list[Solution]) -> torch.Tensor:
@@ -339,10 +380,11 @@ def by_rule(scored: list[dict[str, list[float]]]) -> dict[str, torch.Tensor]:
     return {rule: padded([one[rule] for one in scored]) for rule in RULES}
 
 
-def show(results: dict, guessed: dict[str, float]) -> str:
+def show(results: dict, guessed: dict[str, list[float]]) -> str:
     """A line per signal."""
-    lines = [f"{'':18s}  {'F1':22s}{'wrong':>8s}{'right':>8s}  chosen on dev, in standard deviations of a set's steps"]
-    lines += [f"{name:18s}  {f1:.3f}" for name, f1 in guessed.items()]
+    lines = [f"{'':18s}  {'F1':22s}{'wrong':>8s}{'right':>8s}  chosen on dev"]
+    for name, f1 in guessed.items():
+        lines.append(f"{name:18s}  " + "{:.3f} [{:.3f}, {:.3f}]".format(*f1))
     for name, r in results.items():
         f1 = "{:.3f} [{:.3f}, {:.3f}]".format(*r["f1"])
         chosen = f"{r['rule']}, {r['pointer']} below {r['threshold']:.3g}"
@@ -351,31 +393,47 @@ def show(results: dict, guessed: dict[str, float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """A run's reward, its policy and the models trained on its demonstrations alone, beside what asks no model."""
+    """A run's reward, its policy and the models trained on its demonstrations alone."""
     parser = Parser(__doc__)
-    parser.add_argument("--run", required=True, help="folder of a run of train.py, with its reward")
-    parser.add_argument("--dev", required=True, metavar="FILE", help="solutions that the threshold is chosen on")
-    parser.add_argument("--test", required=True, metavar="FILE", help="solutions that F1 is measured on")
-    parser.add_argument("--count", type=int, help="so many of each file, drawn at random (default: all)")
+    parser.add_argument("--run", required=True, help="folder of a run of train.py")
+    parser.add_argument("--dev", required=True, metavar="FILE", help="the threshold is chosen on it")
+    parser.add_argument("--test", required=True, metavar="FILE", help="F1 is measured on it")
+    parser.add_argument("--count", type=int, help="so many of each file, at random (default: all)")
+    experts = "so many experts' solutions of the run's validation questions, as right ones, to dev"
+    parser.add_argument("--experts", type=int, default=0, metavar="N", help=experts)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse(arguments)
     if args.count is not None and args.count < 1:
         raise UserError(f"--count must be at least 1, not {args.count}")
+    if args.experts < 0:
+        raise UserError(f"--experts must be at least 0, not {args.experts}")
     loading.quiet()
-    dev, test = read_solutions(args.dev, args.count), read_solutions(args.test, args.count)
+    dev = read_solutions(args.dev, args.count)
+    test = read_solutions(args.test, args.count)
     device = loading.pick_device(args.device)
-    model, tokenizer, discriminator, judges, _ = rerank.models_of_run(Path(args.run), "base", device)
+    parts = rerank.models_of_run(Path(args.run), "base", device)
+    model, tokenizer, discriminator, judges, settings = parts
+    if args.experts:
+        validation = data.load_examples(
+            settings["data"], "validation", args.experts, settings["seed"]
+        )
+        dev += right_solutions(validation)
     context = loading.context_length(model)
-    dev, test = fitting(tokenizer, dev, context), fitting(tokenizer, test, context)
-    models = {"logprob": model} | judges
-    functions = {name: lambda batch, m=m: policy.token_logprobs(m, batch) for name, m in models.items()}
-    functions["reward"] = discriminator.reward_model.scores  # f of every token, also where training reads fewer
-    labels, results = (labels_of(dev), labels_of(test)), {}
+    dev = fitting(tokenizer, dev, context)
+    test = fitting(tokenizer, test, context)
+    functions = {}
+    for name, judge in ({"logprob": model} | judges).items():
+        functions[name] = partial(policy.token_logprobs, judge)
+    # f of every token, also where training reads fewer
+    functions["reward"] = discriminator.reward_model.scores
+    results = {}
     for name, function in functions.items():
-        scores = [by_rule(score(tokenizer, part, function, device)) for part in (dev, test)]
-        results[name] = localise(scores[0], labels[0], scores[1], labels[1])
+        on_dev = by_rule(score(tokenizer, dev, function, device))
+        on_test = by_rule(score(tokenizer, test, function, device))
+        results[name] = localise(on_dev, labels_of(dev), on_test, labels_of(test))
     print(f"{len(test)} solutions; rule, pointer and threshold chosen on {len(dev)} others\n")
-    print(show(results, guesses(test)))
+    lengths = [[len(step) for step in s.steps] for s in test]
+    print(show(results, guesses(guess_hits(lengths, [s.label for s in test]))))
 
 
 if __name__ == "__main__":

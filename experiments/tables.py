@@ -1,188 +1,344 @@
-"""results/summary.json, results/tables.md and the figures, from the trials that are there (experiments/run.py).
+"""results/summary.json, results/tables.md, the tables of the pages and the figures.
 
-Every number is a mean over seeds with its 95% interval (Student's t), and how many seeds it is over. Nothing is made up
-for trials that are missing: their rows are.
+All from the CSV files that experiments/store.py describes. Every number is a mean over seeds with
+its 95% interval (Student's t), and how many seeds it is over. Nothing is made up for trials that
+are missing: their rows are.
 """
 
 import json
 import math
-from collections import defaultdict
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 
 import matplotlib
+import pandas
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import rerank
-from experiments import choose
-from experiments import run as runs
+from experiments import choose, store, trials
 
-# two-sided 95% points of Student's t for 1, 2, .. degrees of freedom
+# Two-sided 95% points of Student's t for 1, 2, .. degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# methods: their names in summary.json, and in words
-NAMES = {"base": "base", "base_sharpened": "base, logits divided by 0.2", "sft": "SFT, best at T = 1",
-         "sft_fair": "SFT, averaged and sharpened, best at T = 1",
-         "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
-         "likelihood_only": "IRL without its discriminator", "irl": "**IRL, no verifier**",
-         "broken_only": "IRL whose discriminator learns from broken copies alone",
-         "own_grade": "a policy on the base's own grade, no demonstrations", "grpo": "GRPO, true answers"}  # fmt: skip
-RULES = ("random", "longest", "shortest", "majority", *rerank.LOGPROBS, "reward", "reward_lowest", "reward_last",
-         "reward_discounted", "weighted_majority", "oracle")  # fmt: skip
-FIRST = ("reward", *rerank.LOGPROBS)  # log-probabilities, of which there is a first that is suspicious
-# what points at a token: its name in summary.json, and in a run's results.json
-SIGNALS = {name: f"{name}_first" for name in FIRST} | {f"{name}_lowest": name for name in FIRST} | {
-    name: name for name in ("reward_drop", "entropy", "chance")}  # fmt: skip
-# docs/collapses.md: ways to go wrong among the ablations, and the metrics of metrics.jsonl that tell
-WRONG = ("linear head, PPO", "linear head, PPO, warm-up 300", "random reward, PPO", "policy rate x 3",
-         "discriminator 30 x faster", "warm-up 15")  # fmt: skip
-TELLING = ("validation/t1", "reward/mean", "rollout/length", "rollout/entropy")
-COLLAPSE = (
-    0.1  # a run has collapsed if its validation accuracy ends this far below its best, or its test below the base's
+# A run has collapsed if its validation accuracy ends this far below its best, or its test accuracy
+# below the base's.
+COLLAPSE = 0.1
+RULES = (
+    "random",
+    "longest",
+    "shortest",
+    "majority",
+    *rerank.LOGPROBS,
+    "reward",
+    "reward_lowest",
+    "reward_last",
+    "reward_discounted",
+    "weighted_majority",
+    "oracle",
 )
+FIRST = ("reward", *rerank.LOGPROBS)  # log-probabilities, of which there is a first suspicious one
+# What points at a token: its name in summary.json, and in scores.csv.
+SIGNALS = {name: f"{name}_first" for name in FIRST}
+SIGNALS |= {f"{name}_lowest": name for name in FIRST}
+SIGNALS |= {name: name for name in ("reward_drop", "entropy", "chance")}
+KINDS = ("natural", "single")  # the base's own errors; one planted error
+# docs/collapses.md: ways to go wrong among the ablations, and the metrics that tell.
+WRONG = (
+    "linear head, PPO",
+    "linear head, PPO, warm-up 300",
+    "random reward, PPO",
+    "policy rate x 3",
+    "discriminator 30 x faster",
+    "warm-up 15",
+)
+TELLING = ("validation/t1", "reward/mean", "rollout/length", "rollout/entropy")
+
+# Rows: their names in summary.json, and in docs/results.md.
+NAMES = {
+    "base": "base",
+    "base_sharpened": "base, logits divided by 0.2",
+    "sft": "SFT, best at T = 1",
+    "sft_fair": "SFT, averaged and sharpened, best at T = 1",
+    "sft_fair_greedy": "SFT, averaged and sharpened, best greedy",
+    "likelihood_only": "IRL without its discriminator",
+    "irl": "**IRL, no verifier**",
+    "broken_only": "IRL whose discriminator learns from broken copies alone",
+    "own_grade": "a policy on the base's own grade, no demonstrations",
+    "grpo": "GRPO, true answers",
+}
+CHOSEN_BY = {
+    "random": "a random pick",
+    "longest": "the longest",
+    "shortest": "the shortest",
+    "majority": "majority vote",
+    "logprob": "the base's own log-probability",
+    "sft_logprob": "the SFT model's log-probability",
+    "sft_fair_logprob": "the averaged SFT model's log-probability",
+    "reward": "**the learned reward**, mean of f",
+    "reward_broken": "the same, learned from broken copies alone",
+    "oracle": "an oracle",
+}
+POINTED_AT = {
+    "reward": "**reward**: first token below −1",
+    "sft_logprob": "SFT model's log-probability: first below −1",
+    "sft_fair_logprob": "averaged SFT model's log-probability: first below −1",
+    "logprob": "base's log-probability: first below −1",
+    "reward_lowest": "reward: lowest token",
+    "reward_drop": "reward: largest drop",
+    "sft_logprob_lowest": "SFT model's log-probability: lowest",
+    "sft_fair_logprob_lowest": "averaged SFT model's log-probability: lowest",
+    "logprob_lowest": "base's log-probability: lowest",
+    "entropy": "base's entropy: highest",
+    "chance": "chance",
+}
+# Likewise, in README.md.
+README_METHODS = {
+    "base": "base",
+    "sft": "SFT",
+    "sft_fair": "fair SFT",
+    "likelihood_only": "IRL's likelihood, no discriminator",
+    "irl": "**IRL**",
+    "broken_only": "IRL, broken copies alone",
+    "own_grade": "a policy on the base's own grade",
+    "grpo": "GRPO, true answers",
+}
+README_CHOICES = {
+    "random": "at random",
+    "majority": "majority vote",
+    "logprob": "base's log-probability",
+    "sft_fair_logprob": "fair SFT's log-probability",
+    "longest": "the longest",
+    "own_grade": "base's own grade",
+    "reward": "**learned reward**",
+    "reward_dense": "paper's head, dense",
+    "reward_sparse": "paper's head, sparse",
+    "reward_broken_dense": "dense, broken copies",
+    "reward_broken": "sparse, broken copies",
+    "oracle": "oracle",
+}
+NOTHING_YET = "No results of this version are here yet: run `python -m experiments.run`."
 
 
-def interval(values: list[float]) -> list[float]:
-    """[mean, low, high] over seeds: mean +- t s / sqrt(n). One seed has no interval.
+# ------------------------------------------------------------------------------------------------
+# What was measured
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """The tables of results/."""
+
+    trials: pandas.DataFrame = field(default_factory=partial(store.read, "trials"))
+    scores: pandas.DataFrame = field(default_factory=partial(store.read, "scores"))
+    curves: pandas.DataFrame = field(default_factory=partial(store.read, "curves"))
+    tuning: pandas.DataFrame = field(default_factory=partial(store.read, "tuning"))
+
+    def of(self, trial: str, method: str = "irl") -> pandas.DataFrame:
+        """A row for each seed."""
+        rows = self.trials[(self.trials["trial"] == trial) & (self.trials["method"] == method)]
+        return rows.set_index("seed").sort_index()
+
+    def scores_of(self, trial: str, samples: str, quantity: str) -> dict[str, list]:
+        """{by: its interval over seeds} of a quantity, such as "best of 8"."""
+        s = self.scores
+        chosen = (s["trial"] == trial) & (s["samples"] == samples) & (s["quantity"] == quantity)
+        return s[chosen].groupby("by", sort=False)["value"].agg(interval).to_dict()
+
+    def sizes(self) -> dict[str, list[int]]:
+        """Which problems, with how many demonstrations, the main part has: {data: sizes}."""
+        names = self.trials["trial"].str.extract(r"^(\w+)-main-(\d+)$").dropna().drop_duplicates()
+        sizes = names.astype({1: int}).groupby(0)[1].apply(sorted)
+        return sizes.sort_index(ascending=False).to_dict()  # words first
+
+
+def interval(values) -> list[float | None] | None:
+    """[mean, low, high] over seeds: mean +- t s / sqrt(n). One seed has no interval, none has None.
 
     >>> interval([0.8, 0.9])
     [0.85, 0.2147, 1.4853]
-    >>> interval([0.8])
-    [0.8, None, None]
+    >>> interval([0.8]), interval([float("nan")])
+    ([0.8, None, None], None)
     """
-    n, mean = len(values), sum(values) / len(values)
-    if n == 1:
+    known = pandas.Series(values, dtype=float).dropna()
+    if not len(known):
+        return None
+    mean = float(sum(known) / len(known))
+    if len(known) == 1:
         return [round(mean, 4), None, None]
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = T95[min(n - 2, len(T95) - 1)] * deviation / math.sqrt(n)
+    t = T95[min(len(known) - 2, len(T95) - 1)]
+    half = t * float(known.std()) / math.sqrt(len(known))
     return [round(mean, 4), round(mean - half, 4), round(mean + half, 4)]
 
 
-def collapsed(found: dict) -> bool:
-    """Whether IRL's validation accuracy ended far below its best, or its test accuracy below the base's.
+def beyond(rows: pandas.DataFrame, reference: pandas.DataFrame, column: str) -> list | None:
+    """The interval of what each seed has beyond the same seed of the reference.
 
-    >>> methods = {"base": {"t1": 0.3}, "irl": {"t1": 0.5}}
-    >>> collapsed({"methods": methods, "curve": {"irl validation/t1": [[10, 0.4], [20, 0.8], [30, 0.5]]}})
-    True
-    >>> collapsed({"methods": methods, "curve": {"irl validation/t1": [[10, 0.4], [20, 0.55], [30, 0.5]]}})
-    False
+    Demonstrations and questions are theirs both, so that what seeds differ in drops out.
+
+    >>> ours = pandas.DataFrame({"t1": [0.9, 0.7]}, index=[1, 2])
+    >>> theirs = pandas.DataFrame({"t1": [0.5, 0.8]}, index=[2, 1])
+    >>> beyond(ours, theirs, "t1")
+    [0.15, -0.4853, 0.7853]
     """
-    values = [value for _, value in found["curve"]["irl validation/t1"]]
-    fell = values[-1] < max(values) - COLLAPSE
-    return fell or found["methods"]["irl"]["t1"] < found["methods"]["base"]["t1"]
+    return interval(rows[column] - reference[column])
 
 
-def read_all(pattern: str) -> list[dict]:
-    """What is in the results' files of this name, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(runs.results_folder().glob(pattern))]
+def collapsed(rows: pandas.DataFrame, curves: pandas.DataFrame) -> pandas.Series:
+    """Of IRL's trials, (trial, seed) -> whether its accuracy fell.
+
+    That is, on validation questions far below its best, or on test questions below the base's.
+
+    >>> names = ["trial", "seed", "method", "t1"]
+    >>> rows = pandas.DataFrame([["a", 0, "base", 0.3], ["a", 0, "irl", 0.5]], columns=names)
+    >>> looks = pandas.DataFrame([["a", 0, "irl", v] for v in (0.4, 0.8, 0.5)],
+    ...                          columns=["trial", "seed", "method", "validation/t1"])
+    >>> collapsed(rows, looks).tolist(), collapsed(rows, looks[::2]).tolist()
+    ([True], [False])
+    """
+    key = ["trial", "seed"]
+    looks = curves[curves["method"] == "irl"].groupby(key)["validation/t1"]
+    test = rows.pivot_table(index=key, columns="method", values="t1")
+    test = test.reindex(columns=["base", "irl"])
+    fell = looks.last() < looks.max() - COLLAPSE
+    return fell.reindex(test.index, fill_value=False) | (test["irl"] < test["base"])
 
 
-def seeds_of(name: str) -> list[dict]:
-    """What a trial found with each seed, from 0 on. The seed is the last part of a file's name, and a number: a trial's
-    name may begin another's."""
-    return read_all(f"trials/{name}-[0-9].json")
+# ------------------------------------------------------------------------------------------------
+# results/summary.json
+# ------------------------------------------------------------------------------------------------
 
 
-def value_at(result: dict, *path: str) -> float | None:
-    """The value at this path, None where there is none; of a [mean, low, high] its mean."""
-    for key in path:
-        result = result.get(key) if isinstance(result, dict) else None
-    return result[0] if isinstance(result, list) else result
+def main_summary(measured: Measured) -> dict:
+    """What the main part says of each kind of problems, and how many of its runs collapsed."""
+    summary: dict = {}
+    names = []
+    for data, sizes in measured.sizes().items():
+        summary[data] = summary_of(measured, data, sizes)
+        names += [f"{data}-main-{size}" for size in sizes]
+    main = measured.trials[measured.trials["trial"].isin(names)]
+    seeds = main.groupby("trial")["seed"].nunique()
+    summary["seeds"] = int(seeds.max()) if len(seeds) else 0
+    summary["collapses"] = int(collapsed(main, measured.curves).sum()) if len(seeds) else 0
+    summary["runs"] = int(seeds.sum())
+    summary["names"] = {
+        "base_sharpened": "the base with IRL's temperature, the same for every size",
+        "sft": "updates and rate that were best on validation at temperature 1",
+        "sft_fair": "updates, rate, share of the base in the weights and temperature that were best at temperature 1",
+        "sft_fair_greedy": "the same, best greedy",
+        "likelihood_only": "without the discriminator's loss: on words default settings, on countdown trials.LIKELIHOOD",
+        "irl": "default settings; on countdown GRPO's steps and rate",
+        "broken_only": "the same, but its negatives are broken copies alone: the discriminator sees no trace of the policy",
+        "own_grade": "the same with the base's own grade as the reward: no demonstrations, the same for every size",
+        "grpo": "steps and rate that were best at temperature 1; one run per seed, the same for every size",
+        "rerank reward": "mean of f over the tokens of a trace; longest, shortest: of response tokens",
+        "localise": "log-probabilities: the first token below -1; _lowest: the lowest",
+    }
+    return summary
 
 
-def over_seeds(found: list[dict], *path: str) -> list[float] | None:
-    """The interval of the value at this path in each of `found`."""
-    values = [value for result in found if (value := value_at(result, *path)) is not None]
-    return interval(values) if values else None
-
-
-def sources() -> dict[str, list[int]]:
-    """Which problems, with how many demonstrations, the main part has results of: {data: sizes}."""
-    found = defaultdict(set)
-    for path in (runs.results_folder() / "trials").glob("*-main-*-[0-9].json"):
-        data, _, size, _ = path.stem.rsplit("-", 3)
-        found[data].add(int(size))
-    return {data: sorted(sizes) for data, sizes in sorted(found.items(), reverse=True)}  # words first
-
-
-def main_summary() -> dict:
-    """What the main part says: of each kind of problems accuracy by size and method, best of N, AUROC, localisation."""
-    summary, every = {}, []
-    for data, sizes in sources().items():
-        by_size = {size: seeds_of(f"{data}-main-{size}") for size in sizes}
-        summary[data] = summary_of(data, by_size)
-        every += [found for results in by_size.values() for found in results]
-    summary["seeds"] = max((len(seeds_of(f"{data}-main-{n}")) for data, sizes in sources().items() for n in sizes), default=0)
-    summary["collapses"], summary["runs"] = sum(map(collapsed, every)), len(every)
-    return summary | {
-        "names": {
-            "base_sharpened": "the base with IRL's temperature, the same for every size",
-            "sft": "updates and rate that were best on validation at temperature 1",
-            "sft_fair": "updates, rate, share of the base in the weights and temperature that were best at temperature 1",
-            "sft_fair_greedy": "the same, best greedy",
-            "likelihood_only": "without the discriminator's loss: on words default settings, on countdown runs.LIKELIHOOD",
-            "irl": "default settings; on countdown GRPO's steps and rate",
-            "broken_only": "the same, but its negatives are broken copies alone: the discriminator sees no trace of the policy",
-            "own_grade": "the same with the base's own grade as the reward: no demonstrations, the same for every size",
-            "grpo": "steps and rate that were best at temperature 1; one run per seed, the same for every size",
-            "rerank reward": "mean of f over the tokens of a trace; longest, shortest: of response tokens",
-            "localise": "log-probabilities: the first token below -1; _lowest: the lowest",
-        }
+def methods_of(data: str, size: int) -> dict[str, tuple[str, str]]:
+    """Where a method of the tables is found: {its name there: (trial, method)}."""
+    main = f"{data}-main-{size}"
+    likelihood = (main, "likelihood")
+    if data == "countdown":
+        likelihood = (f"{data}-likelihood-{size}", "irl")
+    return {
+        "base": (main, "base"),
+        "base_sharpened": (f"{data}-base-sharpened", "sft_fair"),
+        "sft": (main, "sft"),
+        "sft_fair": (main, "sft_fair"),
+        "sft_fair_greedy": (f"{data}-fair-greedy-{size}", "sft_fair"),
+        "likelihood_only": likelihood,
+        "irl": (main, "irl"),
+        "broken_only": (f"{data}-broken-{size}", "irl"),
+        "own_grade": (f"{data}-own-grade", "irl"),
+        "grpo": (f"{data}-grpo", "grpo"),  # no demonstration: one run per seed for all sizes
     }
 
 
-def summary_of(data: str, by_size: dict[int, list[dict]]) -> dict:
+def summary_of(measured: Measured, data: str, sizes: list[int]) -> dict:
     """The part of one kind of problems."""
     summary: dict = {"main": {}, "broken beyond irl": {}, "rerank": {}, "auroc": {}, "localise": {}}
-    broken = {size: seeds_of(f"{data}-broken-{size}") for size in by_size}
-    for size, found in by_size.items():
-        where = {method: (found, method) for method in NAMES}
-        where["sft_fair_greedy"] = (seeds_of(f"{data}-fair-greedy-{size}"), "sft_fair")
-        alone = seeds_of(f"{data}-likelihood-{size}")
-        where["likelihood_only"] = (alone, "irl") if alone else (found, "likelihood")
-        where["broken_only"] = (broken[size], "irl")
-        where["base_sharpened"] = (seeds_of(f"{data}-base-sharpened"), "sft_fair")
-        where["own_grade"] = (seeds_of(f"{data}-own-grade"), "irl")
-        where["grpo"] = (seeds_of(f"{data}-grpo"), "grpo")  # it learns from no demonstration: one run per seed for all sizes
-        summary["main"][str(size)] = {
-            method: {key: over_seeds(results, "methods", name, key) for key in ("t1", "greedy")}
-            | {"pass@4": over_seeds(results, "methods", name, "pass@k", "4")}
-            for method, (results, name) in where.items()
-        }
-        gains = {key: beyond(broken[size], found, "methods", "irl", key) for key in ("t1", "greedy")}
+    seeds = {}
+    for size in sizes:
+        irl = measured.of(f"{data}-main-{size}")
+        broken = measured.of(f"{data}-broken-{size}")
+        seeds[size] = len(irl)
+        summary["main"][str(size)] = {}
+        for name, (trial, method) in methods_of(data, size).items():
+            rows = measured.of(trial, method)
+            shares = {column: interval(rows[column]) for column in ("t1", "greedy", "pass@4")}
+            summary["main"][str(size)][name] = shares
+        gains = {column: beyond(broken, irl, column) for column in ("t1", "greedy")}
         summary["broken beyond irl"][str(size)] = gains
-    size = max(by_size, key=lambda n: (len(by_size[n]), n == 256))  # 256, if as many seeds are there as of others
-    found = by_size[size]
-    summary["seeds"], summary["judged with"] = {str(n): len(results) for n, results in by_size.items()}, size
+    # 256, if as many seeds are there as of others
+    size = max(sizes, key=lambda n: (seeds[n], n == 256))
+    summary["seeds"] = {str(n): count for n, count in seeds.items()}
+    summary["questions"] = int(max(irl["questions"], default=0))  # as many as there are, at most 1,000
+    summary["judged with"] = size
+    main = partial(measured.scores_of, f"{data}-main-{size}", "base")
+    broken = partial(measured.scores_of, f"{data}-broken-{size}", "base")
     for n in ("4", "8", "16"):
-        summary["rerank"][n] = {rule: over_seeds(found, "rerank", n, rule) for rule in RULES}
-        summary["rerank"][n]["reward_broken"] = over_seeds(broken[size], "rerank", n, "reward")
-    areas = [rule for rule in RULES if over_seeds(found, "rerank", "auroc", rule)]
-    summary["auroc"] = {rule: over_seeds(found, "rerank", "auroc", rule) for rule in areas}
-    summary["auroc"]["reward_broken"] = over_seeds(broken[size], "rerank", "auroc", "reward")
-    for kind in ("natural", "single"):
-        hits = {
-            hit: {s: over_seeds(found, "localise", kind, hit, path) for s, path in SIGNALS.items()}
-            for hit in ("hit0", "hit1", "step")
-        }
-        if hits["hit0"]["chance"]:
-            summary["localise"][kind] = hits
-    if data == "countdown" and (grades := read_all("grades/*.json")):
-        summary["own_grade"] = {n: over_seeds(grades, n) for n in ("4", "8", "16", "auroc")}
-    cases = [case["base"] for case in read_all(f"inference/{data}-[0-9].json")]
-    if cases:
+        chosen = main(f"best of {n}")
+        summary["rerank"][n] = {rule: chosen.get(rule) for rule in RULES}
+        summary["rerank"][n]["reward_broken"] = broken(f"best of {n}").get("reward")
+    areas = main("auroc")
+    summary["auroc"] = {rule: areas[rule] for rule in RULES if rule in areas}
+    summary["auroc"]["reward_broken"] = broken("auroc").get("reward")
+    for kind in KINDS:
+        hits = {hit: main(f"{kind} {hit}") for hit in ("hit0", "hit1", "step")}
+        if hits["hit0"]:
+            summary["localise"][kind] = {
+                hit: {name: places.get(signal) for name, signal in SIGNALS.items()}
+                for hit, places in hits.items()
+            }
+    if data == "countdown":
+        own = partial(measured.scores_of, f"{data}-grades", "base")
+        grades = {n: own(f"best of {n}").get("own_grade") for n in ("4", "8", "16")}
+        grades["auroc"] = own("auroc").get("own_grade")
+        if grades["auroc"]:
+            summary["own_grade"] = grades
+    alarms = {
+        kind: measured.scores_of(f"{data}-inference", "base", f"alarms {kind}")
+        for kind in ("wrong", "right")
+    }
+    if any(alarms.values()) or len(measured.scores_of(f"{data}-inference", "base", "auroc")):
         summary["alarms"] = {
-            kind: {s: over_seeds(cases, "alarms", s, kind) for s in FIRST} for kind in ("wrong", "right")
+            kind: {name: rates.get(name) for name in FIRST} for kind, rates in alarms.items()
         }
     return summary
 
 
+# ------------------------------------------------------------------------------------------------
+# Cells and tables
+# ------------------------------------------------------------------------------------------------
+
+
 def percent(value: list | None, signed: bool = False) -> str:
-    """[0.825, 0.81, 0.84] as '82.5 [81.0, 84.0]'; signed, of differences, as '+82.5 [+81.0, +84.0]'."""
+    """[0.825, 0.81, 0.84] as '82.5 [81.0, 84.0]'; signed, of differences, with their signs.
+
+    >>> percent([0.825, 0.81, 0.84]), percent([-0.02, -0.05, 0.01], signed=True), percent(None)
+    ('82.5 [81.0, 84.0]', '-2.0 [-5.0, +1.0]', '–')
+    """
     if value is None:
         return "–"
-    mean, *ends = (f"{100 * v:{'+' if signed else ''}.1f}" for v in value if v is not None)
-    return mean + (f" [{', '.join(ends)}]" if ends else "")
+    sign = "+" if signed else ""
+    mean, *ends = (f"{100 * v:{sign}.1f}" for v in value if v is not None)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+
+def short(value: list | None) -> str:
+    """[0.825, 0.81, 0.84] as '82.5±1.5'.
+
+    >>> short([0.825, 0.81, 0.84]), short([0.825, None, None]), short(None)
+    ('82.5±1.5', '82.5', '–')
+    """
+    if value is None:
+        return "–"
+    mean, _, high = value
+    half = "" if high is None else f"±{100 * (high - mean):.1f}"
+    return f"{100 * mean:.1f}{half}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -201,353 +357,400 @@ def filled(rows: list[list[str]]) -> list[list[str]]:
 
 
 def main_tables(data: str, summary: dict) -> list[str]:
+    """results/tables.md's tables of the main part."""
     parts = []
     for size, methods in summary["main"].items():
-        rows = [[NAMES[m], *(percent(v.get(k)) for k in ("t1", "greedy", "pass@4"))] for m, v in methods.items()]
+        rows = []
+        for method, shares in methods.items():
+            rows.append([NAMES[method], *(percent(value) for value in shares.values())])
         head = ["", "T = 1", "greedy", "pass@4"]
         parts.append(f"### {data}, {size} demonstrations\n\n" + table(head, filled(rows)))
-    every = (*RULES, "reward_broken")
-    rows = [[rule, *(percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16"))] for rule in every]
-    rows = [[*row, percent(summary["auroc"].get(row[0]))] for row in rows]
+    rows = []
+    for rule in (*RULES, "reward_broken"):
+        chosen = [percent(summary["rerank"][n].get(rule)) for n in ("4", "8", "16")]
+        rows.append([rule, *chosen, percent(summary["auroc"].get(rule))])
     head = ["chosen by", "N = 4", "N = 8", "N = 16", "AUROC"]
     parts.append(f"### {data}, best of N samples of the base\n\n" + table(head, rows))
-    found = summary["localise"]
-    if found:
-        rows = [
-            [s, *(percent(found[kind][hit].get(s)) for kind in found for hit in ("hit0", "hit1"))] for s in SIGNALS
-        ]
+    places = summary["localise"]
+    if places:
         titles = {"natural": ["own errors, exact", "within 1"], "single": ["planted, exact", "within 1"]}
-        head = ["pointed at by", *(title for kind in found for title in titles[kind])]
+        head = ["pointed at by", *(title for kind in places for title in titles[kind])]
+        rows = []
+        for name in SIGNALS:
+            cells = [percent(places[kind][hit][name]) for kind in places for hit in ("hit0", "hit1")]
+            rows.append([name, *cells])
         parts.append(f"### {data}, first wrong token\n\n" + table(head, rows))
     if "alarms" in summary:
-        parts.append(f"### {data}, traces of the base with a token below −1\n\n" + alarm_table(summary))
+        title = f"### {data}, traces of the base with a token below −1"
+        parts.append(f"{title}\n\n{alarm_table(summary)}")
     return parts
 
 
 def alarm_table(summary: dict) -> str:
     """Of the base's wrong and right traces, the share in which a signal finds a token suspicious."""
-    rows = [[CHOSEN_BY[s], *(percent(summary["alarms"][kind][s]) for kind in ("wrong", "right"))] for s in FIRST]
+    rows = []
+    for name in FIRST:
+        rows.append([CHOSEN_BY[name], *(percent(summary["alarms"][kind][name]) for kind in ("wrong", "right"))])
     return table(["a token below −1 is found, %", "in wrong traces of the base", "in right ones"], rows)
 
 
-def beyond(found: list[dict], reference: list[dict], *path: str) -> list[float] | None:
-    """The interval of what each seed has beyond the same seed of the reference: demonstrations and questions are theirs
-    both, so that what seeds differ in drops out.
+def changed_table(
+    measured: Measured, part: str, short_form: bool = False, only: str = ""
+) -> str:
+    """One row per change: accuracies, what they have beyond the defaults', AUROC, collapses.
 
-    >>> beyond([{"a": 0.9}, {"a": 0.7}], [{"a": 0.8}, {"a": 0.5}], "a")
-    [0.15, -0.4853, 0.7853]
+    `short_form` leaves out the flags, and the intervals of what is not compared; `only` shows the
+    changes whose label begins so.
     """
-    differences = [value_at(a, *path) - value_at(b, *path) for a, b in zip(found, reference)]
-    return interval(differences) if differences else None
-
-
-def changed_table(part: str, changes: dict[str, str], short: bool = False) -> str:
-    """One row per change: accuracies, what they have beyond the defaults', AUROC, over how many seeds, and how many of them
-    collapsed. `short` leaves out the flags, and the intervals of what is not compared."""
-    default = {"variants": "words-main-256", "ablations": "ablations-default", "traces": "traces-default"}[part]
-    default = {found["settings"]["seed"]: found for found in seeds_of(default)}
-    show = lambda value: percent(value[:1] if short else value)
+    default = measured.of("words-main-256" if part == "variants" else f"{part}-default")
+    fell = collapsed(measured.trials, measured.curves)
     rows = []
-    for label, change in changes.items():
-        found = seeds_of(f"{part}-{runs.plain(label)}")
-        if found:
-            row = [label, *[f"`{change}`"] * (not short)]
-            for key in ("t1", "greedy"):
-                path = ("methods", "irl", key)
-                same = [default[seed] for one in found if (seed := one["settings"]["seed"]) in default]
-                more = "–" if label == "default" or len(same) < len(found) else percent(beyond(found, same, *path), signed=True)
-                row += [show(over_seeds(found, *path)), more]
-            row.append(show(over_seeds(found, "reward", "auroc")))
-            rows.append([*row, str(len(found)), str(sum(map(collapsed, found)))])
-    head = ["", *["flags"] * (not short), "T = 1", "beyond the default", "greedy", "beyond the default", "AUROC", "seeds"]
-    return table([*head, "collapsed"], rows) if rows else ""
+    for label, change in trials.CHANGES[part].items():
+        name = f"{part}-{trials.plain(label)}"
+        changed = measured.of(name)
+        if not len(changed) or not label.startswith(only):
+            continue
+        row = [label]
+        if not short_form:
+            row.append(f"`{change}`")
+        for column in ("t1", "greedy"):
+            more = "–"
+            if label != "default" and changed.index.isin(default.index).all():
+                more = percent(beyond(changed, default, column), signed=True)
+            row += [plain_cell(changed[column], short_form), more]
+        row.append(plain_cell(changed["auroc"], short_form))
+        rows.append([*row, str(len(changed)), str(fell[name].sum())])
+    if not rows:
+        return ""
+    head = ["T = 1", "beyond the default", "greedy", "beyond the default", "AUROC", "seeds", "collapsed"]
+    return table(["", *head] if short_form else ["", "flags", *head], rows)
 
 
-def choice_tables() -> list[str]:
-    """SFT and GRPO on validation questions: how they were chosen. Of all shares of the base and temperatures the best is
-    shown beside neither; results/choose has them all."""
-    groups = defaultdict(list)
-    for one in read_all("choose/*.json"):
-        groups[one["data"], one["method"], one["size"]].append(one)
+def plain_cell(values: pandas.Series, short_form: bool) -> str:
+    """A mean over seeds, with its interval unless the form is short."""
+    value = interval(values)
+    if value and short_form:
+        value = value[:1]
+    return percent(value)
+
+
+def choice_tables(measured: Measured) -> list[str]:
+    """SFT and GRPO on validation questions: how they were chosen.
+
+    Of all shares of the base and temperatures only the best are shown; tuning.csv has them all.
+    """
     parts = []
-    for (data, method, size), found in sorted(groups.items()):
+    for (data, method, size), looks in measured.tuning.groupby(["data", "method", "demonstrations"]):
         rows = []
-        for one in sorted(found, key=lambda one: (one["steps"], one["lr"])):
-            row = [f"{one['steps']} at {one['lr']:g}"]
+        for (steps, rate), look in looks.groupby(["steps", "rate"]):
+            row = [f"{steps} at {rate:g}"]
             for by, tricks in (("t1", False), ("t1", True), ("greedy", True)):
-                _, share, t = choose.best([one], by, tricks)
-                accuracies = f"{100 * one['t1'][share][t]:.1f} / {100 * one['greedy'][share]:.1f}"
-                row.append(accuracies + f" ({share}, {t})" * tricks)
-            rows.append(row if method == "sft" else row[:2])
+                one = choose.best(look, by, tricks)
+                shown = f" ({one['share']}, {one['temperature']})" if tricks else ""
+                row.append(f"{100 * one['t1']:.1f} / {100 * one['greedy']:.1f}{shown}")
+            rows.append(row)
         head = ["T = 1 / greedy", "plain", "best at T = 1 (share of the base, temperature)", "best greedy (the same)"]
-        title = f"### {data}: how {method.upper()} was chosen" + f", {size} demonstrations" * (method == "sft")
-        parts.append(f"{title}, validation questions\n\n" + table(head if method == "sft" else head[:2], rows))
-    rows = irl_choices()
-    title = "### countdown: how IRL was chosen, 64 demonstrations, validation questions"
-    return parts + ([f"{title}\n\n{rows}"] if rows else [])
-
-
-def early_stops(curve: dict[str, list]) -> list[float]:
-    """A training's validation accuracy at its end; at the step with the highest mean reward, where it could be stopped
-    without an answer; and at its best.
-
-    >>> early_stops({"irl validation/t1": [[1, 0.5], [2, 0.7], [3, 0.6]], "irl reward/mean": [[1, 0.1], [2, 0.0], [3, -0.1]]})
-    [0.6, 0.5, 0.7]
-    """
-    accuracy, rewards = dict(curve["irl validation/t1"]), dict(curve["irl reward/mean"])
-    return [accuracy[max(accuracy)], accuracy[max(rewards, key=rewards.get)], max(accuracy.values())]
-
-
-def irl_choices() -> str:
-    """What countdown's reward needs: each choice undone, on validation questions. f: mean and standard deviation of the head
-    that the policy practised on at last; then what stopping early would have brought (early_stops)."""
-    rows = []
-    for label, change in runs.LONG_CHOICES.items():
-        found = read_all(f"trials/chosen-{runs.plain(label)}-1[0-9][0-9].json")
-        values = [percent(over_seeds(found, "methods", "irl", key)) for key in ("t1", "greedy")]
-        spreads = [[one["scores"][kind] for one in found] for kind in ("right", "wrong")]
-        f = [" ± ".join(f"{sum(column) / len(found):.2f}" for column in zip(*spread)) for spread in spreads]
-        stops = zip(*(early_stops(one["curve"]) for one in found))
-        stopped = " / ".join(f"{100 * sum(column) / len(found):.0f}" for column in stops)
-        rows += [[label, f"`{change}`" if change else "", *values, *f, stopped, str(len(found))]] if found else []
-    head = [f"`{runs.LONG}` and", "flags", "T = 1", "greedy", "f of the base's right traces", "of its wrong ones",
-            "T = 1 of 100: end / highest mean reward / best", "seeds"]  # fmt: skip
-    return table(head, rows) if rows else ""
-
-
-def inference_tables(data: str) -> list[str]:
-    """Reranking on others' samples and on harder problems."""
-    found = read_all(f"inference/{data}-[0-9].json")
-    parts = []
-    for label in found[0] if found else ():
-        cases = [f[label] for f in found]
-        ns = [n for n in cases[0]["rerank"] if n.isdigit()]
-        rows = [[rule, *(percent(over_seeds(cases, "rerank", n, rule)) for n in ns)] for rule in RULES]
-        text = f"### {data}, samples of: {label}\n\n" + table(["chosen by", *(f"N = {n}" for n in ns)], rows)
-        places = {s: over_seeds(cases, "localise", "natural", "hit0", SIGNALS[s]) for s in FIRST}
-        text += f"\n\nAUROC {percent(over_seeds(cases, 'rerank', 'auroc', 'reward'))}"
-        text += "; first wrong token found by " * any(places.values())
-        parts.append(text + ", ".join(f"{s} {percent(value)}" for s, value in places.items() if value))
+        title = f"### {data}: how {method.upper()} was chosen, {size} demonstrations"
+        if method == "grpo":  # it has no demonstrations, and none of the tricks
+            title = f"### {data}: how GRPO was chosen"
+            head = head[:2]
+            rows = [row[:2] for row in rows]
+        parts.append(f"{title}, validation questions\n\n" + table(head, rows))
+    chosen = irl_choices(measured)
+    if chosen:
+        title = "### countdown: how IRL was chosen, 64 demonstrations, validation questions"
+        parts.append(f"{title}\n\n{chosen}")
     return parts
 
 
-def save(figure, path: Path) -> None:
+def early_stops(looks: pandas.DataFrame) -> list[float]:
+    """A training's validation accuracy at its end; where its mean reward is highest; at its best.
+
+    At the highest mean reward it could be stopped without an answer.
+
+    >>> looks = {"validation/t1": [0.5, 0.7, 0.6], "reward/mean": [0.1, 0.0, -0.1]}
+    >>> early_stops(pandas.DataFrame(looks))
+    [0.6, 0.5, 0.7]
+    """
+    accuracy = looks["validation/t1"]
+    stops = (accuracy.iloc[-1], accuracy[looks["reward/mean"].idxmax()], accuracy.max())
+    return [float(stop) for stop in stops]
+
+
+def irl_choices(measured: Measured) -> str:
+    """What countdown's reward needs: each choice undone, on validation questions.
+
+    f: mean and standard deviation of the head that the policy practised on at last; then what
+    stopping early would have brought (early_stops).
+    """
+    rows = []
+    for label, change in trials.CHOICES.items():
+        name = f"chosen-{trials.plain(label)}"
+        seeds = measured.of(name)
+        if not len(seeds):
+            continue
+        row = [label, f"`{change}`" if change else ""]
+        row += [percent(interval(seeds[column])) for column in ("t1", "greedy")]
+        mean = seeds.mean(numeric_only=True)
+        row += [f"{mean[f]:.2f} ± {mean[f'{f} deviation']:.2f}" for f in ("f right", "f wrong")]
+        c = measured.curves
+        looks = c[(c["trial"] == name) & (c["method"] == "irl")]
+        stops = pandas.DataFrame([early_stops(one) for _, one in looks.groupby("seed")])
+        row.append(" / ".join(f"{100 * stop:.0f}" for stop in stops.mean()))
+        rows.append([*row, str(len(seeds))])
+    head = [
+        f"`{trials.LONG}` and",
+        "flags",
+        "T = 1",
+        "greedy",
+        "f of the base's right traces",
+        "of its wrong ones",
+        "T = 1 of 100: end / highest mean reward / best",
+        "seeds",
+    ]
+    return table(head, rows) if rows else ""
+
+
+def inference_tables(measured: Measured, data: str) -> list[str]:
+    """Reranking on others' samples and on harder problems."""
+    trial = f"{data}-inference"
+    rows_of = measured.scores[measured.scores["trial"] == trial]
+    parts = []
+    for samples, group in rows_of.groupby("samples", sort=False):
+        ns = sorted(int(q.split()[-1]) for q in group["quantity"].unique() if q.startswith("best"))
+        chosen = [measured.scores_of(trial, samples, f"best of {n}") for n in ns]
+        rows = [[rule, *(percent(found.get(rule)) for found in chosen)] for rule in RULES]
+        head = ["chosen by", *(f"N = {n}" for n in ns)]
+        text = f"### {data}, samples of: {samples}\n\n{table(head, rows)}"
+        areas = measured.scores_of(trial, samples, "auroc")
+        text += f"\n\nAUROC {percent(areas.get('reward'))}"
+        hits = measured.scores_of(trial, samples, "natural hit0")
+        places = [f"{name} {percent(hits[SIGNALS[name]])}" for name in FIRST if SIGNALS[name] in hits]
+        if places:
+            text += f"; first wrong token found by {', '.join(places)}"
+        parts.append(text)
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------
+
+
+def save(figure, name: str) -> None:
     """The same results give the same file: no date in it, and names that do not change."""
     figure.tight_layout()
     with plt.rc_context({"svg.hashsalt": "results"}):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(store.folder() / name, metadata={"Date": None})
     plt.close(figure)
 
 
-def draw_collapses(path: Path) -> None:
-    """A row per way to go wrong (docs/collapses.md), four metrics of training beside the default's."""
-    wrong = [label for label in WRONG if seeds_of(f"ablations-{runs.plain(label)}")]
+def draw_collapses(measured: Measured) -> None:
+    """A row per way to go wrong (docs/collapses.md), four metrics beside the default's."""
+    curves = measured.curves[measured.curves["method"] == "irl"]
+    names = {label: f"ablations-{trials.plain(label)}" for label in ("default", *WRONG)}
+    wrong = [label for label in WRONG if names[label] in set(curves["trial"])]
     if not wrong:
         return
-    figure, grid = plt.subplots(len(wrong), len(TELLING), figsize=(12, 1.9 * len(wrong)), squeeze=False)
+    size = (12, 1.9 * len(wrong))
+    figure, grid = plt.subplots(len(wrong), len(TELLING), figsize=size, squeeze=False)
     for row, label in zip(grid, wrong):
         for axes, metric in zip(row, TELLING):
             for name, color in (("default", "0.45"), (label, "tab:orange")):
-                draw_seeds(axes, [f["curve"] for f in seeds_of(f"ablations-{runs.plain(name)}")], metric, color, name)
+                looks = curves[curves["trial"] == names[name]]
+                seeds = looks.pivot(index="step", columns="seed", values=metric)
+                axes.plot(seeds, color=color, linewidth=0.6, alpha=0.6)
+                axes.plot(seeds.mean(axis=1), color=color, linewidth=2, label=name)
             axes.set_title(metric, fontsize=9)
             axes.tick_params(labelsize=8)
         row[0].set_ylim(0, 1)
         row[0].legend(fontsize=8, frameon=False)
     for axes in grid[-1]:
         axes.set_xlabel("policy step", fontsize=9)
-    save(figure, path)
+    save(figure, "collapses.svg")
 
 
-def draw_seeds(axes, curves: list[dict], metric: str, color: str, label: str) -> None:
-    """A metric of IRL's steps: thin lines for single seeds, a thick one for their mean."""
-    series = [curve[f"irl {metric}"] for curve in curves if curve.get(f"irl {metric}")]
-    for points in series:
-        axes.plot(*zip(*points), color=color, linewidth=0.6, alpha=0.6)
-    if series:
-        steps = [step for step, _ in series[0]]
-        means = [sum(values) / len(values) for values in zip(*([v for _, v in points] for points in series))]
-        axes.plot(steps[: len(means)], means, color=color, linewidth=2, label=label)
-
-
-def draw_best_of_n(path: Path) -> None:
+def draw_best_of_n(measured: Measured) -> None:
     """Best of N on the base's samples, N = 1 .. 64."""
-    found = [seed["base"] for seed in read_all("inference/words-[0-9].json")]
-    if not found:
+    ns = [1, 2, 4, 8, 16, 32, 64]
+    chosen = {n: measured.scores_of("words-inference", "base", f"best of {n}") for n in ns}
+    ns = [n for n in ns if chosen[n]]
+    if not ns:
         return
+    rules = ["oracle", "reward", "sft_fair_logprob", "sft_logprob", "weighted_majority"]
     figure, axes = plt.subplots(figsize=(7, 4))
-    for rule in ("oracle", "reward", "sft_fair_logprob", "sft_logprob", "weighted_majority", "majority", "random", "logprob"):
-        ns = [n for n in found[0]["rerank"] if n.isdigit()]
-        values = [over_seeds(found, "rerank", n, rule) for n in ns]
-        axes.plot([int(n) for n in ns], [v[0] for v in values], marker="o", markersize=3, label=rule)
-        if values[0][1] is not None:
-            axes.fill_between([int(n) for n in ns], [v[1] for v in values], [v[2] for v in values], alpha=0.15)
-    axes.set(xscale="log", xticks=[int(n) for n in ns], xticklabels=ns, xlabel="N", ylabel="share right", ylim=(0, 1))
+    for rule in (*rules, "majority", "random", "logprob"):
+        means, lows, highs = zip(*(chosen[n][rule] for n in ns))
+        axes.plot(ns, means, marker="o", markersize=3, label=rule)
+        if lows[0] is not None:
+            axes.fill_between(ns, lows, highs, alpha=0.15)
+    axes.set(xscale="log", xticks=ns, xticklabels=ns, xlabel="N", ylabel="share right", ylim=(0, 1))
     axes.legend(fontsize=8, frameon=False)
-    save(figure, path)
+    save(figure, "best-of-n.svg")
 
 
-# docs/results.md's rows: their names in summary.json, and there
-CHOSEN_BY = {"random": "a random pick", "longest": "the longest", "shortest": "the shortest", "majority": "majority vote",
-                "logprob": "the base's own log-probability", "sft_logprob": "the SFT model's log-probability",
-                "sft_fair_logprob": "the averaged SFT model's log-probability", "reward": "**the learned reward**, mean of f",
-                "reward_broken": "the same, learned from broken copies alone", "oracle": "an oracle"}  # fmt: skip
-POINTED_AT = {"reward": "**reward**: first token below −1",
-                  "sft_logprob": "SFT model's log-probability: first below −1",
-                  "sft_fair_logprob": "averaged SFT model's log-probability: first below −1",
-                  "logprob": "base's log-probability: first below −1", "reward_lowest": "reward: lowest token",
-                  "reward_drop": "reward: largest drop", "sft_logprob_lowest": "SFT model's log-probability: lowest",
-                  "sft_fair_logprob_lowest": "averaged SFT model's log-probability: lowest",
-                  "logprob_lowest": "base's log-probability: lowest", "entropy": "base's entropy: highest",
-                  "chance": "chance"}  # fmt: skip
-
-
-# README.md's rows: their names in summary.json, and there
-README_METHODS = {"base": "base", "sft": "SFT", "sft_fair": "fair SFT",
-                  "likelihood_only": "IRL's likelihood, no discriminator", "irl": "**IRL**",
-                  "broken_only": "IRL, broken copies alone",
-                  "own_grade": "a policy on the base's own grade", "grpo": "GRPO, true answers"}  # fmt: skip
-README_CHOICES = {"random": "at random", "majority": "majority vote", "logprob": "base's log-probability",
-                  "sft_fair_logprob": "fair SFT's log-probability", "longest": "the longest",
-                  "own_grade": "base's own grade", "reward": "**learned reward**", "reward_dense": "paper's head, dense",
-                  "reward_sparse": "paper's head, sparse", "reward_broken_dense": "dense, broken copies",
-                  "reward_broken": "sparse, broken copies", "oracle": "oracle"}  # fmt: skip
-NOTHING_YET = "No results of this version are here yet: run `python -m experiments.run`."
-
-
-def short(value: list | None) -> str:
-    """[0.825, 0.81, 0.84] as '82.5±1.5'.
-
-    >>> short([0.825, 0.81, 0.84]), short([0.825, None, None]), short(None)
-    ('82.5±1.5', '82.5', '–')
-    """
-    if value is None:
-        return "–"
-    mean, _, high = value
-    return f"{100 * mean:.1f}" + (f"±{100 * (high - mean):.1f}" if high is not None else "")
+# ------------------------------------------------------------------------------------------------
+# Pages
+# ------------------------------------------------------------------------------------------------
 
 
 def readme_tables(summary: dict) -> dict[str, str]:
-    """README.md's two small tables by their marks: accuracies, best of 8. Every number is in summary.json; what is missing is
-    left out."""
+    """README.md's two small tables by their marks: accuracies, best of 8.
+
+    Every number is in summary.json; what is missing is left out.
+    """
     tasks = [task for task in ("words", "countdown") if task in summary]
-    columns = [(task, size) for task in tasks for size in ("64", "256") if size in summary[task]["main"]]
+    columns = [(task, n) for task in tasks for n in ("64", "256") if n in summary[task]["main"]]
     if not columns:
         return dict.fromkeys(("results", "inference"), NOTHING_YET)
+    head = ["% right: T=1 / greedy"]
+    for task, size in columns:
+        n = summary[task]["seeds"][size]
+        about = f"{n} seed{'s' if n > 1 else ''}, {summary[task]['questions']:,} questions"
+        head.append(f"{task} {size}, {about}")
+    rows = []
+    for method, name in README_METHODS.items():
+        row = [name]
+        for task, size in columns:
+            methods = summary[task]["main"][size]
+            # fair SFT as it was best for the column
+            greedy = "sft_fair_greedy" if method == "sft_fair" else method
+            row.append(f"{short(methods[method]['t1'])} / {short(methods[greedy]['greedy'])}")
+        rows.append(row)
+    results = table(head, filled(rows))
 
-    def accuracy(task: str, size: str, method: str, key: str) -> str:  # fair SFT as it was best for the column
-        other = "sft_fair_greedy" if (method, key) == ("sft_fair", "greedy") else method
-        return short(summary[task]["main"][size].get(other, {}).get(key))
-
-    def best(task: str, rule: str) -> str:
-        value = (summary[task].get("own_grade") or {}) if rule == "own_grade" else None
-        return short(value.get("8") if value is not None else summary[task]["rerank"]["8"].get(rule))
-
-    def seeds(task: str, size: str) -> str:
-        return f"{(n := summary[task]['seeds'][size])} seed{'s' * (n != 1)}"
-
-    parts = {}
-    for part, names, head, cells in (
-        ("results", README_METHODS, ["% right: T=1 / greedy", *(f"{task} {size}, {seeds(task, size)}" for task, size in columns)],
-         lambda row: [" / ".join(accuracy(*column, row, key) for key in ("t1", "greedy")) for column in columns]),
-        ("inference", README_CHOICES,
-         ["best of 8 of the base, chosen by", *(f"{task} {summary[task]['judged with']}" for task in tasks)],
-         lambda row: [best(task, row) for task in tasks]),
-    ):  # fmt: skip
-        rows = filled([[name, *cells(row)] for row, name in names.items()])
-        parts[part] = table(head, rows) if rows else NOTHING_YET
-    return parts
+    head = ["best of 8 of the base, chosen by"]
+    head += [f"{task} {summary[task]['judged with']}" for task in tasks]
+    rows = []
+    for rule, name in README_CHOICES.items():
+        row = [name]
+        for task in tasks:
+            grades = summary[task].get("own_grade", {})
+            row.append(short(grades.get("8") if rule == "own_grade" else summary[task]["rerank"]["8"].get(rule)))
+        rows.append(row)
+    return {"results": results, "inference": table(head, filled(rows))}
 
 
 def full_tables(summary: dict) -> str:
     """The results as docs/results.md has them: every number of theirs is in summary.json."""
     parts = []
     for task in ("words", "countdown"):
-        if task not in summary:
-            continue
-        main, ranking, found = (summary[task][part] for part in ("main", "rerank", "localise"))
-        head = [task] + [f"{size} ({summary[task]['seeds'][size]} seeds): {key}" for size in main for key in ("T = 1", "greedy")]
-        keys = ("t1", "greedy")
-        rows = [[name, *(percent(main[n][method][key]) for n in main for key in keys)] for method, name in NAMES.items()]
-        parts.append(table(head, filled(rows)))
-        ns, kinds = ("4", "8", "16"), [kind for kind in ("natural", "single") if kind in found]
-        rows = filled([[name, *(percent(ranking[n].get(rule)) for n in ns)] for rule, name in CHOSEN_BY.items()])
-        if summary[task].get("own_grade"):
-            rows.append(["the base's own grade", *(percent(summary[task]["own_grade"].get(n)) for n in ns)])
-        parts.append(table([f"{task}: best of N samples of the base, chosen by", *(f"N = {n}" for n in ns)], rows))
-        if kinds:
-            titles = {"natural": "the base's own errors", "single": "one planted error"}
-            rows = [[name, *(percent(found[kind]["hit0"][s]) for kind in kinds)] for s, name in POINTED_AT.items()]
-            head = [f"{task}: exact first wrong token found, %", *(titles[kind] for kind in kinds)]
-            parts.append(table(head, filled(rows)))  # a head that reads whole traces points nowhere
-        if summary[task].get("alarms", {}).get("wrong", {}).get("reward"):
-            parts.append(alarm_table(summary[task]))
-        gains = {n: gain for n, gain in summary[task]["broken beyond irl"].items() if gain["t1"]}
-        if gains:
-            said = [f"{n} demonstrations {percent(g['t1'], True)} / {percent(g['greedy'], True)}" for n, g in gains.items()]
-            parts.append(f"*{task}: from broken copies alone, beyond IRL with the same seed, T = 1 / greedy: {'; '.join(said)}.*")
-        if value := summary[task]["auroc"].get("reward"):
-            broken = summary[task]["auroc"].get("reward_broken")
-            also = f"; from broken copies alone {percent(broken)}" if broken else ""
-            parts.append(f"*{task}: AUROC of the reward, right against wrong traces: {percent(value)} in %{also}.*")
+        if task in summary:
+            parts += task_tables(task, summary[task])
     if not parts:
         return NOTHING_YET
-    runs_of_irl = f"collapses: {summary['collapses']} in {summary['runs']} runs of IRL in these tables"
-    return "\n\n".join([*parts, f"*% right, or found: means over seeds with 95% intervals (Student's t); {runs_of_irl}.*"])
+    runs = f"collapses: {summary['collapses']} in {summary['runs']} runs of IRL in these tables"
+    parts.append(f"*% right, or found: means over seeds with 95% intervals (Student's t); {runs}.*")
+    return "\n\n".join(parts)
+
+
+def task_tables(task: str, summary: dict) -> list[str]:
+    """docs/results.md's tables of one kind of problems."""
+    main = summary["main"]
+    keys = {"t1": "T = 1", "greedy": "greedy"}
+    head = [f"{task}, {summary['questions']:,} test questions"]
+    for size in main:
+        head += [f"{size} ({summary['seeds'][size]} seeds): {title}" for title in keys.values()]
+    rows = []
+    for method, name in NAMES.items():
+        rows.append([name, *(percent(main[size][method][key]) for size in main for key in keys)])
+    parts = [table(head, filled(rows))]
+
+    ns = ("4", "8", "16")
+    rows = []
+    for rule, name in CHOSEN_BY.items():
+        rows.append([name, *(percent(summary["rerank"][n].get(rule)) for n in ns)])
+    rows = filled(rows)
+    if "own_grade" in summary:
+        rows.append(["the base's own grade", *(percent(summary["own_grade"].get(n)) for n in ns)])
+    head = [f"{task}: best of N samples of the base, chosen by", *(f"N = {n}" for n in ns)]
+    parts.append(table(head, rows))
+
+    places = summary["localise"]
+    if places:
+        titles = {"natural": "the base's own errors", "single": "one planted error"}
+        head = [f"{task}: exact first wrong token found, %", *(titles[kind] for kind in places)]
+        rows = []
+        for signal, name in POINTED_AT.items():
+            rows.append([name, *(percent(places[kind]["hit0"][signal]) for kind in places)])
+        parts.append(table(head, filled(rows)))  # a head that reads whole traces points nowhere
+    if summary.get("alarms", {}).get("wrong", {}).get("reward"):
+        parts.append(alarm_table(summary))
+    gains = []
+    for size, gain in summary["broken beyond irl"].items():
+        if gain["t1"]:
+            t1, greedy = (percent(gain[key], signed=True) for key in keys)
+            gains.append(f"{size} demonstrations {t1} / {greedy}")
+    if gains:
+        title = f"{task}: from broken copies alone, beyond IRL with the same seed, T = 1 / greedy"
+        parts.append(f"*{title}: {'; '.join(gains)}.*")
+    area = summary["auroc"].get("reward")
+    if area:
+        line = f"{task}: AUROC of the reward, right against wrong traces: {percent(area)} in %"
+        if summary["auroc"]["reward_broken"]:
+            line += f"; from broken copies alone {percent(summary['auroc']['reward_broken'])}"
+        parts.append(f"*{line}.*")
+    return parts
 
 
 def between_marks(text: str, part: str, new: str, by: str = "run") -> str:
-    """`text` with what stands between the two marks of a part replaced; `by` which of the experiments.
+    """`text` with what stands between the two marks of a part replaced; `by` which experiment.
 
-    >>> text = between_marks("a <!-- x: by python -m experiments.run --> old <!-- end of x --> b", "x", "new")
+    >>> text = "a <!-- x: by python -m experiments.run --> old <!-- end of x --> b"
+    >>> text = between_marks(text, "x", "new")
     >>> "old" in text, text.startswith("a <!--"), text.endswith("--> b"), text.count("new")
     (False, True, True, 1)
     """
     mark = f"<!-- {part}: by python -m experiments.{by} -->"
+    end = f"<!-- end of {part} -->"
     head, rest = text.split(mark)
-    tail = rest.split(f"<!-- end of {part} -->")[1]
-    return f"{head}{mark}\n\n{new}\n\n<!-- end of {part} -->{tail}"
+    _, tail = rest.split(end)
+    return f"{head}{mark}\n\n{new}\n\n{end}{tail}"
 
 
-def into_readme(text: str, summary: dict) -> str:
-    """README.md with the tables of what is there."""
-    for part, new in readme_tables(summary).items():
-        text = between_marks(text, part, new)
+def pages(measured: Measured, summary: dict) -> dict[str, dict[str, str]]:
+    """What stands between marks, by page and by part."""
+    results = {"full": full_tables(summary), "chosen": irl_choices(measured)}
+    for part in trials.CHANGES:
+        results[part] = changed_table(measured, part, short_form=True)
+    heads = changed_table(measured, "ablations", short_form=True, only="linear head")
+    return {
+        "README.md": readme_tables(summary),
+        "docs/results.md": results,
+        "docs/collapses.md": {"heads": heads},
+    }
+
+
+def into_page(text: str, parts: dict[str, str]) -> str:
+    """A page's text with its parts in their places."""
+    for part, new in parts.items():
+        text = between_marks(text, part, new or NOTHING_YET)
     return text
-
-
-def into_results(text: str, summary: dict) -> str:
-    """docs/results.md with the tables of what is there."""
-    text = between_marks(text, "full", full_tables(summary))
-    text = between_marks(text, "chosen", irl_choices() or NOTHING_YET)
-    for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS), ("traces", runs.TRACES)):
-        text = between_marks(text, part, changed_table(part, changes, short=True) or NOTHING_YET)
-    return text
-
-
-# What holds tables between marks, and who writes them there
-PAGES = {"README.md": into_readme, "docs/results.md": into_results}
 
 
 def write() -> None:
     """summary.json, tables.md, two figures; and the tables in README.md and docs/results.md."""
-    folder = runs.results_folder()
-    folder.mkdir(exist_ok=True)
-    summary = main_summary()
-    runs.keep(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    failed = sorted(path.stem for path in (folder / "failed").glob("*.txt"))
+    measured = Measured()
+    summary = main_summary(measured)
+    store.keep("summary.json", json.dumps(summary, indent=1) + "\n")
     parts = ["# Results\n\nWritten by `python -m experiments.run`. % right, mean over seeds with its 95% interval."]
-    for data in sources():
-        parts += main_tables(data, summary[data]) + inference_tables(data)
-    for part, changes in (("variants", runs.VARIANTS), ("ablations", runs.ABLATIONS), ("traces", runs.TRACES)):
-        rows = changed_table(part, changes)
-        title = f"{part.capitalize()}, " + ("64 demonstrations of countdown" if part == "traces" else "256 demonstrations")
-        parts += [f"### {title}\n\n{rows}"] if rows else []
-    parts += choice_tables()
-    parts += ["Failed: " + ", ".join(failed)] if failed else []
-    runs.keep(folder / "tables.md", "\n\n".join(parts) + "\n")
-    for name, into in PAGES.items() if folder == runs.ROOT / "results" and sources() else ():
-        page = runs.ROOT / name
-        runs.keep(page, into(page.read_text(encoding="utf-8"), summary))
-    draw_collapses(folder / "collapses.svg")
-    draw_best_of_n(folder / "best-of-n.svg")
-    print(f"{folder / 'summary.json'}, {folder / 'tables.md'}")
+    for data in measured.sizes():
+        parts += main_tables(data, summary[data]) + inference_tables(measured, data)
+    for part in trials.CHANGES:
+        rows = changed_table(measured, part)
+        size = "64 demonstrations of countdown" if part == "traces" else "256 demonstrations"
+        if rows:
+            parts.append(f"### {part.capitalize()}, {size}\n\n{rows}")
+    parts += choice_tables(measured)
+    failed = measured.trials.dropna(subset="error")
+    if len(failed):
+        names = (failed["trial"] + "-" + failed["seed"].astype(str)).unique()
+        parts.append("Failed: " + ", ".join(sorted(names)))
+    store.keep("tables.md", "\n\n".join(parts) + "\n")
+    if store.folder() == store.ROOT / "results" and measured.sizes():
+        for name, between in pages(measured, summary).items():
+            text = (store.ROOT / name).read_text(encoding="utf-8")
+            store.keep(f"../{name}", into_page(text, between))
+    draw_collapses(measured)
+    draw_best_of_n(measured)
+    print(f"{store.folder() / 'summary.json'}, {store.folder() / 'tables.md'}")

@@ -11,8 +11,7 @@ import pytest
 import baselines
 import train
 from engine.settings import Settings, parse_settings
-from experiments import cards, real, tables
-from experiments import run as runs
+from experiments import cards, real_tables, store, tables, trials
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,14 +68,14 @@ def test_commands_named_in_the_text_exist():
 
 
 def test_flags_named_in_the_text_exist():
-    known = {"--" + f.name.replace("_", "-") for f in fields(Settings)} | {"--help", "--resume", "--only", "--quick"}
+    known = {"--" + f.name.replace("_", "-") for f in fields(Settings)} | {"--help", "--resume", "--only", "--quick", "--experts"}
     flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
     assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
 
 
 def test_nothing_is_called_what_it_is_not():
     """GAIL's discriminator needs a head: a likelihood with logit = f has D <= 1/2. GRPO, not tuned, bounds nothing."""
-    for label, flags in runs.ABLATIONS.items():
+    for label, flags in trials.ABLATIONS.items():
         assert "GAIL" not in label or "--reward head" in flags, label
     for path in (*PAGES, *ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")):
         assert "upper bound" not in path.read_text(encoding="utf-8"), path
@@ -105,22 +104,40 @@ def test_the_memory_table_is_the_programs(capsys):
     assert len(rows) == 4 and "\n".join(rows) in TEXT
 
 
-def test_the_real_model_table_is_that_of_the_stages(monkeypatch):
-    """results/real.json is what the committed stages say, and README.md's table what it says."""
+def rounded(found):
+    """Numbers as far as machines agree on them."""
+    if isinstance(found, dict):
+        return {key: rounded(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [rounded(value) for value in found]
+    return round(found, 6) if isinstance(found, float) else found
+
+
+def test_the_real_model_table_is_that_of_the_samples(monkeypatch):
+    """results/real.json is what the kept samples say today, real.md and README.md what it says."""
     monkeypatch.delenv("IRL_RESULTS", raising=False)
-    found = json.loads((ROOT / "results" / "real.json").read_text(encoding="utf-8"))
-    assert found == real.summary() and found["models"]
+    found = json.loads((store.folder() / "real.json").read_text(encoding="utf-8"))
+    assert rounded(found) == rounded(real_tables.summary()) and found["models"]
+    assert (store.folder() / "real.md").read_text(encoding="utf-8") == real_tables.markdown(found)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == tables.between_marks(text, "real", real.readme_table(found), "real")
+    table = real_tables.readme_table(found)
+    assert text == tables.between_marks(text, "real", table, "real")
 
 
 def test_results_are_those_of_the_trials(monkeypatch):
-    """summary.json is what the committed trials say, and the pages' tables are what summary.json says."""
+    """summary.json is what the kept trials say, and the pages' tables are what both say."""
     monkeypatch.delenv("IRL_RESULTS", raising=False)
-    if "words" not in tables.sources():
-        pytest.skip("no trials of the main part: python -m experiments.run --only main")
-    summary = json.loads((ROOT / "results" / "summary.json").read_text(encoding="utf-8"))
-    assert summary == tables.main_summary() and summary["seeds"] >= 5  # of the task that has most: the tables say of which
-    for name, into in tables.PAGES.items():
+    measured = tables.Measured()
+    summary = json.loads((store.folder() / "summary.json").read_text(encoding="utf-8"))
+    assert summary == tables.main_summary(measured)
+    assert summary["seeds"] >= 5  # of the task that has most: the tables say of which
+    for name, parts in tables.pages(measured, summary).items():
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert text == into(text, summary), name
+        assert text == tables.into_page(text, parts), name
+
+
+def test_results_are_few_files(monkeypatch):
+    """At most 20 and 2 MB: what was measured, not how."""
+    monkeypatch.delenv("IRL_RESULTS", raising=False)
+    files = [path for path in store.folder().rglob("*") if path.is_file()]
+    assert len(files) <= 20 and sum(path.stat().st_size for path in files) < 2_000_000

@@ -15,7 +15,7 @@ from data import Example
 from engine.chat import set_date
 from engine.errors import UserError
 from engine.runs import read_settings
-from experiments import real
+from experiments import real, real_tables
 
 SHOT = Example("Ava has 2 pens and buys 3 . How many ?", "2+3=5", "5")
 
@@ -54,11 +54,11 @@ def test_a_choice_is_by_its_own_scores():
     """Two questions, two samples; the judge is right, the writer is not; the longer text is the wrong one."""
     examples = [SHOT, SHOT]
     sampled = [{"texts": ["#### 5", "so #### 6"]}, {"texts": ["so #### 6", "#### 5"]}]
-    good = [dict.fromkeys(real.RULES, row) for row in ([0.0, -1.0], [-1.0, 0.0])]
-    bad = [dict.fromkeys(real.RULES, row) for row in ([-1.0, 0.0], [0.0, -1.0])]
-    found = real.choices(examples, sampled, {"logprob": bad, "reward": good})
+    good = [dict.fromkeys(real_tables.RULES, row) for row in ([0.0, -1.0], [-1.0, 0.0])]
+    bad = [dict.fromkeys(real_tables.RULES, row) for row in ([-1.0, 0.0], [0.0, -1.0])]
+    found = real_tables.choices(examples, sampled, {"logprob": bad, "reward": good})
     row = found["2"]
-    assert row["reward"][0] == row["reward_lowest"][0] == row["shortest"][0] == row["weighted_majority_reward"][0] == 1.0
+    assert row["reward"][0] == row["shortest"][0] == row["weighted_majority_reward"][0] == 1.0
     assert row["logprob"][0] == row["longest"][0] == 0.0 and row["random"][0] == row["majority"][0] == 0.5
     assert found["auroc"]["reward"] == 1.0 and (found["length"]["reward"], found["length"]["logprob"]) == (-1.0, 1.0)
 
@@ -68,7 +68,7 @@ def test_what_a_judge_tells_apart():
     mean = lambda *rows: [{"mean": list(row)} for row in rows]
     f = {"pairs": mean((2.0, 1.0), (1.0, 1.0)), "sft": mean((3.0, 0.0), (3.0, 3.0))}
     pi = {"pairs": mean((2.0, 0.0), (0.0, 0.0)), "sft": mean((0.0, 0.0), (0.0, 9.0))}
-    found = real.told_apart({"base": {"pairs": pi["pairs"]}, "sft": pi, "reward": f, "reward_dense": {"sft": f["sft"]}})
+    found = real_tables.told_apart({"base": {"pairs": pi["pairs"]}, "sft": pi, "reward": f, "reward_dense": {"sft": f["sft"]}})
     assert list(found) == ["logprob", "sft_logprob", "reward", "reward_logit"] and list(found["logprob"]) == ["broken"]
     assert found["reward"]["broken"][0] == 0.75 and found["reward"]["sft"][0] == 0.25
     # (0, 1), (1, 1) above (3, 0), (3, -6)?
@@ -86,11 +86,13 @@ def test_a_head_with_gails_logit_asks_no_policy(shipped):
     head = reward.load_reward("head", "base")
     discriminator = reward.Discriminator(head, "gail", "sparse", 0, reward.find_step_end_tokens(tokenizer, len(tokenizer)))
     pool = [{"sft": [data.response_ids(tokenizer, "7")]}]
-    settings = SimpleNamespace(warm_up_lr=1e-3, seed=0, questions=1, perturbed=1, negatives="broken",
-                               label_smoothing=0.1, reward_nll=1.0, micro_batch=2, micro_tokens=0)  # fmt: skip
-    trainer = real.RewardTrainer(settings, tokenizer, discriminator, None, [example], pool)
+    flags = "--questions 1 --perturbed 1 --warm-up-lr 1e-3 --reward head --logit gail --granularity sparse"
+    settings = parse_settings(flags.split())
+    experts = data.tokenize(tokenizer, [example])
+    pi = copy.deepcopy(shipped[0])
+    trainer = real.RewardTrainer(settings, tokenizer, pi, discriminator, experts, pool=pool)
     losses = [trainer.step()["loss"] for _ in range(8)]
-    assert losses[-1] < losses[0] and trainer.done == 8
+    assert losses[-1] < losses[0] and trainer.steps_done == 8
 
 
 def tiny_model(folder, tokenizer):
@@ -122,11 +124,15 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
     command += ["--processbench", str(files["test"]), "--mr-gsm8k", str(files["dev"])]
     real.main(command)
     shown = capsys.readouterr().out
-    folder = tmp_path / "results" / "real" / "tiny"
-    assert all(f"{stage}: " in shown and (folder / f"{stage}.json").exists() for stage in real.STAGES)
-    one = json.loads((tmp_path / "results" / "real.json").read_text())["models"]["tiny"]
-    assert set(one["gsm8k"]) == set(real.METHODS) and all(len(r["t1"]) == len(r["greedy"]) == 3 for r in one["gsm8k"].values())
-    ways = {"random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "longest", "reward", "reward_dense_last",
+    folder = Path("runs/real-tiny-quick/stages")
+    for stage in real.STAGES:
+        assert f"{stage}: " in shown and (folder / f"{stage}.json").exists(), stage
+    found = json.loads((tmp_path / "results" / "real.json").read_text())
+    one = found["models"]["tiny"]
+    assert found == real_tables.summary()
+    assert set(one["gsm8k"]) == set(real_tables.METHODS)
+    assert all(len(r["t1"]) == len(r["greedy"]) == 3 for r in one["gsm8k"].values())
+    ways = {"random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "longest", "reward", "reward_dense",
             "reward_sparse", "reward_broken", "weighted_majority_reward", "oracle"}  # fmt: skip
     assert ways <= set(one["rerank"]["2"]) and ways <= set(one["rerank_sft"]["2"])
     assert {"longest", "reward_sparse", "logprob"} <= set(one["length"]) == set(one["length_sft"])
@@ -138,11 +144,11 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
     assert "best of n, SFT's samples" in (tmp_path / "results" / "real.md").read_text()
 
     # again: nothing is run; a stage whose file is gone is made of the parts that are kept, and says the same
-    before = (folder / "rerank.json").read_text()
-    (folder / "rerank.json").unlink()
+    before = (tmp_path / "results" / "real.md").read_text().split("hours")[1]
+    (folder / "judge_reward.json").unlink()
     real.main(command)
-    again = json.loads((folder / "rerank.json").read_text())
-    assert again["few_shot"] == json.loads(before)["few_shot"] and "sft: " not in capsys.readouterr().out.split("rerank: ")[0]
+    assert (tmp_path / "results" / "real.md").read_text().split("hours")[1] == before
+    assert "sft: " not in capsys.readouterr().out
     # the folder is a run that the other programs take
     settings = read_settings(Path("runs/real-tiny-quick"))
     assert settings["fair_temperature"] == json.loads((folder / "sft_fair.json").read_text())["temperature"]
@@ -156,7 +162,7 @@ def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monk
 @pytest.mark.parametrize("flags, says", [
     ([], "--model is missing"),
     (["--model", "x", "--samples", "0"], "--samples must be"),
-    (["--model", "x", "--only", "rerannk"], "did you mean 'rerank'"),
+    (["--model", "x", "--only", "few_shott"], "did you mean 'few_shot'"),
 ])  # fmt: skip
 def test_bad_flags(flags, says):
     with pytest.raises(UserError, match=says):

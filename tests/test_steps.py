@@ -123,15 +123,32 @@ def test_the_test_set_chooses_nothing():
 def test_wrong_solutions_alone_are_enough_for_a_threshold():
     dev = {"lowest": T([[-0.1, -4.0, 0.0], [-0.2, -0.1, -3.0]])}
     found = steps.localise(dev, T([1, 2]), {"lowest": T([[-0.3, -9.0], [-0.1, INF]])}, T([1, -1]))
-    lowest, next_one = steps.standardised(dev["lowest"])[T([1, 1]), T([2, 0])].tolist()
+    lowest, next_one = -3.0, -0.2
     assert lowest < found["threshold"] < next_one and found["dev_f1"] == 1.0 and found["f1"][0] == 1.0
 
 
-def test_a_threshold_carries_over_to_a_writer_whose_steps_are_all_less_likely():
-    scores, labels = T([[-0.1, -4.0, 0.0], [-0.2, -0.1, 0.3], [-3.0, -0.1, INF]]), T([1, -1, 0])
-    found = steps.localise({"lowest": scores}, labels, {"lowest": 3 * scores - 7}, labels)
-    assert found["f1"][0] == 1.0 and found["points"] == 1.0
+def test_nothing_about_the_test_set_moves_a_threshold():
+    """Other test solutions beside it change no prediction: scores are not scaled by the test set."""
+    scores = T([[-0.1, -4.0, 0.0], [-0.2, -0.1, 0.3], [-3.0, -0.1, INF]])
+    labels = T([1, -1, 0])
+    alone = steps.localise({"lowest": scores}, labels, {"lowest": scores}, labels)
+    assert alone["f1"][0] == alone["points"] == 1.0
+    more = torch.cat([scores, T([[-90.0, -80.0, -99.0]])])
+    both = steps.localise({"lowest": scores}, labels, {"lowest": more}, T([1, -1, 0, 0]))
+    assert both["threshold"] == alone["threshold"] and both["f1"][0] == 1.0
     assert steps.localise({"lowest": scores}, labels, {"lowest": -scores}, labels)["points"] == 0.0
+
+
+def test_right_solutions_keep_a_threshold_from_calling_everything_wrong():
+    """On wrong solutions alone the best threshold lies above what right ones score."""
+    wrong = T([[-0.1, -2.0], [-0.1, -3.0]])
+    right = T([[-2.5, -2.6], [-0.3, -2.7]])
+    test = {"lowest": torch.cat([wrong, right])}
+    labels = T([1, 1, -1, -1])
+    alone = steps.localise({"lowest": wrong}, labels[:2], test, labels)
+    assert alone["right"] == 0.0 and alone["f1"][0] == 0.0
+    both = steps.localise(test, labels, test, labels)
+    assert both["right"] == 1.0 and both["f1"][0] > 0.6
 
 
 def test_the_answer_is_no_step_unless_it_is_the_wrong_one(tmp_path):
@@ -142,12 +159,14 @@ def test_the_answer_is_no_step_unless_it_is_the_wrong_one(tmp_path):
 
 
 def test_a_guess_at_its_best():
-    """By trying every probability of saying 'right'; the longest step is named for two of the three."""
-    texts = ("aaa", "a"), ("a", "aa", "a"), ("aa", "a", "a", "a")
-    solutions = [Solution("?", s, label) for s, label in zip(texts, (0, 1, 2))] + [Solution("?", ("a",), -1)]
+    """By trying every probability of saying 'right'; the longest is named for two of the three."""
+    lengths = [[3, 1], [1, 2, 1], [2, 1, 1, 1], [1]]
+    found = steps.guesses(steps.guess_hits(lengths, [0, 1, 2, -1]))
     for name, c in (("chance", (1 / 2 + 1 / 3 + 1 / 4) / 3), ("longest", 2 / 3)):
-        tried = max(steps.f1_of((1 - q / 1000) * c, q / 1000) for q in range(1, 1000))
-        assert steps.guesses(solutions)[name] == pytest.approx(tried, abs=1e-5)
+        q = torch.arange(1, 1000) / 1000
+        tried = steps.f1_of((1 - q) * c, q).max().item()
+        assert found[name][0] == pytest.approx(tried, abs=1e-5)
+        assert found[name][1] <= found[name][0] <= found[name][2]
 
 
 def test_the_real_files():
@@ -159,9 +178,10 @@ def test_the_real_files():
     wrong = [s for s in solutions if s.label >= 0]
     assert len(solutions) == 400 and len(wrong) == 207 and len(dev) == 295
     assert (steps.labels_of(dev) >= 0).all() and sum(1 / len(s.steps) for s in wrong) / 207 == pytest.approx(0.208, abs=5e-4)
-    found = steps.guesses(solutions)
-    assert found["longest"] == pytest.approx(steps.guess_f1(0.406), abs=1e-3)
-    assert found["chance"] == pytest.approx(steps.guess_f1(0.208), abs=1e-3)
+    lengths = [[len(step) for step in s.steps] for s in solutions]
+    found = steps.guesses(steps.guess_hits(lengths, [s.label for s in solutions]))
+    assert found["longest"][0] == pytest.approx(steps.guess_f1(0.406), abs=1e-3)
+    assert found["chance"][0] == pytest.approx(steps.guess_f1(0.208), abs=1e-3)
 
 
 def test_some_solutions_are_drawn_from_all_of_a_file(tmp_path):
