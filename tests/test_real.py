@@ -1,5 +1,6 @@
 """experiments/real.py: the whole path with a tiny random model, and going on where a run was cut off."""
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from data import Example
 from engine.chat import set_date
 from engine.errors import UserError
 from engine.runs import read_settings
+from engine.settings import parse_settings
 from experiments import real, real_tables
 
 SHOT = Example("Ava has 2 pens and buys 3 . How many ?", "2+3=5", "5")
