@@ -5,7 +5,7 @@ arXiv 2402.03300) samples and asks a verifier about each answer: it sees what IR
 shows what a verifier buys. It is the only place where the answer check enters training, and the
 reason why these two live outside irl.py. (No part of Algorithm 1.)
 
-    equation                                     where        test in tests/test_irl.py
+    equation                                     where        tests/test_irl.py
     -log pi of the demonstrations' tokens        SFT.step     sft_fits_its_demonstrations
     A = (R - mean R) / std R, R = 1 if right     GRPO.step    grpo_leaves_out_only_what_teaches_nothing
 

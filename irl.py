@@ -18,13 +18,13 @@ step of the method stands in this file. What they call is in reward.py (f, D, lo
 Nobody checks an answer here: every step runs inside `data.no_verifier()`, where the answer check
 raises. (The baselines, SFT and GRPO, are in baselines.py. GRPO may look.)
 
-    equation                                         where                      test in tests/test_irl.py
-    Algorithm 1                                      IRL.step                   a_policy_improves_..
-    L of the discriminator                           IRL.discriminator_step     micro_batches_..
-    pi ~ exp(f / alpha) is best for r, gamma = 0     IRL.end_warm_up            the_policy_starts_at_..
-    max E_{a~pi}[f - alpha log pi], gamma = 0 (ours) IRL.exact_loss             exact_loss_equals_..
-    A_t = G_t - b_t, or F_t less its mean (v1, v2)   IRL.advantages             sums_over_actions_..
-    no verifier in training                          data.no_verifier           training_raises_if_..
+    equation                                       where                   tests/test_irl.py
+    Algorithm 1                                    IRL.step                a_policy_improves_..
+    L of the discriminator                         IRL.discriminator_step  the_discriminators_loss_..
+    pi ~ exp(f / alpha) is best for r, gamma = 0   IRL.end_warm_up         the_policy_starts_at_..
+    max E_{a~pi}[f - alpha log pi], gamma 0, ours  IRL.exact_loss          exact_loss_equals_..
+    A_t = G_t - b_t, or F_t less its mean (v1)     IRL.advantages          sums_over_actions_..
+    no verifier in training                        data.no_verifier        training_raises_if_..
 
 Run `python irl.py` for three iterations on the shipped base, stage by stage.
 """
@@ -226,8 +226,8 @@ class IRL:
             for name, value in part_sums.items():
                 sums[name] = sums.get(name, 0.0) + value
         sums = parallel.total_of(sums)
-        metrics = reward.discriminator_metrics(sums)
-        return metrics | policy.optimizer_step(self.reward_optimizer, sums["loss"])
+        metrics = policy.optimizer_step(self.reward_optimizer, sums["loss"])
+        return metrics | reward.discriminator_metrics(sums)
 
     # 3. Reward --------------------------------------------------------------------------------
 

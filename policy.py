@@ -11,14 +11,15 @@ reading tokens[:, :t] (data.Batch).
     4. losses                REINFORCE, PPO, KL to a reference: a value per token
     5. updates               the rate, one optimizer step
 
-    equation                                            where                 test in tests/test_policy.py
-    G_t = r_t + gamma G_{t+1} (2510.01857)              returns_to_go         returns_to_go_by_hand
-    b_t, the mean of the others (Kool et al. 2019)      group_baseline        the_group_baseline_is_unbiased
-    A / its root mean square                            normalise, .._group   normalise_by_group_makes_..
-    A = (R - mean R) / std R (2402.03300, eq. 3)        grpo_advantages       grpo_advantages_by_hand
-    -A log pi (Williams 1992)                           reinforce_loss        reinforce_gradient_is_..
-    -min(ratio A, clip(ratio) A) (1707.06347, eq. 7)    ppo_loss              ppo_clips_where_the_ratio_..
-    KL ~ e^d - d - 1, d = log pi_ref - log pi (k3)      kl_k3                 k3_by_hand_and_unbiased
+    equation                                        where               tests/test_policy.py
+    G_t = r_t + gamma G_{t+1} (2510.01857)          returns_to_go       returns_to_go_by_hand
+    b_t, mean of the others (Kool et al. 2019)      group_baseline      the_group_baseline_is_..
+    A / its root mean square over the batch         normalise           normalise_keeps_the_sign_..
+    A / that over a question's samples              normalise_by_group  normalise_by_group_..
+    A = (R - mean R) / std R (2402.03300, eq. 3)    grpo_advantages     grpo_advantages_by_hand
+    -A log pi (Williams 1992)                       reinforce_loss      reinforce_gradient_is_..
+    -min(rho A, clip(rho) A) (1707.06347, eq. 7)    ppo_loss            ppo_clips_where_the_..
+    KL ~ e^d - d - 1, d = log pi_ref - log pi (k3)  kl_k3               k3_by_hand_and_unbiased
 
 What textbook PPO has and this has not: a learned critic and GAE (the group's other samples are the
 baseline), minibatches reshuffled within an epoch, an entropy bonus (alpha log pi is in the reward).

@@ -12,15 +12,17 @@ last term, the likelihood of the demonstrations, is ours, and for a likelihood a
 --reward-nll). A negative is a sample, an older sample, or an expert's trace with something wrong
 (negatives.py), which counts from the first changed token on (`compare`).
 
-    equation                                            where                      test in tests/test_reward.py
-    D = e^f / (e^f + pi), logit = f - log pi (AIRL, 4)  discriminator_logits       airl_discriminator_by_hand
-    logit = f (GAIL; 2510.01857's released code)        discriminator_logits       airl_discriminator_by_hand
-    BCE, smoothed labels (released code)                bce_loss                   bce_by_hand
-    half experts, half negatives (released code)        comparison_weights         comparison_loss_by_hand
-    r = log D - log(1-D) (AIRL), f - alpha log pi       Discriminator.token_rewards  rewards_are_clipped_..
-    sparse, interval, dense (2510.01857, v1 and v2)     segment_ends, segment_sums segment_ends, segment_sums_..
-    f = log p_phi (ours), w . h + b (2510.01857)        LikelihoodReward, HeadReward a_likelihood_is_.., a_head_..
-    perturbed negatives (2510.01857)                    negatives.py, compare      perturbed_negatives_count_from_..
+    equation                                      where                        tests/test_reward.py
+    D = e^f / (e^f + pi): logit f - log pi, AIRL  discriminator_logits         airl_discriminator_by_hand
+    logit = f (GAIL; 2510.01857's released code)  discriminator_logits         airl_discriminator_by_hand
+    BCE, smoothed labels (released code)          bce_loss                     bce_by_hand
+    half experts, half negatives (released code)  comparison_weights           comparison_loss_by_hand
+    r = log D - log(1-D) (AIRL), f - alpha log pi  Discriminator.token_rewards  rewards_are_clipped_..
+    a trace that was cut off (ours)               worst_if_cut_off             a_trace_that_was_cut_off_..
+    sparse, interval, dense (2510.01857)          segment_ends, segment_sums   segment_ends, segment_sums_..
+    f = log p_phi (ours)                          LikelihoodReward             a_likelihood_is_..
+    f = w . h + b (2510.01857)                    HeadReward                   a_head_reads_..
+    where a negative begins to count (ours)       compare                      the_prefix_shared_..
 
 Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy
 was; nearly so with smoothed labels, and as far as the negatives are the policy's own. With

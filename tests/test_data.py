@@ -372,7 +372,7 @@ MESSAGES = [{"role": "user", "content": "3+2?"}, {"role": "assistant", "content"
     ],
 )
 def test_other_formats_are_read(record, solution):
-    assert records.from_record(record) == solution
+    assert records.from_record(record)[:4] == solution
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_the_line_that_converts_completions_does(tmp_path, monkeypatch):
     (tmp_path / "IN.jsonl").write_text(json.dumps({"prompt": "3+2?", "completion": "3+2=5"}))
     program = records.CONVERT.removeprefix('python -c "').removesuffix('" > OUT.jsonl')
     made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert records.from_record(json.loads(made)) == ("3+2?", "3+2=5", "5", ())
+    assert records.from_record(json.loads(made))[:4] == ("3+2?", "3+2=5", "5", ())
 
 
 def test_near_duplicates_stay_in_one_split(tmp_path):

@@ -14,6 +14,7 @@ import baselines
 import data
 import irl
 import logprob
+import negatives
 import policy
 import reward
 from engine import loading, lora
@@ -136,9 +137,9 @@ def test_broken_copies_of_every_kind_are_made_behind_the_lock():
     """Another option is found without asking whether an answer is right."""
     choice = data.Example("Which?", "It is the 2nd of 3 valves: 4-2=2.", "B", ("Mitral valve", "Aortic valve", "Tricuspid"))
     with data.no_verifier():
-        for kind in data.PERTURBATIONS:
-            assert data.perturb(choice, random.Random(0), kind) is not None
-        broken = [data.perturb(choice, random.Random(seed), "answer").answer for seed in range(20)]
+        for kind in (*negatives.BROKEN, "carried", "both"):
+            assert negatives.perturb(choice, random.Random(0), kind) is not None
+        broken = [negatives.perturb(choice, random.Random(seed), "answer").answer for seed in range(20)]
     assert set(broken) == {"A", "C"}
 
 
@@ -237,7 +238,7 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma, temperature,
     advantages = torch.randn(batch.tokens.shape) * batch.response_mask
     states = loop.discriminator.reward_model.states(batch).detach()
     old = torch.zeros(batch.tokens.shape)
-    fast = loop.policy_loss(batch, old, advantages, states) if gamma else loop.exact_loss(batch, states)
+    fast = loop.policy_loss(batch, old, advantages, states)
     parameters, slow = list(loop.policy_model.parameters()), 0.0
     for row in range(2):
         ids = batch.tokens[row : row + 1, : batch.lengths[row]]
@@ -315,7 +316,12 @@ def test_the_expected_reward_is_the_mean_over_actions(shipped, settings):
     states = loop.discriminator.reward_model.states(batch).detach()  # [B, T, H]
     log_pi = all_logprobs(loop.policy_model, batch)  # [N, V]
     rewards = all_logprobs(loop.discriminator.reward_model.model, batch) - loop.settings.entropy_coef * log_pi
-    expected = loop.expected_reward(batch, states)
+    hidden = policy.hidden_states(loop.policy_model, batch)
+    weight, _ = logprob.output_layer(loop.policy_model)
+    reward_weight, _ = logprob.output_layer(loop.reward_model.model)
+    reward_hidden = states[batch.response_mask.bool()]
+    alpha = loop.settings.entropy_coef
+    expected = logprob.expected_reward(hidden, weight, reward_hidden, reward_weight, alpha)
     assert_close((log_pi.exp() * (rewards - expected[:, None])).sum(-1), torch.zeros(len(expected)), atol=1e-5, rtol=0)
 
 
@@ -329,7 +335,7 @@ def test_sums_over_actions_and_what_follows_make_the_true_gradient(loss, group, 
     log_pi = theta.log_softmax(-1)
     expected = (log_pi.exp() * rewards).sum(-1)  # [2], E_{a~pi} r(s_t, a)
     loop = SimpleNamespace(settings=SimpleNamespace(policy_loss=loss, gamma=gamma, group=group, advantage_scale="batch"))
-    monkeypatch.setattr(policy, "normalise", lambda advantages, mask, group: advantages)  # a scale by the batch is a bias
+    monkeypatch.setattr(policy, "normalise", lambda advantages, *_: advantages)  # a scale by the batch is a bias
     for probability, mask, r, logprobs in all_groups(log_pi, rewards, group):
         tokens, ones = torch.zeros(group, 3, dtype=torch.long), torch.ones(group, dtype=torch.long)
         batch = data.Batch(tokens, ones, ones + mask.sum(1).long())  # columns: a prompt token, t = 0, t = 1
@@ -399,7 +405,7 @@ def test_without_later_rewards_a_trace_that_was_cut_off_keeps_its_own(shipped, s
 
 def test_the_end_token_is_paid(shipped, settings, monkeypatch):
     """The reward of the longest trace's end token reaches its advantage, no other, and the gradient."""
-    monkeypatch.setattr(policy, "normalise", lambda advantages, mask, group: advantages)  # it would rescale all of them
+    monkeypatch.setattr(policy, "normalise", lambda advantages, *_: advantages)  # it would rescale all of them
     loop = make_loop(shipped, settings, policy_loss="reinforce", gamma=0.0)
     rollout, _ = loop.rollout(loop.experts[:1], 4)
     batch, states = rollout.batch, loop.discriminator.reward_model.states(rollout.batch).detach()
@@ -567,7 +573,7 @@ def test_grpo_needs_the_verifier(shipped, settings):
 def test_grpo_leaves_out_only_what_teaches_nothing(shipped, settings, monkeypatch):
     """The gradient is that of all rows, those of groups that were all right or all wrong included."""
     s = replace(settings, questions=4, group=4)
-    examples = data.load_examples("words", "train", 4)
+    examples = examples_of(shipped[1], "words", "train", 4)
     trainer = baselines.GRPO(s, shipped[1], copy.deepcopy(shipped[0]), examples)
     right = iter([1, 0, 0, 1] + [1] * 4 + [0] * 4 + [0, 0, 0, 1])
     monkeypatch.setattr(data, "is_correct", lambda example, text: next(right))
@@ -619,6 +625,7 @@ def test_grpo_grades_each_sample_on_its_own_question(shipped, settings, monkeypa
     """Four questions with four answers. One sample of each is right; the next question's answer is wrong here."""
     s = replace(settings, questions=4, group=4)
     examples = [data.Example(f"1+{i}?", f"1+{i}={i + 1}", str(i + 1)) for i in range(1, 5)]
+    examples = data.tokenize(shipped[1], examples)
     trainer = baselines.GRPO(s, shipped[1], copy.deepcopy(shipped[0]), examples)
     answers = {shipped[1].decode(data.prompt_ids(shipped[1], e.question)): int(e.answer) for e in examples}
     seen, loss = [], trainer.loss
@@ -641,21 +648,27 @@ def test_grpo_grades_each_sample_on_its_own_question(shipped, settings, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["irl", "grpo"])
-def test_rollouts_are_drawn_at_the_temperature_and_from_the_nucleus(shipped, settings, kind):
+def test_rollouts_are_drawn_at_the_temperature_and_from_the_nucleus(shipped, settings, kind, monkeypatch):
     """A nucleus of next to nothing holds the likeliest token alone: all samples of a question are the greedy one. And log pi is
     that of the temperature."""
     s = dict(temperature=0.7, top_p=0.01)
     if kind == "irl":
         trainer = make_loop(shipped, settings, **s)
     else:
-        examples = data.load_examples("words", "train", 16)
+        examples = examples_of(shipped[1], "words", "train", 16)
         trainer = baselines.GRPO(replace(settings, **s), shipped[1], copy.deepcopy(shipped[0]), examples)
-    questions = [e.question for e in data.load_examples("words", "train", 3)]
-    rollout, _ = trainer.rollout(questions, 4)
-    prompts = [data.prompt_ids(shipped[1], question) for question in questions]
-    greedy = policy.sample(trainer.policy_model, prompts, trainer.ends, settings.max_new_tokens, temperature=0.0).batch
-    for row in range(12):
-        assert rollout.batch.response(row) == greedy.response(row // 4)
+    rollouts, plain = [], policy.rollout
+    monkeypatch.setattr(policy, "rollout", lambda *args: rollouts.append(plain(*args)) or rollouts[-1])
+    monkeypatch.setattr(policy, "optimizer_step", lambda *_: {"loss": 0.0, "grad_norm": 0.0, "skipped": 0})
+    trainer.step()
+    rollout = rollouts[0][0]
+    batch = rollout.batch
+    prompts = [batch.tokens[row, : batch.prompt_lengths[row]].tolist() for row in range(len(batch))]
+    greedy = policy.sample(
+        trainer.policy_model, prompts[:: settings.group], trainer.end_tokens, settings.max_new_tokens, temperature=0.0
+    ).batch
+    for row in range(len(batch)):
+        assert batch.response(row) == greedy.response(row // settings.group)
     with torch.no_grad():
         assert_close(rollout.logprobs, policy.token_logprobs(trainer.policy_model, rollout.batch, 0.7), atol=1e-4, rtol=1e-4)
 
@@ -767,10 +780,10 @@ def test_the_reference_is_the_policy_at_its_first_step(shipped, settings, start,
 
 
 def test_the_first_token_is_that_of_the_demonstrations(shipped):
-    experts = data.load_examples("words", "train", 5)
+    experts = examples_of(shipped[1], "words", "train", 5)
     batch = demonstrations(shipped[1], experts)
     first = policy.token_logprobs(shipped[0], batch)[torch.arange(5), batch.prompt_lengths].mean()
-    assert irl.first_logprob(shipped[0], shipped[1], experts) == pytest.approx(float(first.detach()), abs=1e-5)
+    assert irl.first_logprob(shipped[0], experts) == pytest.approx(float(first.detach()), abs=1e-5)
 
 
 def test_a_start_at_the_base_leaves_the_policy(shipped, settings):

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import discriminator_update
+from conftest import discriminator_update, examples_of
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -69,7 +69,7 @@ def step(questions: list[int], kind: str) -> dict:
     reward_model = reward.load_reward("likelihood", "base")
     ends = reward.find_step_end_tokens(tokenizer, len(tokenizer))
     discriminator = reward.Discriminator(reward_model, "airl", "dense", 0, ends)
-    examples = [data.load_examples("words", "train", 4)[i] for i in questions]
+    examples = [examples_of(tokenizer, "words", "train", 4)[i] for i in questions]
     loop = irl.IRL(s, tokenizer, model, discriminator, examples)
     if kind != "adamw":  # Adam's first step is the gradient's sign, and rounding decides where it is near 0
         loop.policy_optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

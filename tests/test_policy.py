@@ -292,7 +292,8 @@ def test_the_group_baseline_is_unbiased(group):
 
 def test_normalise_keeps_the_sign_of_every_advantage():
     advantages = torch.tensor([[0.0, 3.0, -1.0, 2.0], [0.0, 1.0, 1.0, 0.0]])
-    scaled = policy.normalise(advantages, MASK)
+    squares = float((advantages**2 * MASK).sum())
+    scaled = policy.normalise(advantages, MASK, squares, float(MASK.sum()))
     assert_close((scaled**2).sum() / MASK.sum(), torch.tensor(1.0))
     assert torch.equal(scaled.sign(), advantages.sign())
 
@@ -301,15 +302,15 @@ def test_normalise_by_group_makes_groups_alike():
     """And with GRPO's group mean it is GRPO's scale: the mean square over a group's tokens is 1, whatever its rewards' size."""
     rewards = torch.tensor([[1.0], [0.0], [0.0], [0.0], [0.02], [0.0], [0.02], [0.0]]) * 0.1
     mask = torch.ones(8, 1)
-    scaled = policy.normalise(rewards - policy.group_baseline(rewards, mask, 4), mask, 4)
+    scaled = policy.normalise_by_group(rewards - policy.group_baseline(rewards, mask, 4), mask, 4)
     assert_close((scaled.view(2, 4) ** 2).mean(1), torch.ones(2))
     assert_close(scaled[:, 0], policy.grpo_advantages(rewards[:, 0], 4))
     alike = torch.full((4, 1), 0.1) + torch.tensor([[0.0], [1e-8], [0.0], [0.0]])
-    assert policy.normalise(alike - policy.group_baseline(alike, mask[:4], 4), mask[:4], 4).abs().max() < 1e-3
+    assert policy.normalise_by_group(alike - policy.group_baseline(alike, mask[:4], 4), mask[:4], 4).abs().max() < 1e-3
     ragged = torch.rand(8, 3), torch.tensor([[1.0, 1, 1], [1, 0, 0]] * 4)
     for first in (0, 4):  # another group's rows are nothing to it
-        part = policy.normalise(ragged[0][first : first + 4], ragged[1][first : first + 4], 4)
-        assert_close(policy.normalise(*ragged, 4)[first : first + 4], part)
+        part = policy.normalise_by_group(ragged[0][first : first + 4], ragged[1][first : first + 4], 4)
+        assert_close(policy.normalise_by_group(*ragged, 4)[first : first + 4], part)
         assert_close((part**2).sum() / ragged[1][:4].sum(), torch.tensor(1.0))
 
 
@@ -382,13 +383,12 @@ def test_micro_batch_size_changes_no_gradient(shipped):
     gradients, losses = [], []
     for micro_batch in (7, 3, 1):
         model.zero_grad()
-        losses.append(
-            policy.accumulate(
-                lambda rows: sft_loss(model, batch[rows]),
-                memory.micro_batches(batch.lengths, micro_batch),
-                float(batch.response_mask.sum()),
-            )
-        )
+        mean_loss = 0.0
+        for rows in memory.micro_batches(batch.lengths, micro_batch):
+            loss = sft_loss(model, batch[rows]) / batch.response_mask.sum()
+            loss.backward()
+            mean_loss += float(loss.detach())
+        losses.append(mean_loss)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert_close(torch.tensor(losses[1:]), torch.tensor([losses[0]] * 2), atol=1e-5, rtol=1e-5)
     assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)

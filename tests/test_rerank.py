@@ -469,7 +469,8 @@ def test_a_cut_trace_without_an_error_has_no_place(shipped):
 
 def test_broken_experts_differ_first_where_they_say(shipped):
     """The synthetic test's traces, as assess makes them."""
-    tokenizer, examples = shipped[1], data.load_examples("words", "test", 5)
+    tokenizer = shipped[1]
+    examples = data.tokenize(tokenizer, data.load_examples("words", "test", 5))
     broken = reward.compare(tokenizer, examples, [[] for _ in examples], rerank.PERTURBED_PER_EXPERT, random.Random(0))
     assert len(broken.negative_from) == len(broken.negative) > 10
     for row, place in enumerate(broken.negative_from.tolist()):
@@ -570,7 +571,7 @@ def head_that_likes_the_cut_one(shipped, granularity: str):
     texts = [data.decode(tokenizer, ids) for ids in responses]
     candidates = Candidates([example], data.make_batch([prompt] * 2, responses), texts, 2, finished=T([True, False]))
     head = reward.load_reward("head", loading.BASE)
-    hidden = head.hidden(candidates.batch).detach()
+    hidden = head.states(candidates.batch).detach()
     last = candidates.batch.lengths - 1
     head.model.score.weight.data = (hidden[1, last[1]] - hidden[0, last[0]])[None]
     discriminator = reward.make_discriminator(head, tokenizer, "gail", granularity)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import all_logprobs, discriminator_update
+from conftest import all_logprobs, discriminator_update, examples_of
 from torch.testing import assert_close
 
 import data
@@ -26,7 +26,7 @@ def make_discriminator(shipped, kind="likelihood", logit="airl", granularity="de
 def comparison(shipped):
     """Four experts, each with two samples of the base and two perturbed copies."""
     model, tokenizer = shipped
-    examples = data.load_examples("words", "train", 4)
+    examples = examples_of(tokenizer, "words", "train", 4)
     prompts = [data.prompt_ids(tokenizer, e.question) for e in examples]
     batch = policy.sample(
         model, prompts, (tokenizer.eos_token_id,), 64, group=2, generator=torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def test_the_discriminators_weight(shipped, comparison, monkeypatch):
     def gradient(nll, weight, compared=comparison):
         monkeypatch.setattr(policy, "optimizer_step", lambda *_: {})  # so that the gradients stay
         discriminator = make_discriminator(shipped)
-        discriminator_update(discriminator, None, shipped[0], compared, nll_coef=nll, discriminator_coef=weight)
+        discriminator_update(discriminator, None, shipped[0], compared, reward_nll=nll, discriminator_coef=weight)
         return torch.cat([p.grad.flatten() for p in discriminator.reward_model.parameters()])
 
     nll, loss = gradient(1.0, 0.0), gradient(0.0, 1.0)
@@ -67,9 +67,11 @@ def test_airl_discriminator_by_hand():
 
 def test_bce_by_hand():
     logit, d = torch.tensor([0.7]), 1 / (1 + math.exp(-0.7))
-    assert_close(reward.bce_loss(logit, 1.0, 0.0), torch.tensor([-math.log(d)]))
-    assert_close(reward.bce_loss(logit, 0.0, 0.0), torch.tensor([-math.log(1 - d)]))
-    assert_close(reward.bce_loss(logit, 1.0, 0.1), torch.tensor([-0.95 * math.log(d) - 0.05 * math.log(1 - d)]))
+    expert, policys = torch.tensor([1.0]), torch.tensor([0.0])
+    assert_close(reward.bce_loss(logit, expert, 0.0), torch.tensor([-math.log(d)]))
+    assert_close(reward.bce_loss(logit, policys, 0.0), torch.tensor([-math.log(1 - d)]))
+    smoothed = torch.tensor([-0.95 * math.log(d) - 0.05 * math.log(1 - d)])
+    assert_close(reward.bce_loss(logit, expert, 0.1), smoothed)
 
 
 def test_trace_weights_mean_over_tokens_then_traces():
@@ -79,12 +81,14 @@ def test_trace_weights_mean_over_tokens_then_traces():
 
 def test_comparison_loss_by_hand():
     """Two experts, three negatives (two for the first), one counted token each."""
-    e, n = torch.tensor([[1.0], [-0.5]]), torch.tensor([[0.2], [-1.0], [0.4]])
-    w_e, w_n = torch.full((2, 1), 1 / 2), torch.full((3, 1), 1 / 3)
+    logits = torch.tensor([[1.0], [-0.5], [0.2], [-1.0], [0.4]])
+    kinds = torch.tensor([0, 0, 1, 3, 2])
+    weights = reward.comparison_weights(torch.ones(5, 1), kinds, 2, 3)
+    assert_close(weights.flatten(), torch.tensor([1 / 4, 1 / 4, 1 / 6, 1 / 6, 1 / 6]))
     sig = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     expected = 0.5 * (-math.log(sig(1)) - math.log(sig(-0.5))) / 2
     expected += 0.5 * sum(-math.log(1 - sig(x)) for x in (0.2, -1.0, 0.4)) / 3
-    assert_close(reward.comparison_loss(e, w_e, n, w_n, 0.0), torch.tensor(expected))
+    assert_close(reward.discriminator_loss(logits, kinds, weights, 0.0), torch.tensor(expected))
 
 
 # granularity ---------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ def test_padding_and_neighbours_change_no_score(shipped, comparison, kind):
 
 def test_a_likelihood_is_a_log_probability(shipped, comparison):
     model, batch = reward.load_reward("likelihood", "base"), comparison.negative
-    chosen = all_logprobs(model.model, batch).gather(-1, policy.response_tokens(batch)[:, None]).squeeze(-1)
+    chosen = all_logprobs(model.model, batch).gather(-1, batch.tokens[batch.response_mask.bool()][:, None]).squeeze(-1)
     assert_close(policy.spread(chosen, batch.response_mask), model.scores(batch), atol=1e-4, rtol=1e-4)
 
 
@@ -191,24 +195,24 @@ def test_a_trace_that_was_cut_off_lies_below_the_finished_ones_of_all_processes(
     mask = torch.tensor([[0.0, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]])
     finished = torch.tensor([True, True, False, True])  # the one with the lowest rewards was cut off
     assert reward.lowest_finished(rewards, mask, finished, 0.5) == 2.0  # row 0: G = 1 + 2/2, then 2
-    for lowest, worst in ((None, 2.0 - 0.25), (-3.0, -3.25)):
+    for lowest, worst in ((2.0, 2.0 - 0.25), (-3.0, -3.25)):
         changed = reward.worst_if_cut_off(rewards, mask, finished, 0.5, lowest, margin=0.25)
         assert torch.equal(changed[finished], rewards[finished])
         returns = policy.returns_to_go(changed, mask, 0.5)
         assert_close(returns[2], torch.tensor([0.0, worst, worst]))
     nobody = torch.zeros(4, dtype=torch.bool)
     assert reward.lowest_finished(rewards, mask, nobody, 0.5) == math.inf
-    assert not reward.worst_if_cut_off(rewards, mask, nobody, 0.5).any()
-    at_the_end = reward.worst_if_cut_off(rewards, mask, finished)  # gamma 1, as with a score per trace
+    assert not reward.worst_if_cut_off(rewards, mask, nobody, 0.5, math.inf).any()
+    at_the_end = reward.worst_if_cut_off(rewards, mask, finished, 1.0, 2.0)  # as with a score per trace
     assert at_the_end[2].tolist() == [0.0, 0.0, 2.0 - 1.0]
 
 
 def test_behind_a_clip_going_on_for_ever_costs_something():
     """Every finished trace at the clip: a cut-off one was paid as much."""
     rewards, mask = torch.full((4, 1), 0.1), torch.ones(4, 1)
-    changed = reward.worst_if_cut_off(rewards, mask, torch.tensor([True, True, True, False]), margin=0.1)
+    changed = reward.worst_if_cut_off(rewards, mask, torch.tensor([True, True, True, False]), 1.0, 0.1, margin=0.1)
     assert changed[3] < changed[:3].min()
-    advantages = policy.normalise(changed - policy.group_baseline(changed, mask, 4), mask, 4)
+    advantages = policy.normalise_by_group(changed - policy.group_baseline(changed, mask, 4), mask, 4)
     assert advantages[3] < -1
 
 
@@ -227,19 +231,22 @@ def test_the_prefix_shared_with_the_expert_is_no_negative(shipped, granularity):
     """A perturbed trace weighs nothing before its first change, and no logit there has a gradient."""
     _, tokenizer = shipped
     discriminator = make_discriminator(shipped, granularity=granularity)
-    found = reward.compare(tokenizer, data.load_examples("words", "train", 3), [[], [], []], 2, random.Random(0))
-    weights_e, weights_n = reward.comparison_weights(discriminator, found)
-    assert_close(weights_n.sum(), torch.tensor(1.0))  # experts and negatives weigh the same in total
-    assert_close(weights_e.sum(), torch.tensor(1.0))
+    found = reward.compare(tokenizer, examples_of(tokenizer, "words", "train", 3), [[], [], []], 2, random.Random(0))
+    both = data.cat_batches(found.expert, found.negative)
+    counted = discriminator.score_mask(both) * found.from_change_on(both)
+    weights = reward.comparison_weights(counted, found.kinds(), 3, len(found.negative))
+    weights_e, weights_n = weights[:3], weights[3:]
+    assert_close(weights_n.sum(), torch.tensor(0.5))  # experts and negatives weigh the same in total
+    assert_close(weights_e.sum(), torch.tensor(0.5))
     for row in range(len(found.negative)):
         first, expert = int(found.negative_from[row]), found.expert.tokens[found.pair[row]]
         assert torch.equal(found.negative.tokens[row, :first], expert[:first])
         assert found.negative.tokens[row, first] != expert[first]
         assert weights_n[row, :first].sum() == 0 and weights_n[row, first:].sum() > 0
         assert granularity == "interval" or weights_n[row, first] > 0
-    logits_e, logits_n = torch.randn(weights_e.shape), torch.randn(weights_n.shape).requires_grad_(True)
-    reward.comparison_loss(logits_e, weights_e, logits_n, weights_n, 0.1).backward()
-    assert torch.equal(logits_n.grad != 0, weights_n > 0)
+    logits = torch.randn(weights.shape).requires_grad_(True)
+    reward.discriminator_loss(logits, found.kinds(), weights, 0.1).backward()
+    assert torch.equal(logits.grad[3:] != 0, weights_n > 0)
 
 
 def test_replay_keeps_the_latest():
@@ -276,7 +283,7 @@ def test_the_demonstrations_likelihood_is_for_a_likelihood_alone(shipped, compar
         if kind == "head":
             torch.nn.init.normal_(discriminator.reward_model.model.score.weight)
         optimizer = torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.0)
-        losses.append(discriminator_update(discriminator, optimizer, shipped[0], comparison, nll_coef=nll_coef)["loss"])
+        losses.append(discriminator_update(discriminator, optimizer, shipped[0], comparison, reward_nll=nll_coef)["loss"])
     scores = policy.token_logprobs(shipped[0], comparison.expert)
     nll = -float((reward.trace_weights(comparison.expert.response_mask) * scores).sum().detach())
     assert losses[1] - losses[0] == pytest.approx(nll if changes else 0.0, abs=1e-4)
@@ -288,12 +295,12 @@ def test_an_update_equals_the_plain_loop(shipped, temperature, smoothing):
     """Loss and metrics, trace by trace and token by token: logit = f - log pi, pi the policy at its temperature; the mean over
     a trace's counted tokens, then over traces; D and its share of right verdicts by kind of trace."""
     model, tokenizer = shipped
-    examples = data.load_examples("words", "train", 3)
+    examples = examples_of(tokenizer, "words", "train", 3)
     written = [[data.response_ids(tokenizer, data.response_text(e.trace + "\n1+1=2", e.answer))] for e in examples]
     older = [[data.response_ids(tokenizer, data.response_text(e.trace[3:], "7"))] for e in examples[:2]] + [[]]
-    compared = reward.compare(tokenizer, examples, written, 2, random.Random(0), old=older)
-    kinds = [reward.KINDS[i] for i in compared.kind]
-    assert [kinds.count(kind) for kind in reward.KINDS] == [3, 2, 6]
+    compared = reward.compare(tokenizer, examples, written, 2, random.Random(0), old_samples=older)
+    kinds = [reward.KINDS[i] for i in compared.negative_kind]
+    assert [kinds.count(kind) for kind in reward.KINDS] == [0, 3, 2, 6]
     discriminator = make_discriminator(shipped)
     for parameter in discriminator.reward_model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # no verdict hangs on rounding
@@ -314,7 +321,7 @@ def test_an_update_equals_the_plain_loop(shipped, temperature, smoothing):
         for total, value in zip((losses, d, right), zip(*tokens)):
             total.setdefault(kind, []).append(sum(value) / len(value))
     mean = lambda values: sum(values) / len(values)  # noqa: E731
-    negatives = lambda of: [value for kind in reward.KINDS for value in of[kind]]  # noqa: E731
+    negatives = lambda of: [value for kind in reward.KINDS[1:] for value in of[kind]]  # noqa: E731
     wanted = {"loss": (mean(losses["expert"]) + mean(negatives(losses))) / 2, "d_negative": mean(negatives(d))}
     wanted["accuracy"] = (mean(right["expert"]) + mean(negatives(right))) / 2
     wanted |= {f"d_{kind}": mean(values) for kind, values in d.items()}
@@ -328,7 +335,7 @@ def test_an_update_equals_the_plain_loop(shipped, temperature, smoothing):
 
 
 def test_a_kind_of_negatives_that_is_not_there_has_no_metrics(shipped):
-    compared = reward.compare(shipped[1], data.load_examples("words", "train", 2), [[], []], 1, random.Random(0))
+    compared = reward.compare(shipped[1], examples_of(shipped[1], "words", "train", 2), [[], []], 1, random.Random(0))
     found = discriminator_update(make_discriminator(shipped), torch.optim.SGD([torch.zeros(1, requires_grad=True)]), shipped[0], compared)
     assert "d_broken" in found and not {"d_sample", "d_old", "accuracy_sample", "accuracy_old"} & set(found)
 
@@ -351,7 +358,9 @@ def test_a_known_reward_is_recovered(smoothing):
     optimizer = torch.optim.Adam([f], lr=0.05)
     for _ in range(2000):
         logits = reward.discriminator_logits(f, pi.log(), "airl")
-        loss = (expert * reward.bce_loss(logits, 1.0, smoothing) + pi * reward.bce_loss(logits, 0.0, smoothing)).sum()
+        ones = torch.ones(3)
+        loss = expert * reward.bce_loss(logits, ones, smoothing)
+        loss = (loss + pi * reward.bce_loss(logits, 0 * ones, smoothing)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
