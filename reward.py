@@ -387,8 +387,9 @@ def discriminator_sums(logits_e, weights_e, logits_n, weights_n, kind) -> dict[s
 
 
 def discriminator_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Metrics from the sums of `discriminator_sums`: mean D ("d_expert", "d_sample", ..) and the share of tokens that it
-    is right on ("accuracy_expert", ..), by kind, of those that there are; of all negatives, "d_negative"; of both sides, "accuracy"."""
+    """Metrics from the sums of `discriminator_sums`, by kind of trace, of the kinds that there are: mean D ("d_expert",
+    "d_sample", ..) and the share of tokens that D is right on ("accuracy_expert", ..). Of all negatives: "d_negative".
+    Of both sides: "accuracy"."""
     metrics = {}
     for name in ("expert", *KINDS):
         weight = sums[f"weight {name}"]
