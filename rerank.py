@@ -438,7 +438,7 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example]
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError("field 'candidates' is missing: a list of one or more response texts")
         task = "countdown" if countdown.is_question(question) else ""
-        rows.append((data.Example(question, "", answer, options, task), [check_text(text) for text in texts]))
+        rows.append((data.Example(question, "", answer, options, task=task), [check_text(text) for text in texts]))
         if len(texts) != len(rows[0][1]):
             raise ValueError(f"{len(texts)} candidates, but the lines before have {len(rows[0][1])}")
         if bool(answer) != bool(rows[0][0].answer):

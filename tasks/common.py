@@ -1,4 +1,5 @@
-"""What every task needs: the lock on its answer check, a split for each question, slips, and a walk along a response for as long as it is right."""
+"""What every task needs: the lock on its answer check, a split for each question, slips, and a walk along
+a response for as long as it is right."""
 
 import random
 import zlib

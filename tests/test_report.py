@@ -19,7 +19,8 @@ from show.report import chart, histogram, limits, ticks
 
 FRAME = Path(report.__file__).with_suffix(".html").read_text(encoding="utf-8")
 CSS = Path(report.__file__).with_suffix(".css").read_text(encoding="utf-8").strip()
-METRICS = ("validation/t1", "policy/loss", "policy/grad_norm", "discriminator/d_expert", "discriminator/d_sample", "discriminator/d_broken",
+METRICS = ("validation/t1", "policy/loss", "policy/grad_norm", "discriminator/d_expert", "discriminator/d_sample",
+           "discriminator/d_broken",
            "discriminator/accuracy", "reward/mean", "rollout/entropy", "rollout/length", "rollout/finished")  # fmt: skip
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.com/x.png onerror=alert(2)>"
 

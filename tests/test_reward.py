@@ -336,7 +336,9 @@ def test_an_update_equals_the_plain_loop(shipped, temperature, smoothing):
 
 def test_a_kind_of_negatives_that_is_not_there_has_no_metrics(shipped):
     compared = reward.compare(shipped[1], examples_of(shipped[1], "words", "train", 2), [[], []], 1, random.Random(0))
-    found = discriminator_update(make_discriminator(shipped), torch.optim.SGD([torch.zeros(1, requires_grad=True)]), shipped[0], compared)
+    discriminator = make_discriminator(shipped)
+    still = torch.optim.SGD(discriminator.reward_model.parameters(), lr=0.0)
+    found = discriminator_update(discriminator, still, shipped[0], compared)
     assert "d_broken" in found and not {"d_sample", "d_old", "accuracy_sample", "accuracy_old"} & set(found)
 
 
