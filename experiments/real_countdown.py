@@ -2,6 +2,7 @@
 prepared?
 
     python -m experiments.real_countdown --model FOLDER --arm irl --demonstrations 256 --out FILE.json
+    python -m experiments.real_countdown --tables      what results/real-countdown.json.xz holds
 
 Every arm starts from the same policy, SFT on the demonstrations (adapters), which it trains anew from
 the seed. One process, one arm, one file:
@@ -18,6 +19,7 @@ reward, and beside the base's own verdict: asked "Is this solution right?", log 
 """
 
 import json
+import lzma
 import sys
 import time
 from dataclasses import replace
@@ -51,6 +53,7 @@ RATES = (5e-4, 1e-3)
 SHARES = (0.0,)
 TEMPERATURES = (1.0, 0.5, 0.2)
 CANDIDATES = 8
+STORED = Path(__file__).parents[1] / "results" / "real-countdown.json.xz"
 VERDICT = "Is this solution right? Answer Yes or No."
 
 
@@ -264,8 +267,8 @@ def own_verdict(model, tokenizer, candidates: Candidates) -> torch.Tensor:
 
 def parser_of() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, help="a pretrained model's folder or hub name")
-    parser.add_argument("--arm", required=True, choices=ARMS)
+    parser.add_argument("--model", help="a pretrained model's folder or hub name")
+    parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--demonstrations", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100, help="of the policy, at most")
@@ -275,12 +278,53 @@ def parser_of() -> Parser:
     parser.add_argument("--reward-start", default="base", choices=("base", "sft"))
     parser.add_argument("--flags", default="", help="train.py's, instead of FLAGS' values")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", required=True, help="a JSON file")
+    parser.add_argument("--out", help="a JSON file")
+    parser.add_argument("--tables", action="store_true", help="show the stored runs, run nothing")
     return parser
+
+
+def stored_runs() -> dict:
+    """The runs that the pages speak of, by name."""
+    return json.loads(lzma.decompress(STORED.read_bytes()))["runs"]
+
+
+def show_tables() -> None:
+    """Accuracies of the stored arms, then best of 8 of SFT's samples by every rule."""
+
+    def percent(interval: list[float]) -> str:
+        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * value for value in interval))
+
+    runs = stored_runs()
+    print("| % right | T=1 | greedy |")
+    print("| --- | --- | --- |")
+    for name, run in runs.items():
+        if "sft" in run:
+            sft = run["sft"]
+            print(f"| {name}: SFT | {percent(sft['t1'])} | {percent(sft['greedy'])} |")
+        test = run["test"]
+        print(f"| {name} | {percent(test['t1'])} | {percent(test['greedy'])} |")
+    for name, run in runs.items():
+        if "rerank" not in run:
+            continue
+        results = run["rerank"]["results"]
+        print(f"\n| {name}: SFT's samples | best of 8 | AUROC | within questions |")
+        print("| --- | --- | --- | --- |")
+        for rule, interval in results["8"].items():
+            area = results["auroc"].get(rule)
+            within = results["auroc_within"].get(rule)
+            cells = [rule, percent(interval), "-", "-"]
+            if area is not None:
+                cells[2:] = [f"{area:.3f}", "{:.3f} [{:.3f}, {:.3f}]".format(*within)]
+            print("| " + " | ".join(cells) + " |")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parser_of().parse(arguments)
+    if args.tables:
+        return show_tables()
+    for name in ("model", "arm", "out"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing")
     loading.quiet()
     begun = time.perf_counter()
     flags = f"{FLAGS} --model {args.model} --demonstrations {args.demonstrations} --seed {args.seed}"

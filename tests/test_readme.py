@@ -68,7 +68,7 @@ def test_commands_named_in_the_text_exist():
 
 
 def test_flags_named_in_the_text_exist():
-    known = {"--" + f.name.replace("_", "-") for f in fields(Settings)} | {"--help", "--resume", "--only", "--quick", "--experts"}
+    known = {"--" + f.name.replace("_", "-") for f in fields(Settings)} | {"--help", "--resume", "--only", "--quick", "--experts", "--nnodes"}
     flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
     assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
 
