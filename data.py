@@ -249,6 +249,8 @@ def load_fitting(
         kept += short
         unwritten += strange
         tried += fresh
+        if not short:  # made problems never run out: where none of these fits, none will
+            break
     check_fitting(tried, kept, unwritten, context)
     return kept, len(tried) - len(kept)
 
