@@ -1,29 +1,31 @@
-"""A run: the base and every method from it, trained on the same demonstrations, tested on the same questions.
+"""A run: the base and every method, trained on the same demonstrations, tested on the same questions.
 
-    python train.py                                          the demo: every method on the embedded problems, minutes
+    python train.py                                          the demo: every method on word problems, minutes
     python train.py --model Qwen2.5-0.5B --data gsm8k        IRL on a real model, on a GPU
     python train.py --method sft --demonstrations 1024       one method, other settings (python train.py --help)
-    python train.py --explain                                one iteration in numbers, stage by stage; writes nothing
+    python train.py --explain                                one step of IRL in numbers; writes nothing
     python train.py --resume --name demo                     go on with runs/demo, which was stopped or killed
 
-Outside of Algorithm 1, which is irl.IRL.step: here its models are made, its steps are counted, and what was learnt is tested
-against the true answers, which no training but GRPO's sees. A run leaves in runs/<name>/: settings.json, metrics.jsonl (a
-line per step), results.json, traces.json, report.html, and models that `from_pretrained` loads: policy/ (IRL's, or the only
-method's), reward/, and sft/, sft_fair/, likelihood/ and grpo/ of what else was trained.
+This is what stands around Algorithm 1, which is irl.IRL.step. Here its models are made, its steps are counted,
+and what was learnt is tested against the true answers, which no training but GRPO's sees.
 
-On one machine and one thread the same settings give the same numbers, bit for bit, with or without interruptions
-(engine/keeper.py). On another the sums are taken in another order, and a sampled token that falls otherwise makes another
-run. Many GPUs share one with torchrun --nproc-per-node=N train.py (engine/parallel.py).
+A run leaves in runs/<name>/: settings.json; metrics.jsonl, a line per step; results.json; traces.json;
+report.html; and models that `from_pretrained` loads: policy/ (IRL's, or the only method's), reward/, and sft/,
+sft_fair/, likelihood/ and grpo/ of what else was trained.
+
+On one machine and one thread the same settings give the same numbers, bit for bit, with or without
+interruptions (engine/keeper.py). Another machine takes the sums in another order; a sampled token that falls
+otherwise then makes another run. Many GPUs share a run with torchrun --nproc-per-node=N train.py
+(engine/parallel.py).
 """
 
+import datetime
 import json
 import random
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -42,47 +44,81 @@ from engine.settings import METHODS, Settings, complete, parse_flags
 from show import explain, report
 from show.tables import show_traces, table
 
-# --- evaluation: the answer check is used from here on, and nowhere in irl.py ----------------------------------
+VALIDATE_EVERY = 20  # steps between looks at 100 validation questions; 0 for never
+EVAL_SAMPLES = 8  # per test question at temperature 1,
+EVAL_ANSWERS = 4000  # and fewer where these are more in all
+RERANK_QUESTIONS = 250  # half of the test questions are reranked, at most so many
+RERANK_CANDIDATES = 16  # per question
+
+# --- evaluation: the answer check is used from here on, and nowhere in irl.py ------------------------------
 
 
-def right(model, tokenizer, examples: list[data.Example], n: int, temperature: float, generator, s: Settings) -> torch.Tensor:
-    """Which of n samples per question have the true answer, [Q, n] bool; temperature 0 is greedy."""
-    sample = lambda mine: rerank.collect(model, tokenizer, mine, n, s.max_new_tokens, temperature, generator, s.sample_rows)
-    return parallel.rows(lambda mine: sample(mine).correct, examples)
+def check_samples(
+    model, tokenizer, examples: list[data.Example], n: int, temperature: float, generator, s: Settings
+) -> torch.Tensor:
+    """Which of n samples per question have the true answer, [Q, n] of 0 and 1; temperature 0 is greedy."""
+
+    def check(examples: list[data.Example]) -> torch.Tensor:
+        candidates = rerank.collect(
+            model, tokenizer, examples, n, s.max_new_tokens, temperature, generator, s.sample_rows
+        )
+        return candidates.correct
+
+    return parallel.rows(check, examples)  # each process samples for its share of the questions
 
 
 def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dict:
-    """Accuracy at temperature 1 (mean over samples) and greedy, with 95% bootstrap intervals over questions; pass@k."""
+    """Shares of right answers at temperature 1 (mean over samples) and greedy, and pass@k.
+
+    Each share comes with its 95% bootstrap interval over questions.
+    """
+    n = max(1, min(EVAL_SAMPLES, EVAL_ANSWERS // len(examples)))
     generator = torch.Generator(model.device).manual_seed(parallel.seed(s.seed))
-    sampled = right(model, tokenizer, examples, s.eval_samples, 1.0, generator, s)  # [Q, N]
-    greedy = right(model, tokenizer, examples, 1, 0.0, generator, s)  # [Q, 1]
-    t1, greedy = rerank.bootstrap(sampled.float().mean(1)), rerank.bootstrap(greedy.float().mean(1))
-    passes = lambda k: sum(rerank.pass_at_k(s.eval_samples, int(c), k) for c in sampled.sum(1)) / len(sampled)
-    at_k = {str(k): passes(k) for k in (1, 2, 4, 8, 16) if k <= s.eval_samples}
-    return {"t1": t1[0], "t1_interval": t1[1:], "greedy": greedy[0], "greedy_interval": greedy[1:], "pass@k": at_k}
+    sampled = check_samples(model, tokenizer, examples, n, 1.0, generator, s)  # [Q, n]
+    greedy = check_samples(model, tokenizer, examples, 1, 0.0, generator, s)  # [Q, 1]
+    t1, *t1_interval = rerank.bootstrap(sampled.float().mean(1))
+    greedy, *greedy_interval = rerank.bootstrap(greedy.float().mean(1))
+    pass_at_k = {}
+    for k in (1, 2, 4, 8):
+        if k <= n:
+            chances = [rerank.pass_at_k(n, int(right), k) for right in sampled.sum(1)]
+            pass_at_k[str(k)] = sum(chances) / len(chances)
+    return {
+        "t1": t1,
+        "t1_interval": t1_interval,
+        "greedy": greedy,
+        "greedy_interval": greedy_interval,
+        "pass@k": pass_at_k,
+    }
 
 
-# --- a run ------------------------------------------------------------------------------------------------------
+# --- a run -------------------------------------------------------------------------------------------------
 
 
 class Run:
-    """One call of train.py: `go` takes its `phases` one after the other; a run that goes on leaves out those that are
-    finished, and enters the one that was cut off where its last checkpoint was written."""
+    """One call of train.py: `go` takes its `phases` one after the other.
 
-    def __init__(self, s: Settings):
-        """Load the base and the data. Nothing is written."""
-        self.s, self.folder = s, run_folder(s.name)
-        self.device = loading.pick_device(s.device)
+    A run that goes on leaves out the phases that are finished, and enters the one that was cut off where its last
+    checkpoint was written.
+    """
+
+    def __init__(self, s: Settings, name: str = "demo", device: str = "auto", date: str | None = None):
+        """Load the base and the data. Nothing is written. date: the day that chat templates are told, or today."""
+        self.s = s
+        self.folder = run_folder(name)
+        self.date = date or datetime.date.today().isoformat()
+        self.device = loading.pick_device(device)
         self.dtype = memory.weight_type(s.weights, s.lora_rank, self.device)
         torch.manual_seed(s.seed)
         base, self.tokenizer = loading.load_policy(s.model, self.device, self.dtype)
-        set_date(self.tokenizer, s.date)
+        set_date(self.tokenizer, self.date)
         self.context = loading.context_length(base)
         self.base = base if s.lora_rank else None  # kept: every adapter is put on this one copy
         self.load_data()
-        # what the trainers of this process go by: its share of each step's questions, and random numbers of its own
-        self.mine = replace(s, questions=parallel.share_of(s.questions, "--questions"), seed=parallel.seed(s.seed),
-                            sft_batch=parallel.share_of(s.sft_batch, "--sft-batch"))  # fmt: skip
+        # For the trainers of this process: its share of each step's questions, and random numbers of its own.
+        self.process_settings = replace(
+            s, questions=parallel.share_of(s.questions, "--questions"), seed=parallel.seed(s.seed)
+        )
 
     def load_data(self) -> None:
         """Demonstrations, extra questions, validation and test, all of them short enough for the model's context."""
@@ -111,74 +147,97 @@ class Run:
     def go(self, keeper: Keeper) -> None:
         """Every phase that is not finished yet, then the results."""
         self.keeper = keeper
-        with keeper.opened(self.device.type, self.data_sum):
+        with keeper.opened(self.device.type, self.date, self.data_sum):
             self.results = keeper.progress.results
-            for name, phase in self.phases():
-                if name not in keeper.progress.finished:
-                    phase()
-                    keeper.finish(name)
+            for phase in self.phases():
+                if phase not in keeper.progress.finished:
+                    self.do(phase)
+                    keeper.finish(phase)
             self.finish()
 
-    def phases(self) -> Iterator[tuple[str, Callable]]:
-        """What was asked for, in order: the base, METHODS, then what the reward is worth at inference.
-
-        Every phase loads the models that it needs and drops them: at 0.5B each one counts.
-        """
+    def phases(self) -> list[str]:
+        """What was asked for, in order: the base, METHODS, then what the reward is worth at inference."""
         wanted = set(self.s.methods)
         if self.s.start == "sft" and wanted & {"likelihood", "irl"}:
             wanted.add("sft")
-        train = {"grpo": self.train_grpo, "irl": self.train_irl, "likelihood": self.train_irl}
-        yield "test base", partial(self.test_method, "base")
-        for method in filter(wanted.__contains__, METHODS):
-            yield f"train {method}", partial(train.get(method, self.train_sft), method)
-            yield f"test {method}", partial(self.test_method, method)
+        phases = ["test base"]
+        for method in METHODS:
+            if method in wanted:
+                phases += [f"train {method}", f"test {method}"]
         if "irl" in wanted:
-            yield "use reward", self.use_reward
+            phases.append("use reward")
+        return phases
 
-    # --- the phases ---------------------------------------------------------------------------------------------
+    def do(self, phase: str) -> None:
+        """One phase. Each loads the models that it needs and drops them: at 0.5B every one counts."""
+        action, method = phase.split()
+        if action == "test":
+            self.test_method(method)
+        elif action == "use":
+            self.use_reward()
+        elif method in ("sft", "sft_fair"):
+            self.train_sft(method)
+        elif method == "grpo":
+            self.train_grpo(method)
+        else:
+            self.train_irl(method)
+
+    # --- the phases ----------------------------------------------------------------------------------------
 
     def test_method(self, method: str) -> None:
         """Evaluate the base or a trained policy on the test questions."""
         with self.keeper.signals.at_once():
             model = self.load(None if method == "base" else self.folder_of(method))
-            found = evaluate(model, self.tokenizer, self.test, self.s)
+            result = evaluate(model, self.tokenizer, self.test, self.s)
         if method != "base":
             seconds = self.keeper.progress.seconds
-            found["seconds"] = seconds.get(warm_up_of(method), 0.0) + seconds.get(method, 0.0)
-        self.results["methods"][method] = found
+            result["seconds"] = seconds.get(warm_up_of(method), 0.0) + seconds.get(method, 0.0)
+        self.results["methods"][method] = result
 
     def train_sft(self, method: str) -> None:
-        """Imitate the demonstrations. sft_fair then gets what IRL's default gets: weights averaged with the start, and
-        logits divided for good; and updates and a rate of its own, for those that are best with these are others."""
-        s, fair, model = self.mine, method == "sft_fair", self.to_train()
-        if fair:
-            start = lora.start_of(model) if s.fair_average else []
+        """Imitate the demonstrations.
+
+        sft_fair gets what IRL gets by default, too: its weights are averaged with their start, and its logits are
+        divided for good. Other updates and rates are best with that, so it has its own.
+        """
+        s = self.process_settings
+        model = self.to_train()
+        start = []
+        if method == "sft_fair":
+            if s.fair_average:
+                start = lora.start_of(model)
             s = replace(s, sft_steps=s.fair_steps, sft_lr=s.fair_lr)
         trainer = self.keeper.resumed(baselines.SFT(s, self.tokenizer, model, self.experts))
         self.run_steps(method, trainer, s.sft_steps)
-        if fair:
+        if method == "sft_fair":
             lora.average(model, start, s.fair_average)
             policy.divide_logits(model, s.fair_temperature)
         self.save_model(model, self.folder_of(method))
 
     def train_grpo(self, method: str) -> None:
         """Train on the true answers."""
-        trainer = self.keeper.resumed(baselines.GRPO(self.mine, self.tokenizer, self.to_train(), self.answered))
+        trainer = self.keeper.resumed(baselines.GRPO(self.process_settings, self.tokenizer, self.to_train(), self.answered))
         self.run_steps(method, trainer, self.s.grpo_steps)
         self.save_model(trainer.policy_model, self.folder_of(method))
 
     def train_irl(self, method: str) -> None:
-        """Warm the discriminator up, run the loop, save policy and reward. likelihood is the same without the
-        discriminator's loss: what IRL has beyond it is what telling apart from negatives brings."""
-        loop = self.keeper.resumed(self.make_loop(**{"discriminator_coef": 0.0} if method == "likelihood" else {}))
-        done = self.keeper.progress.steps.get
-        if self.s.start == "base" and not done(warm_up_of(method)):
+        """Warm the discriminator up, run the loop, save policy and reward.
+
+        likelihood is IRL without the discriminator's loss (Settings.discriminator_coef): what IRL has beyond it is
+        what telling the expert from others brings.
+        """
+        loop = self.keeper.resumed(self.make_loop(method=method))
+        steps = self.keeper.progress.steps
+        warm_up = warm_up_of(method)
+        if self.s.start == "base" and warm_up not in steps:
             first = irl.first_logprob(loop.policy_model, self.tokenizer, self.experts[:32])
             if first < -8:
-                print(f"the base all but never begins as the demonstrations do (log pi of their first token {first:.1f}): "
-                      "IRL cannot teach it that, --start sft can")  # fmt: skip
-        self.run_steps(warm_up_of(method), loop, self.s.warm_up)
-        if not done(method):
+                print(
+                    f"the base all but never begins as the demonstrations do (log pi of their first token "
+                    f"{first:.1f}): IRL cannot teach it that, --start sft can"
+                )
+        self.run_steps(warm_up, loop, self.s.warm_up)
+        if method not in steps:
             loop.end_warm_up()
         self.run_steps(method, loop, self.s.max_steps)
         self.save_model(loop.policy_model, self.folder_of(method))
@@ -186,16 +245,26 @@ class Run:
             self.save_model(loop.discriminator.reward_model.model, "reward")
 
     def use_reward(self) -> None:
-        """Rerank the base's samples, find first errors, keep some traces for the report: one process's work."""
-        parallel.leave()
+        """Rerank the base's samples, find first errors, keep some traces for the report."""
+        parallel.leave()  # one process does this
+        s = self.s
         with self.keeper.signals.at_once():
-            s, test, base = self.s, self.test[: self.s.rerank_questions], self.load()
+            test = self.test[: min(RERANK_QUESTIONS, (s.eval_questions + 1) // 2)]
+            base = self.load()
             discriminator = self.load_discriminator("reward")
             judges = rerank.load_judges(self.folder, self.tokenizer, s.fair_temperature, self.device)
             generator = torch.Generator(self.device).manual_seed(s.seed + 1)
-            candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator,
-                                        s.sample_rows)  # fmt: skip
-            found = rerank.assess(candidates, discriminator, base, judges, self.tokenizer, s.rule, s.seed)
+            candidates = rerank.collect(
+                base,
+                self.tokenizer,
+                test,
+                RERANK_CANDIDATES,
+                s.max_new_tokens,
+                1.0,
+                generator,
+                s.sample_rows,
+            )
+            found = rerank.assess(candidates, discriminator, base, judges, self.tokenizer, seed=s.seed)
             traces = show_traces(candidates, discriminator, base, self.tokenizer)
         checkpoint.write_text(self.folder / "traces.json", json.dumps(traces))
         self.results |= found
@@ -204,59 +273,72 @@ class Run:
     def finish(self) -> None:
         """results.json, report.html and the table. The checkpoints have done their work."""
         parallel.leave()
-        checkpoint.write_text(self.folder / "results.json", json.dumps(self.results, indent=1) + "\n")
+        path = self.folder / "results.json"
+        checkpoint.write_text(path, json.dumps(self.results, indent=1) + "\n")
         page = report.write_report(self.folder)
         checkpoint.remove(self.folder / "checkpoints")
-        print("\n" + table(self.results) + f"\n\nresults: {self.folder / 'results.json'}\nreport:  {page}")
+        print(f"\n{table(self.results)}\n\nresults: {path}\nreport:  {page}")
 
-    # --- steps --------------------------------------------------------------------------------------------------
+    # --- steps ---------------------------------------------------------------------------------------------
 
     def run_steps(self, method: str, trainer, steps: int) -> None:
         """Call trainer.step (of a warm-up: warm_up) until `steps` are done, validating now and then."""
-        warm_up, seconds = method.endswith("warm-up"), self.keeper.progress.seconds
-        every = 0 if warm_up else self.s.validate_every
+        is_warm_up = method.endswith("warm-up")
+        seconds = self.keeper.progress.seconds
         for step in self.keeper.steps(method, steps):
             start = time.perf_counter()
-            metrics = {"discriminator": trainer.warm_up()} if warm_up else trainer.step()
+            if is_warm_up:
+                metrics = {"discriminator": trainer.warm_up()}
+            else:
+                metrics = trainer.step()
             seconds[method] = seconds.get(method, 0.0) + time.perf_counter() - start
-            if every and (step % every == 0 or step == steps):
+            if VALIDATE_EVERY and not is_warm_up and (step % VALIDATE_EVERY == 0 or step == steps):
                 metrics["validation"] = {"t1": self.validate(trainer.policy_model)}
             self.keeper.after(method, step, metrics, trainer)
 
     def validate(self, model) -> float:
-        """Accuracy of one sample at temperature 1 on the validation questions. For curves; nothing trains on it."""
+        """Share of right answers, one sample each, on the validation questions. Nothing trains on it."""
         generator = torch.Generator(model.device).manual_seed(parallel.seed(0))
-        return float(right(model, self.tokenizer, self.validation, 1, 1.0, generator, self.s).mean())
+        right = check_samples(model, self.tokenizer, self.validation, 1, 1.0, generator, self.s)
+        return float(right.mean())
 
     def make_loop(self, kind: type[irl.IRL] = irl.IRL, **changes) -> irl.IRL:
-        """The loop with all it needs, before its first update; `kind` may be explain.Lecture. changes: of settings."""
+        """The loop with all it needs, before its first update. kind: explain.Lecture talks. changes: of settings."""
         loading.check_same_tokenizer(self.tokenizer, self.s.reward_model)
         discriminator = self.load_discriminator()
         model = self.to_train(self.load("sft" if self.s.start == "sft" else None))
         extra = [example.question for example in self.extra]
-        return kind(replace(self.mine, **changes), self.tokenizer, model, discriminator, self.experts, extra)
+        settings = replace(self.process_settings, **changes)
+        return kind(settings, self.tokenizer, model, discriminator, self.experts, extra)
 
-    # --- models -------------------------------------------------------------------------------------------------
+    # --- models --------------------------------------------------------------------------------------------
 
     def load(self, trained: str | None = None):
         """The base, or what this run has trained under that name: to be looked at, not trained."""
-        if trained is None and self.base is not None:
+        if trained:
+            return loading.load_causal(str(self.folder / trained), self.device, torch.float32)
+        if self.base is not None:
             return self.base
-        folder = str(self.folder / trained) if trained else self.s.model
-        return loading.load_causal(folder, self.device, torch.float32 if trained else self.dtype)
+        return loading.load_causal(self.s.model, self.device, self.dtype)
 
     def to_train(self, model=None):
         """The model, by default the base, as it is trained: with an adapter of its own if there is a --lora-rank."""
-        s, model = self.s, self.load() if model is None else model
-        if s.lora_rank:  # a generator of its own: a resumed run, which has drawn less, starts each method as before
-            model = lora.adapt(model, s.lora_rank, s.lora_alpha, torch.Generator().manual_seed(s.seed))
+        s = self.s
+        if model is None:
+            model = self.load()
+        if s.lora_rank:
+            # A generator of its own: a resumed run, which has drawn less, starts each method as before.
+            generator = torch.Generator().manual_seed(s.seed)
+            model = lora.adapt(model, s.lora_rank, lora.ALPHA, generator)
         if s.gradient_checkpointing:
             memory.recompute_layers(model)
         return model
 
     def load_reward(self, trained: str | None = None):
-        """The reward to train, on the policy's own base if it starts there and has an adapter; or what this run has
-        trained under that name."""
+        """The reward to train, or what this run has trained under that name.
+
+        With adapters it shares the policy's base, if it starts there.
+        """
         s = self.s
         if trained is not None:
             return reward.load_reward(s.reward, str(self.folder / trained), self.device)
@@ -272,11 +354,12 @@ class Run:
     def load_discriminator(self, trained: str | None = None) -> reward.Discriminator:
         """The discriminator on a reward model: the one to train, or what this run has trained."""
         s = self.s
-        kind = s.logit, s.granularity, s.interval, s.reward_clip
-        return reward.make_discriminator(self.load_reward(trained), self.tokenizer, *kind)
+        return reward.make_discriminator(
+            self.load_reward(trained), self.tokenizer, s.logit, s.granularity, clip=s.reward_clip
+        )
 
     def save_model(self, model, name: str) -> None:
-        """A folder that from_pretrained loads: complete, or not there. One process fills it, the others may load it next."""
+        """A folder that from_pretrained loads: complete, or not there. The first process fills it."""
         with checkpoint.new_folder(self.folder / name) as folder:
             if parallel.rank() == 0:
                 lora.save(model, folder)
@@ -292,38 +375,60 @@ def warm_up_of(method: str) -> str:
     return "warm-up" if method == "irl" else f"{method} warm-up"
 
 
+def explain_one_step(s: Settings, device: str) -> None:
+    """One step of IRL in numbers, stage by stage. Nothing is written. Raises UserError."""
+    if "irl" not in s.methods or s.start == "sft" or s.reward == "random":
+        raise UserError(
+            "--explain shows one step of IRL from the base: leave out --method, --start and a random reward"
+        )
+    Run(s, device=device).make_loop(explain.Lecture).give()
+
+
+def begin(arguments: list[str] | None, signals: Signals) -> None:
+    """Do what the flags ask for."""
+    loading.quiet()
+    command = parse_flags(arguments)
+    folder = run_folder(command.name)
+    if command.resume and is_finished(folder):
+        checkpoint.remove(folder / "checkpoints")  # what a kill may have left
+        print(
+            f"{folder} is finished: its report is {folder / 'report.html'}, its results are in "
+            f"{folder / 'results.json'}. To run anew give another --name, or remove that folder"
+        )
+        return
+    date = None  # today
+    if command.resume:
+        s, date = saved_settings(folder, command.given)
+    else:
+        s = complete(command.given, command.explain)
+    parallel.start(command.device)
+    with in_one_line(s, folder):
+        if command.explain:
+            explain_one_step(s, command.device)
+            return
+        keeper = Keeper(folder, s, command.resume, signals)
+        with signals.at_once():
+            run = Run(s, command.name, command.device, date)
+        run.go(keeper)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run with these flags (by default the command line's); returns the exit status: 0, 2 after one line that says what
-    was wrong, 130 or 143 when a signal has stopped the run."""
+    """Run with these flags, by default the command line's. Returns the exit status.
+
+    0; 2 after one line that says what was wrong; 130 or 143 when a signal has stopped the run.
+    """
     signals = Signals()
 
-    def program():
-        loading.quiet()
-        given = parse_flags(sys.argv[1:] if arguments is None else arguments)
-        resume, folder = given.pop("resume", False), run_folder(given.get("name", Settings.name))
-        if resume and is_finished(folder):
-            checkpoint.remove(folder / "checkpoints")  # what a kill may have left
-            return print(f"{folder} is finished: its report is {folder / 'report.html'}, its results are in "
-                         f"{folder / 'results.json'}. To run anew give another --name, or remove that folder")  # fmt: skip
-        s = saved_settings(given) if resume else complete(given)
-        parallel.start(s.device)
-        with in_one_line(s):
-            keeper = Keeper(s, resume, signals)
-            with signals.at_once():
-                run = Run(s)
-            if s.explain:
-                run.make_loop(explain.Lecture).give()
-            else:
-                run.go(keeper)
+    def program() -> None:
+        begin(arguments, signals)
 
     try:
         with signals:
             return exit_status(program)
     except Stopped as stopped:
-        status, told = stopped.args
         if parallel.rank() == 0:
-            print(f"\nstopped by {told}", file=sys.stderr)
-        return status
+            print(f"\nstopped by {stopped.reason}", file=sys.stderr)
+        return stopped.status
 
 
 if __name__ == "__main__":

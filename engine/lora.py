@@ -51,6 +51,9 @@ class LoRALinear(nn.Module):
         return self.base
 
 
+ALPHA = 32.0  # an adapter's output counts ALPHA / rank times: customary
+
+
 def adapt(base: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> nn.Module:
     """A model that computes what `base` computes, plus an adapter on every attention and MLP matrix. All that is frozen
     is `base`'s own tensors, not copies: it freezes `base`. Embeddings and output matrix, often one, have no adapter. A head

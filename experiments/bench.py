@@ -89,7 +89,8 @@ class Work:
         """A train.Run that has loaded everything and writes nothing."""
         import train
 
-        return train.Run(parse_settings(f"{self.flags} {more} --method irl --start base --explain".split()))
+        settings = parse_settings(f"{self.flags} {more} --method irl --start base".split())
+        return train.Run(settings, device=self.device)
 
 
 LARGE = dict(questions=3, group=8, new_tokens=128)  # what two cores can do with half a billion weights

@@ -61,12 +61,11 @@ def measure(cell: Cell, quick: bool) -> dict:
     flags = f"--data {cell.data} --model {cell.model} --demonstrations {cell.size} --seed {SEED} --device cpu"
     flags += f" --{cell.method}-steps {cell.steps} --{cell.method}-lr {cell.lr} --test-split validation"
     flags += f" --eval-questions {20 if quick else QUESTIONS}{' --extra-questions 20' * quick}"
-    # --explain: a run that loads everything and writes nothing
-    run, begin = train.Run(parse_settings([*flags.split(), "--explain"])), time.perf_counter()
+    run, begin = train.Run(parse_settings(flags.split()), device="cpu"), time.perf_counter()
     model, sft = run.to_train(), cell.method == "sft"
     start = lora.start_of(model)
     trainer = baselines.SFT if sft else baselines.GRPO
-    trainer = trainer(run.mine, run.tokenizer, model, run.experts if sft else run.answered)
+    trainer = trainer(run.process_settings, run.tokenizer, model, run.experts if sft else run.answered)
     for _ in range(cell.steps):
         trainer.step()
     trained, learnt = time.perf_counter(), lora.start_of(model)

@@ -54,7 +54,7 @@ from engine.candidates import Candidates, collect, from_texts, reward_ends
 from engine.chat import at_date, token_ids
 from engine.errors import Parser, UserError, exit_status, nearest
 from engine.runs import MAY_CHANGE
-from engine.settings import complete, parse_flags
+from engine.settings import parse_settings
 from experiments import run as runs
 from experiments import steps, tables
 from show.report import tidy
@@ -79,10 +79,10 @@ RULES = ("mean", "last", "lowest")
 SOURCES = {"few_shot": "few_shot", "sft": "sft_samples"}  # whose samples are judged: where they are
 JUDGES = {"base": "logprob", "sft": "sft_logprob", "sft_fair": "sft_fair_logprob"} | {kind: kind for kind in KINDS}
 # Batches of 8 questions; two passes over 128 demonstrations for a reward, three for SFT. Rates are train.py's.
-FLAGS = ("--lora-rank 16 --questions 8 --group 4 --rollouts-per-expert 2 --perturbed 1 --sft-batch 16 --max-new-tokens 320 "
+FLAGS = ("--lora-rank 16 --questions 8 --group 4 --rollouts-per-expert 2 --perturbed 1 --max-new-tokens 320 "
          "--micro-batch 4 --extra-questions 4")  # fmt: skip
 QUICK = dict(demonstrations=4, questions=3, samples=2, validation=2, solutions=3, steps=1)
-QUICK_FLAGS = "--max-new-tokens 8 --questions 2 --group 2 --rollouts-per-expert 2 --sft-batch 2 --lora-rank 2"
+QUICK_FLAGS = "--max-new-tokens 8 --questions 2 --group 2 --rollouts-per-expert 2 --lora-rank 2"
 
 
 @dataclass
@@ -95,22 +95,18 @@ class Job:
 
     @cached_property
     def run(self) -> train.Run:
-        """Data, base and tokenizer. --explain: a run that loads everything and writes nothing."""
+        """Data, base and tokenizer: a run that loads everything and writes nothing."""
         a, saved = self.args, self.folder / "settings.json"
         flags = ["--model", a.model, "--data", a.data, "--demonstrations", str(a.demonstrations), "--seed", str(a.seed)]
-        flags += ["--eval-questions", str(a.questions), "--eval-samples", str(a.samples), "--device", a.device]
-        flags += ["--name", self.folder.name, "--explain"]
+        flags += ["--eval-questions", str(a.questions), "--start", "base"]
         before = json.loads(saved.read_text()) if saved.exists() else {}
-        if before:  # prompts that name the day stay as they were
-            flags += ["--date", before["date"]]
-        given = parse_flags([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
-        settings = complete(given)
+        settings = parse_settings([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
         chosen = ("fair_average", "fair_temperature")  # by the stage sft_fair
-        now = asdict(settings) | {"explain": False, "start": "sft"} | {name: before[name] for name in chosen if before}
+        now = asdict(settings) | {"start": "sft"} | {name: before[name] for name in chosen if before}
         other = [name for name in now if before and name not in MAY_CHANGE and now[name] != before.get(name)]
         if other:
             raise UserError(f"{self.folder} was begun with another {', '.join(other)}: give the same, or another --name")
-        run = train.Run(settings)
+        run = train.Run(settings, self.folder.name, a.device, before.get("date"))  # prompts may name the day
         self.folder.mkdir(parents=True, exist_ok=True)
         self.keep_settings(run, **{name: now[name] for name in chosen})
         return run
@@ -118,7 +114,7 @@ class Job:
     def keep_settings(self, run: train.Run, **changes) -> None:
         """settings.json, with which rerank.py and experiments.steps take the folder for a run."""
         run.s = replace(run.s, **changes)
-        kept = asdict(replace(run.s, explain=False, start="sft"))
+        kept = asdict(replace(run.s, start="sft")) | {"date": run.date}
         checkpoint.write_text(self.folder / "settings.json", json.dumps(kept, indent=1))
 
     @property

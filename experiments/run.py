@@ -40,17 +40,17 @@ ROOT = Path(__file__).parents[1]
 SIZES = (64, 256, 1024)  # demonstrations, of words
 PARTS = ("choose", "main", "grpo", "own_grade", "variants", "ablations", "traces", "inference")
 QUICK = ("--max-steps 4 --grpo-steps 4 --sft-steps 4 --fair-steps 4 --warm-up 4 --extra-questions 20 --questions 4 --group 4 "
-         "--eval-questions 20 --eval-samples 4 --rerank-questions 12 --rerank-n 4 --validate-every 2")  # fmt: skip
+         "--eval-questions 20")  # fmt: skip
 
 # What is changed, in train.py's flags. PPO is the loss that takes every reward.
 PPO = "--policy-loss ppo --gamma 0.9"
 LONG = "--max-steps 800 --policy-lr 4e-4"  # IRL on countdown: GRPO's steps and rate (experiments/choose.py)
 # countdown's reward is a head, which has no likelihood term: there the likelihood alone is a run of its own
-LIKELIHOOD = ("--method irl --reward likelihood --logit airl --granularity dense --discriminator-coef 0 --start reward "
+LIKELIHOOD = ("--method likelihood --reward likelihood --logit airl --granularity dense --start reward "
               "--policy-loss exact --gamma 0 --reward-clip 0 --reward-lr 1e-5 --reward-average 0.5 --warm-up-lr 3e-4 "
               "--policy-lr 3e-5 --max-steps 100")  # fmt: skip
 # the control of the discriminator: it never sees a trace of the policy's, so no expert is told from the policy
-BROKEN = f"--method irl --rerank-questions 250 --rerank-n 16 --rollouts-per-expert 0 {LONG}"
+BROKEN = f"--method irl --rollouts-per-expert 0 {LONG}"
 # what IRL's temperature alone does for the base: fair SFT with nothing learnt
 SHARPENED = "--method sft_fair --fair-steps 1 --fair-lr 0 --fair-average 1 --fair-temperature 0.2"
 # how the reward that IRL practises on was chosen on countdown
@@ -96,21 +96,16 @@ ABLATIONS = {
     "alpha 0.05": f"{BASE} --entropy-coef 0.05",
     "REINFORCE": f"{BASE} --policy-loss reinforce",
     "policy rate x 3": f"{BASE} --policy-lr 1.2e-3",
-    "25% wrong demonstrations": f"{BASE} --wrong-demonstrations 0.25",
-    "10% wrong demonstrations": f"{BASE} --wrong-demonstrations 0.1",
     "gamma 0.9": f"{BASE} --gamma 0.9",
     "perturbed 0": f"{BASE} --perturbed 0",
     "perturbed 4": f"{BASE} --perturbed 4",
     "no replay": f"{BASE} --replay 0",
-    "no label smoothing": f"{BASE} --label-smoothing 0",
     "KL 0.1": f"{BASE} --kl-coef 0.1",
     "group 2": f"{BASE} --group 2 --questions 32",
     "group 16": f"{BASE} --group 16 --questions 4",
     "perturbed 1": f"{BASE} --perturbed 1",
     "perturbed negatives alone": f"{BASE} --rollouts-per-expert 0",
-    "2 discriminator updates": f"{BASE} --discriminator-updates 2",
     "alpha 0.5": f"{BASE} --entropy-coef 0.5",
-    "label smoothing 0.3": f"{BASE} --label-smoothing 0.3",
     "group 8": f"{BASE} --group 8 --questions 8",
 }
 
@@ -130,7 +125,6 @@ TRACES = {
     "no perturbed negatives": "--perturbed 0",
     "perturbed negatives alone": "--rollouts-per-expert 0",
     "a random head": "--reward random",
-    "half of the demonstrations broken": "--wrong-demonstrations 0.5",
     "start at SFT": "--start sft",
     "AIRL logit": "--logit airl --reward-clip 0",
     "a score per step": "--granularity interval",
@@ -180,14 +174,13 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
     """Fair SFT is trained twice: as it was best at temperature 1, and as it was best greedy."""
     trials = []
     for seed in seeds_of(data, seeds):
-        flags = f"--data {data} --model {model} --demonstrations 256 --seed {seed} --eval-questions 1000 --eval-samples 4"
+        flags = f"--data {data} --model {model} --demonstrations 256 --seed {seed} --eval-questions 1000"
         trials.append(Trial(f"{data}-base-sharpened-{seed}", f"{flags} {SHARPENED}"))
         for size in sorted(sizes, key=lambda n: n != 256):
             flags = f"--data {data} --model {model} --demonstrations {size} --seed {seed} --eval-questions 1000"
-            flags += " --eval-samples 4"
             methods = "sft,sft_fair," + "likelihood," * (data == "words") + "irl"
             chosen = f"{choose.sft_flags(data, size)} {choose.fair_flags(data, size)}"
-            more = f"--method {methods} --rerank-questions 250 --rerank-n 16 {chosen}" + f" {LONG}" * (data == "countdown")
+            more = f"--method {methods} {chosen}" + f" {LONG}" * (data == "countdown")
             trials.append(Trial(f"{data}-main-{size}-{seed}", f"{flags} {more}"))
             greedy = f"--method sft_fair {choose.fair_flags(data, size, 'greedy')}"
             trials.append(Trial(f"{data}-fair-greedy-{size}-{seed}", f"{flags} {greedy}"))
@@ -200,8 +193,8 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
 def choose_trials(data: str) -> list[Trial]:
     """IRL's reward on countdown, on validation questions, as choose.py has it for the others: three sets of demonstrations, as
     it differs more between them."""
-    flags = "--data countdown --demonstrations 64 --test-split validation --eval-questions 500 --eval-samples 2 --method irl"
-    flags += f" --rerank-questions 60 {LONG}"
+    flags = "--data countdown --demonstrations 64 --test-split validation --eval-questions 500 --method irl"
+    flags += f" {LONG}"
     return [
         Trial(f"chosen-{plain(label)}-{seed}", f"{flags} --seed {seed} {change}".strip())
         for seed in CHOICE_SEEDS
@@ -211,7 +204,7 @@ def choose_trials(data: str) -> list[Trial]:
 
 def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
     """GRPO learns from answers, not from demonstrations: once per seed, on the questions of the 256 and the extra ones."""
-    flags = f"--data {data} --model {model} --demonstrations 256 --eval-questions 1000 --eval-samples 4 --method grpo"
+    flags = f"--data {data} --model {model} --demonstrations 256 --eval-questions 1000 --method grpo"
     return [
         Trial(f"{data}-grpo-{seed}", f"{flags} --seed {seed} {choose.grpo_flags(data)}") for seed in seeds_of(data, seeds)
     ]
@@ -219,15 +212,15 @@ def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
 
 def own_grade_trials(seeds: int) -> list[Trial]:
     """IRL's policy on the base's own grade (inference.save_own_grade): no demonstrations, as GRPO."""
-    flags = "--data countdown --demonstrations 256 --eval-questions 1000 --eval-samples 4 --rerank-questions 100 --method irl"
+    flags = "--data countdown --demonstrations 256 --eval-questions 1000 --method irl"
     return [Trial(f"countdown-own-grade-{seed}", f"{flags} --seed {seed} {OWN_GRADE}") for seed in seeds_of("countdown", seeds)]
 
 
 def changed_trials(part: str, changes: dict[str, str], seeds: int) -> list[Trial]:
     """One thing changed: words with 256 demonstrations, countdown with 64."""
     task, size = ("countdown", 64) if part == "traces" else ("words", 256)
-    flags = f"--data {task} --method irl --demonstrations {size} --eval-questions 1000 --eval-samples 4"
-    flags += f" --rerank-questions 250 {choose.sft_flags(task, size)}"
+    flags = f"--data {task} --method irl --demonstrations {size} --eval-questions 1000"
+    flags += f" {choose.sft_flags(task, size)}"
     return [
         Trial(f"{part}-{plain(label)}-{seed}", f"{flags} --seed {seed} {change}")
         for seed in seeds_of(task, seeds)

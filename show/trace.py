@@ -13,7 +13,7 @@ import reward
 from engine import loading
 from engine.chat import token_ids
 from engine.errors import Parser, UserError, exit_status, printable
-from engine.runs import load_run
+from rerank import load_run
 
 
 def colour(text: str, value: float, scale: float) -> str:
