@@ -1,22 +1,24 @@
-"""A run: the base and every method, trained on the same demonstrations, tested on the same questions.
+"""A run: the base and every method, trained on the same demonstrations, tested on the same
+questions.
 
-    python train.py                                          the demo: every method on word problems, minutes
-    python train.py --model Qwen2.5-0.5B --data gsm8k        IRL on a real model, on a GPU
-    python train.py --method sft --demonstrations 1024       one method, other settings (python train.py --help)
-    python train.py --explain                                one step of IRL in numbers; writes nothing
-    python train.py --resume --name demo                     go on with runs/demo, which was stopped or killed
+    python train.py                                      the demo: every method on word problems
+    python train.py --model Qwen2.5-0.5B --data gsm8k    IRL on a real model, on a GPU
+    python train.py --method sft --demonstrations 1024   one method, other settings (--help)
+    python train.py --explain                            one step of IRL in numbers; writes nothing
+    python train.py --resume --name demo                 go on with runs/demo, which was stopped
 
-This is what stands around Algorithm 1, which is irl.IRL.step. Here its models are made, its steps are counted,
-and what was learnt is tested against the true answers, which no training but GRPO's sees.
+This is what stands around Algorithm 1, which is irl.IRL.step. Here its models are made, its steps
+are counted, and what was learnt is tested against the true answers, which no training but GRPO's
+sees.
 
-A run leaves in runs/<name>/: settings.json; metrics.jsonl, a line per step; results.json; traces.json;
-report.html; and models that `from_pretrained` loads: policy/ (IRL's, or the only method's), reward/, and sft/,
-sft_fair/, likelihood/ and grpo/ of what else was trained.
+A run leaves in runs/<name>/: settings.json; metrics.jsonl, a line per step; results.json;
+traces.json; report.html; and models that `from_pretrained` loads: policy/ (IRL's, or the only
+method's), reward/, and sft/, sft_fair/, likelihood/ and grpo/ of what else was trained.
 
 On one machine and one thread the same settings give the same numbers, bit for bit, with or without
-interruptions (engine/keeper.py). Another machine takes the sums in another order; a sampled token that falls
-otherwise then makes another run. Many GPUs share a run with torchrun --nproc-per-node=N train.py
-(engine/parallel.py).
+interruptions (engine/keeper.py). Another machine takes the sums in another order; a sampled token
+that falls otherwise then makes another run. Many GPUs share a run with torchrun --nproc-per-node=N
+train.py (engine/parallel.py).
 """
 
 import datetime
@@ -50,13 +52,22 @@ EVAL_ANSWERS = 4000  # and fewer where these are more in all
 RERANK_QUESTIONS = 250  # half of the test questions are reranked, at most so many
 RERANK_CANDIDATES = 16  # per question
 
-# --- evaluation: the answer check is used from here on, and nowhere in irl.py ------------------------------
+# --- evaluation: the answer check is used from here on, and nowhere in irl.py ---------------------
 
 
 def check_samples(
-    model, tokenizer, examples: list[data.Example], n: int, temperature: float, generator, s: Settings
+    model,
+    tokenizer,
+    examples: list[data.Example],
+    n: int,
+    temperature: float,
+    generator,
+    s: Settings,
 ) -> torch.Tensor:
-    """Which of n samples per question have the true answer, [Q, n] of 0 and 1; temperature 0 is greedy."""
+    """Which of n samples per question have the true answer, [Q, n] of 0 and 1;
+
+    temperature 0 is greedy.
+    """
 
     def check(examples: list[data.Example]) -> torch.Tensor:
         candidates = rerank.collect(
@@ -92,18 +103,23 @@ def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dic
     }
 
 
-# --- a run -------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 class Run:
     """One call of train.py: `go` takes its `phases` one after the other.
 
-    A run that goes on leaves out the phases that are finished, and enters the one that was cut off where its last
-    checkpoint was written.
+    A run that goes on leaves out the phases that are finished, and enters the one that was cut off
+    where its last checkpoint was written.
     """
 
-    def __init__(self, s: Settings, name: str = "demo", device: str = "auto", date: str | None = None):
-        """Load the base and the data. Nothing is written. date: the day that chat templates are told, or today."""
+    def __init__(
+        self, s: Settings, name: str = "demo", device: str = "auto", date: str | None = None
+    ):
+        """Load the base and the data.
+
+        Nothing is written. date: the day that chat templates are told, or today.
+        """
         self.s = s
         self.folder = run_folder(name)
         self.date = date or datetime.date.today().isoformat()
@@ -115,7 +131,8 @@ class Run:
         self.context = loading.context_length(base)
         self.base = base if s.lora_rank else None  # kept: every adapter is put on this one copy
         self.load_data()
-        # For the trainers of this process: its share of each step's questions, and random numbers of its own.
+        # For the trainers of this process: its share of each step's questions, and random numbers
+        # of its own.
         self.process_settings = replace(
             s, questions=parallel.share_of(s.questions, "--questions"), seed=parallel.seed(s.seed)
         )
@@ -156,7 +173,10 @@ class Run:
             self.finish()
 
     def phases(self) -> list[str]:
-        """What was asked for, in order: the base, METHODS, then what the reward is worth at inference."""
+        """What was asked for, in order:
+
+        the base, METHODS, then what the reward is worth at inference.
+        """
         wanted = set(self.s.methods)
         if self.s.start == "sft" and wanted & {"likelihood", "irl"}:
             wanted.add("sft")
@@ -169,7 +189,10 @@ class Run:
         return phases
 
     def do(self, phase: str) -> None:
-        """One phase. Each loads the models that it needs and drops them: at 0.5B every one counts."""
+        """One phase.
+
+        Each loads the models that it needs and drops them: at 0.5B every one counts.
+        """
         action, method = phase.split()
         if action == "test":
             self.test_method(method)
@@ -182,7 +205,7 @@ class Run:
         else:
             self.train_irl(method)
 
-    # --- the phases ----------------------------------------------------------------------------------------
+    # --- the phases -------------------------------------------------------------------------------
 
     def test_method(self, method: str) -> None:
         """Evaluate the base or a trained policy on the test questions."""
@@ -197,8 +220,9 @@ class Run:
     def train_sft(self, method: str) -> None:
         """Imitate the demonstrations.
 
-        sft_fair gets what IRL gets by default, too: its weights are averaged with their start, and its logits are
-        divided for good. Other updates and rates are best with that, so it has its own.
+        sft_fair gets what IRL gets by default, too: its weights are averaged with their start, and
+        its logits are divided for good. Other updates and rates are best with that, so it has its
+        own.
         """
         s = self.process_settings
         model = self.to_train()
@@ -223,8 +247,8 @@ class Run:
     def train_irl(self, method: str) -> None:
         """Warm the discriminator up, run the loop, save policy and reward.
 
-        likelihood is IRL without the discriminator's loss (Settings.discriminator_coef): what IRL has beyond it is
-        what telling the expert from others brings.
+        likelihood is IRL without the discriminator's loss (Settings.discriminator_coef): what IRL
+        has beyond it is what telling the expert from others brings.
         """
         loop = self.keeper.resumed(self.make_loop(method=method))
         steps = self.keeper.progress.steps
@@ -233,8 +257,8 @@ class Run:
             first = irl.first_logprob(loop.policy_model, self.tokenizer, self.experts[:32])
             if first < -8:
                 print(
-                    f"the base all but never begins as the demonstrations do (log pi of their first token "
-                    f"{first:.1f}): IRL cannot teach it that, --start sft can"
+                    "the base all but never begins as the demonstrations do (log pi of their "
+                    f"first token {first:.1f}): IRL cannot teach it that, --start sft can"
                 )
         self.run_steps(warm_up, loop, self.s.warm_up)
         if method not in steps:
@@ -252,7 +276,9 @@ class Run:
             test = self.test[: min(RERANK_QUESTIONS, (s.eval_questions + 1) // 2)]
             base = self.load()
             discriminator = self.load_discriminator("reward")
-            judges = rerank.load_judges(self.folder, self.tokenizer, s.fair_temperature, self.device)
+            judges = rerank.load_judges(
+                self.folder, self.tokenizer, s.fair_temperature, self.device
+            )
             generator = torch.Generator(self.device).manual_seed(s.seed + 1)
             candidates = rerank.collect(
                 base,
@@ -264,7 +290,9 @@ class Run:
                 generator,
                 s.sample_rows,
             )
-            found = rerank.assess(candidates, discriminator, base, judges, self.tokenizer, seed=s.seed)
+            found = rerank.assess(
+                candidates, discriminator, base, judges, self.tokenizer, seed=s.seed
+            )
             traces = show_traces(candidates, discriminator, base, self.tokenizer)
         checkpoint.write_text(self.folder / "traces.json", json.dumps(traces))
         self.results |= found
@@ -279,10 +307,13 @@ class Run:
         checkpoint.remove(self.folder / "checkpoints")
         print(f"\n{table(self.results)}\n\nresults: {path}\nreport:  {page}")
 
-    # --- steps ---------------------------------------------------------------------------------------------
+    # --- steps ------------------------------------------------------------------------------------
 
     def run_steps(self, method: str, trainer, steps: int) -> None:
-        """Call trainer.step (of a warm-up: warm_up) until `steps` are done, validating now and then."""
+        """Call trainer.step (of a warm-up:
+
+        warm_up) until `steps` are done, validating now and then.
+        """
         is_warm_up = method.endswith("warm-up")
         seconds = self.keeper.progress.seconds
         for step in self.keeper.steps(method, steps):
@@ -297,13 +328,19 @@ class Run:
             self.keeper.after(method, step, metrics, trainer)
 
     def validate(self, model) -> float:
-        """Share of right answers, one sample each, on the validation questions. Nothing trains on it."""
+        """Share of right answers, one sample each, on the validation questions.
+
+        Nothing trains on it.
+        """
         generator = torch.Generator(model.device).manual_seed(parallel.seed(0))
         right = check_samples(model, self.tokenizer, self.validation, 1, 1.0, generator, self.s)
         return float(right.mean())
 
     def make_loop(self, kind: type[irl.IRL] = irl.IRL, **changes) -> irl.IRL:
-        """The loop with all it needs, before its first update. kind: explain.Lecture talks. changes: of settings."""
+        """The loop with all it needs, before its first update.
+
+        kind: explain.Lecture talks. changes: of settings.
+        """
         loading.check_same_tokenizer(self.tokenizer, self.s.reward_model)
         discriminator = self.load_discriminator()
         model = self.to_train(self.load("sft" if self.s.start == "sft" else None))
@@ -311,7 +348,7 @@ class Run:
         settings = replace(self.process_settings, **changes)
         return kind(settings, self.tokenizer, model, discriminator, self.experts, extra)
 
-    # --- models --------------------------------------------------------------------------------------------
+    # --- models -----------------------------------------------------------------------------------
 
     def load(self, trained: str | None = None):
         """The base, or what this run has trained under that name: to be looked at, not trained."""
@@ -322,12 +359,16 @@ class Run:
         return loading.load_causal(self.s.model, self.device, self.dtype)
 
     def to_train(self, model=None):
-        """The model, by default the base, as it is trained: with an adapter of its own if there is a --lora-rank."""
+        """The model, by default the base, as it is trained:
+
+        with an adapter of its own if there is a --lora-rank.
+        """
         s = self.s
         if model is None:
             model = self.load()
         if s.lora_rank:
-            # A generator of its own: a resumed run, which has drawn less, starts each method as before.
+            # A generator of its own: a resumed run, which has drawn less, starts each method as
+            # before.
             generator = torch.Generator().manual_seed(s.seed)
             model = lora.adapt(model, s.lora_rank, lora.ALPHA, generator)
         if s.gradient_checkpointing:
@@ -359,7 +400,10 @@ class Run:
         )
 
     def save_model(self, model, name: str) -> None:
-        """A folder that from_pretrained loads: complete, or not there. The first process fills it."""
+        """A folder that from_pretrained loads:
+
+        complete, or not there. The first process fills it.
+        """
         with checkpoint.new_folder(self.folder / name) as folder:
             if parallel.rank() == 0:
                 lora.save(model, folder)
@@ -379,7 +423,8 @@ def explain_one_step(s: Settings, device: str) -> None:
     """One step of IRL in numbers, stage by stage. Nothing is written. Raises UserError."""
     if "irl" not in s.methods or s.start == "sft" or s.reward == "random":
         raise UserError(
-            "--explain shows one step of IRL from the base: leave out --method, --start and a random reward"
+            "--explain shows one step of IRL from the base: leave out --method, --start and a "
+            "random reward"
         )
     Run(s, device=device).make_loop(explain.Lecture).give()
 

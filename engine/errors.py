@@ -12,7 +12,8 @@ class UserError(Exception):
 
 
 def exit_status(program: Callable[[], object]) -> int:
-    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the input.
+    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the
+    input.
 
     What the terminal's encoding lacks (ASCII, Windows code pages) is printed as an escape.
     """
@@ -26,15 +27,23 @@ def exit_status(program: Callable[[], object]) -> int:
         line = " ".join(str(error).splitlines())  # a file's name or content may hold newlines
         print(f"error: {printable(line)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has read enough; the interpreter would say so once more at its end
+    except (
+        BrokenPipeError
+    ):  # `| head` has read enough; the interpreter would say so once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-# Control characters but for the newline, and those that turn the direction of writing round: the rest of a line
-# could seem another text.
+# Control characters but for the newline, and those that turn the direction of writing round: the
+# rest of a line could seem another text.
 CONTROL = {}
-for code in (*range(10), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)):
+for code in (
+    *range(10),
+    *range(11, 32),
+    *range(127, 160),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+):
     CONTROL[code] = f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
@@ -68,7 +77,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but what is wrong is a UserError, and an unknown flag is told its nearest neighbour."""
+    """argparse, but what is wrong is a UserError, which names the flag nearest to an unknown one."""
 
     def __init__(self, description: str, usage: str | None = None):
         super().__init__(
@@ -83,5 +92,7 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(arguments)
         if unknown:
             name = unknown[0].split("=")[0]
-            raise UserError(f"unknown flag {name}{nearest(name, self._option_string_actions)}: see --help")
+            raise UserError(
+                f"unknown flag {name}{nearest(name, self._option_string_actions)}: see --help"
+            )
         return known

@@ -1,7 +1,9 @@
-"""How a run survives: its log, its checkpoints, where it goes on after a stop or a kill, and what ends it early.
+"""How a run survives: its log, its checkpoints, where it goes on after a stop or a kill, and what
+ends it early.
 
-train.Run says what is to be done; a Keeper counts what is done, saves it and finds it again. With several
-processes (torchrun) each has a Keeper: they save, stop and go on together, and the first one logs.
+train.Run says what is to be done; a Keeper counts what is done, saves it and finds it again. With
+several processes (torchrun) each has a Keeper: they save, stop and go on together, and the first
+one logs.
 """
 
 import errno
@@ -23,8 +25,8 @@ from engine.runs import is_finished
 from engine.settings import Settings, flag
 
 STOP = (signal.SIGINT, signal.SIGTERM)
-# A checkpoint is due after so many seconds, and after so many times as long as the last one took to write:
-# writing them takes 2% of the time at most.
+# A checkpoint is due after so many seconds, and after so many times as long as the last one took to
+# write: writing them takes 2% of the time at most.
 SAVE_SECONDS = 15
 SAVE_RATIO = 50
 BAD_STEPS = 3  # updates in a row that are not finite, and end the run
@@ -66,8 +68,8 @@ class Stopped(BaseException):
 class Signals:
     """SIGINT and SIGTERM, for as long as this context is open.
 
-    The first one is kept until `check` raises Stopped. Inside `at_once` one process does not wait for that. A second
-    signal ends the process.
+    The first one is kept until `check` raises Stopped. Inside `at_once` one process does not wait
+    for that. A second signal ends the process.
     """
 
     def __init__(self):
@@ -86,7 +88,10 @@ class Signals:
             signal.signal(number, handler)
 
     def handle(self, number: int, _frame) -> None:
-        """Called between two Python instructions of whatever is going on. os.write is always safe there."""
+        """Called between two Python instructions of whatever is going on.
+
+        os.write is always safe there.
+        """
         if self.received:
             os._exit(128 + number)
         self.received = number
@@ -113,7 +118,9 @@ class Signals:
     def at_once(self):
         """For what changes nothing that a checkpoint does not hold: loading, evaluation."""
         self.check()
-        self.immediate = parallel.world() == 1  # several processes must leave together: at the next check
+        self.immediate = (
+            parallel.world() == 1
+        )  # several processes must leave together: at the next check
         yield
         self.immediate = False
 
@@ -124,17 +131,22 @@ def in_one_line(s: Settings, folder: Path):
     command = parallel.resume_command(folder.name)
     try:
         yield
-    except (OSError, MemoryError, RuntimeError) as error:  # a full memory is, by CUDA or torch, a RuntimeError
+    except (
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:  # a full memory is, by CUDA or torch, a RuntimeError
         if getattr(error, "errno", None) in DISK:
             raise UserError(
-                f"cannot write to {folder} ({error.strerror}): what was saved before stands. When that is mended, "
-                f"go on with {command}"
+                f"cannot write to {folder} ({error.strerror}): what was saved before stands. When "
+                f"that is mended, go on with {command}"
             ) from None
         if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY):
             raise UserError(
-                f"out of memory: in training a smaller --micro-batch helps ({s.micro_batch} now), or "
-                f"--gradient-checkpointing; in sampling fewer --sample-rows ({s.sample_rows}); {command} takes "
-                f"them. A new run may have a smaller --max-new-tokens ({s.max_new_tokens}) or a --lora-rank"
+                f"out of memory: in training a smaller --micro-batch helps ({s.micro_batch} now), "
+                f"or --gradient-checkpointing; in sampling fewer --sample-rows ({s.sample_rows}); "
+                f"{command} takes them. A new run may have a smaller --max-new-tokens "
+                f"({s.max_new_tokens}) or a --lora-rank"
             ) from None
         raise
 
@@ -143,16 +155,23 @@ class Log:
     """metrics.jsonl: a line for each step."""
 
     def __init__(self, path: Path, size: int = 0):
-        """Go on after `size` bytes: what a killed run wrote after its last checkpoint will be written again."""
+        """Go on after `size` bytes:
+
+        what a killed run wrote after its last checkpoint will be written again.
+        """
         self.file = open(path, "ab", buffering=0)
         if self.size() < size:
             raise UserError(
-                f"{path} is shorter than when it was last saved: remove {path.parent} and start again"
+                f"{path} is shorter than when it was last saved: remove {path.parent} and start "
+                "again"
             )
         self.file.truncate(size)
 
     def write(self, method: str, step: int, metrics: dict) -> None:
-        """One line {"method", "step", "stage/metric": value, ...}. What is not finite is null: JSON has no NaN."""
+        """One line {"method", "step", "stage/metric":
+
+        value, ...}. What is not finite is null: JSON has no NaN.
+        """
         line = {"method": method, "step": step}
         for name, value in metrics.items():
             line[name] = value if math.isfinite(value) else None
@@ -178,13 +197,18 @@ class Progress:
     finished: list[str] = field(default_factory=list)  # phases, by name
     steps: dict[str, int] = field(default_factory=dict)  # of each method
     seconds: dict[str, float] = field(default_factory=dict)  # of training, by method
-    skipped: dict[str, list[int]] = field(default_factory=dict)  # updates left out: [in all, steps in a row]
+    skipped: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # updates left out: [in all, steps in a row]
     results: dict = field(default_factory=no_results)
     metrics_size: int = 0  # bytes of metrics.jsonl
 
 
 class Keeper:
-    """One run's progress, on the disk. `opened` is its life; a step comes from `steps` and ends with `after`."""
+    """One run's progress, on the disk.
+
+    `opened` is its life; a step comes from `steps` and ends with `after`.
+    """
 
     def __init__(self, folder: Path, s: Settings, resume: bool, signals: Signals):
         """Raises UserError for a folder that holds a run, unless that is to go on."""
@@ -228,7 +252,10 @@ class Keeper:
             yield
 
     def restore(self, settings: dict) -> None:
-        """Go back to the newest checkpoint, if there is one. Settings that were turned are told, and kept."""
+        """Go back to the newest checkpoint, if there is one.
+
+        Settings that were turned are told, and kept.
+        """
         self.saved, name = checkpoint.load(self.folder / "checkpoints")
         if self.saved is None:
             print(f"{self.folder} has no checkpoint yet: from the beginning")
@@ -236,8 +263,8 @@ class Keeper:
         before = self.saved["device"]
         if before != self.made_with["device"]:
             raise UserError(
-                f"{self.folder} was trained on {before}, whose random numbers {self.made_with['device']} cannot go "
-                f"on with: --device {before}"
+                f"{self.folder} was trained on {before}, whose random numbers "
+                f"{self.made_with['device']} cannot go on with: --device {before}"
             )
         if self.saved["data"] != self.made_with["data"]:
             raise UserError(
@@ -263,7 +290,9 @@ class Keeper:
         start = time.monotonic()
         if parallel.rank() == 0:
             self.progress.metrics_size = self.log.size()
-        state = self.made_with | {"progress": asdict(self.progress)} | checkpoint.trainer_state(trainer)
+        state = (
+            self.made_with | {"progress": asdict(self.progress)} | checkpoint.trainer_state(trainer)
+        )
         checkpoint.save(self.folder / "checkpoints", state)
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - start
@@ -273,7 +302,10 @@ class Keeper:
         return time.monotonic() - self.saved_at > max(SAVE_SECONDS, SAVE_RATIO * self.save_seconds)
 
     def resumed(self, trainer):
-        """The trainer of a phase: as it is, or as the checkpoint has it that this run goes on from."""
+        """The trainer of a phase:
+
+        as it is, or as the checkpoint has it that this run goes on from.
+        """
         if self.saved:
             checkpoint.load_trainer(trainer, self.saved)
             self.saved = None
@@ -300,13 +332,20 @@ class Keeper:
             yield from self.bar
 
     def after(self, method: str, step: int, metrics: dict, trainer) -> None:
-        """A step is done: log it, save if it is time, stop if that was asked for or updates come to nothing.
+        """A step is done: log it, save if it is time, stop if that was asked for or updates come to
+        nothing.
 
         metrics: {stage: {name: value}}.
         """
-        values = {f"{stage}/{name}": value for stage, part in metrics.items() for name, value in part.items()}
+        values = {
+            f"{stage}/{name}": value
+            for stage, part in metrics.items()
+            for name, value in part.items()
+        }
         asked = self.signals.asked()
-        asked["save"] = parallel.rank() == 0 and self.save_is_due()  # by the first process's clock alone
+        asked["save"] = (
+            parallel.rank() == 0 and self.save_is_due()
+        )  # by the first process's clock alone
         values = parallel.mean(values | asked)  # one sum over processes for both
         asked = {name: values.pop(name) for name in asked}
         if parallel.rank() == 0:
@@ -322,7 +361,10 @@ class Keeper:
         self.signals.check(asked)
 
     def trouble(self, method: str, step: int, values: dict) -> str | None:
-        """What to turn, if the updates of BAD_STEPS steps in a row were not finite: the rate, or the clip, too."""
+        """What to turn, if the updates of BAD_STEPS steps in a row were not finite:
+
+        the rate, or the clip, too.
+        """
         for stage in ("discriminator", "policy"):
             key = f"{method} {stage}"
             skipped = values.get(f"{stage}/skipped", 0)
@@ -336,9 +378,10 @@ class Keeper:
                 if rate == "policy_lr" and self.s.policy_loss != "exact":
                     advice += " --reward-clip 10"
                 return (
-                    f"{method}: the {stage}'s loss or gradient was not finite in three steps in a row "
-                    f"(step {step}: loss {values[stage + '/loss']:.3g}, norm of the gradient "
-                    f"{values[stage + '/grad_norm']:.3g}). What is saved is as it was after the last good update. "
-                    f"Go on with something turned, for instance: {self.command} {advice}"
+                    f"{method}: the {stage}'s loss or gradient was not finite in three steps in a "
+                    f"row (step {step}: loss {values[stage + '/loss']:.3g}, norm of the gradient "
+                    f"{values[stage + '/grad_norm']:.3g}). What is saved is as it was after the "
+                    f"last good update. Go on with something turned, for instance: {self.command} "
+                    f"{advice}"
                 )
         return None

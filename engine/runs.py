@@ -33,14 +33,17 @@ def run_folder(name: str) -> Path:
     """Where a run is written. Raises UserError for a name that is more than a folder's."""
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise UserError(
-            f"--name '{name}' must be a plain folder name (letters, digits, . _ -): "
-            "the run goes to runs/<name>"
+            f"--name '{name}' must be a plain folder name (letters, digits, . _ -): the run goes "
+            "to runs/<name>"
         )
     return Path("runs") / name
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has come to its end: the results are there, the checkpoints are not there any more."""
+    """Whether a run has come to its end:
+
+    the results are there, the checkpoints are not there any more.
+    """
     return (folder / "results.json").exists() and not (folder / "checkpoints").exists()
 
 
@@ -85,14 +88,15 @@ def saved_settings(folder: Path, given: dict) -> tuple[Settings, str]:
     unlike = TYPES.keys() ^ saved.keys()
     if unlike:
         raise UserError(
-            f"{path} is of another version of train.py (they differ in {', '.join(sorted(unlike))}): "
-            "it cannot go on. Give another --name, or remove that folder"
+            f"{path} is of another version of train.py (they differ in "
+            f"{', '.join(sorted(unlike))}): it cannot go on. Give another --name, or remove that "
+            "folder"
         )
     for name, value in given.items():
         if name not in MAY_CHANGE and saved[name] != value:
             raise UserError(
-                f"{flag(name)} {value} contradicts {path}, which says {saved[name]}: leave it out to go on with "
-                "that run, or start another one under a new --name"
+                f"{flag(name)} {value} contradicts {path}, which says {saved[name]}: leave it out "
+                "to go on with that run, or start another one under a new --name"
             )
     date = saved.pop("date")
     settings = Settings(**saved | given)

@@ -1,4 +1,4 @@
-"""The settings of a run, what each may be, their defaults, and the flags of train.py that are made of them."""
+"""The settings of a run, what each may be, the defaults, and the flags that are made of them."""
 
 import argparse
 from collections.abc import Callable
@@ -41,9 +41,12 @@ class Settings:
     # What to train
     model: str = setting(None, "the policy's start: a folder, or a name on the hub")
     data: str = setting(
-        None, "words, countdown, gsm8k, medreason, a JSON-lines file, or a folder with train, test.jsonl"
+        None,
+        "words, countdown, gsm8k, medreason, a JSON-lines file, or a folder with train, test.jsonl",
     )
-    method: str = setting(None, "sft, sft_fair, likelihood, irl, grpo; some of them (sft,irl); or all")
+    method: str = setting(
+        None, "sft, sft_fair, likelihood, irl, grpo; some of them (sft,irl); or all"
+    )
     demonstrations: int = setting(256, "expert traces to learn from", COUNT)
     seed: int = setting(0, "of the data's order, of sampling, of perturbations")
 
@@ -66,7 +69,9 @@ class Settings:
         ("dense", "interval", "sparse"),
     )
     reward_model: str = setting(None, "the reward's start, if not --model; of the same tokenizer")
-    reward_nll: float = setting(1.0, "weight of the demonstrations' likelihood in the reward's loss")
+    reward_nll: float = setting(
+        1.0, "weight of the demonstrations' likelihood in the reward's loss"
+    )
     rollouts_per_expert: int = setting(
         2, "sampled negatives per demonstration, half of them old; 0: broken copies alone"
     )
@@ -89,8 +94,8 @@ class Settings:
     # Policy
     start: str = setting(
         None,
-        "where IRL's policy starts: at the base, at SFT, or at the reward after its warm-up; if not "
-        "given, at the reward if it can and the model ships here, and at SFT for other models",
+        "where IRL's policy starts: at the base, at SFT, or at the reward after its warm-up; if "
+        "not given, at the reward if it can and the model ships here, and at SFT for other models",
         ("base", "sft", "reward"),
     )
     policy_loss: str = setting(
@@ -100,16 +105,21 @@ class Settings:
     )
     entropy_coef: float = setting(None, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
     gamma: float = setting(
-        None, "discount of later rewards; if not given, 0, or 1 with a score per line or trace", SHARE
+        None,
+        "discount of later rewards; if not given, 0, or 1 with a score per line or trace",
+        SHARE,
     )
     kl_coef: float = setting(0.0, "weight of the KL to the policy's frozen start")
     advantage_scale: str = setting(
         "batch",
-        "advantages are divided by their root mean square over the batch, or over a question's group",
+        "advantages are divided by their root mean square over the batch, or over a question's "
+        "group",
         ("batch", "group"),
     )
     epochs: int = setting(1, "passes over each rollout", COUNT)
-    questions: int = setting(None, "questions per step; SFT takes twice as many demonstrations", COUNT)
+    questions: int = setting(
+        None, "questions per step; SFT takes twice as many demonstrations", COUNT
+    )
     group: int = setting(None, "samples per question (G)", (2, 10**6))
     top_p: float = setting(1.0, "nucleus of training samples", (0.01, 1))
     max_steps: int = setting(None, "policy steps of IRL", COUNT)
@@ -120,7 +130,9 @@ class Settings:
     sft_lr: float = setting(None, "highest learning rate of SFT")
     fair_steps: int = setting(None, "updates of sft_fair", COUNT)
     fair_lr: float = setting(None, "highest learning rate of sft_fair")
-    fair_average: float = setting(None, "share of its start in the weights of sft_fair at the end", SHARE)
+    fair_average: float = setting(
+        None, "share of its start in the weights of sft_fair at the end", SHARE
+    )
     fair_temperature: float = setting(
         None, "what the logits of sft_fair are divided by at the end", POSITIVE
     )
@@ -131,7 +143,9 @@ class Settings:
         0, "tokens per forward pass, rows of similar length together; 0: --micro-batch rows"
     )
     lora_rank: int = setting(
-        0, "adapters of this rank on one frozen base, which policy and reward share; 0: train all weights"
+        0,
+        "adapters of this rank on one frozen base, which policy and reward share; 0: train all "
+        "weights",
     )
     weights: str = setting(
         "auto",
@@ -142,11 +156,15 @@ class Settings:
         False, "keep each layer's input only, and compute the rest again in backward"
     )
     sample_rows: int = setting(
-        512, "responses sampled at once, at least a --group: the size of the cache of keys and values", COUNT
+        512,
+        "responses sampled at once, at least a --group: the size of the cache of keys and values",
+        COUNT,
     )
 
     # Evaluation
-    eval_questions: int = setting(None, "test questions; half of them, at most 250, are reranked", COUNT)
+    eval_questions: int = setting(
+        None, "test questions; half of them, at most 250, are reranked", COUNT
+    )
     test_split: str = setting(
         "test", "where results come from; to choose settings, validation", ("test", "validation")
     )
@@ -174,7 +192,10 @@ class Settings:
 
     @property
     def discriminator_coef(self) -> float:
-        """Weight of the discriminator's own loss: 0 for the method likelihood, which is IRL without it."""
+        """Weight of the discriminator's own loss:
+
+        0 for the method likelihood, which is IRL without it.
+        """
         return float(self.method != "likelihood")
 
     @property
@@ -190,7 +211,7 @@ MAY_BE = {
     if f.metadata["may_be"] or f.type in (int, float)
 }
 
-# --- defaults: for any model, for a task, for a base that ships --------------------------------------------
+# --- defaults: for any model, for a task, for a base that ships -----------------------------------
 
 # For a pretrained model of some size. The rates are the customary ones: they are not tuned here.
 PRETRAINED = dict(
@@ -220,9 +241,9 @@ PRETRAINED = dict(
 # What a task asks of the method, whatever the model.
 TASKS = {
     "words": dict(),
-    # Finished traces are judged: the paper's head, one score per trace. It stands still while the policy
-    # practises on it, and all but its sign is clipped: what it says beyond right or wrong is noise
-    # (docs/collapses.md).
+    # Finished traces are judged: the paper's head, one score per trace. It stands still while the
+    # policy practises on it, and all but its sign is clipped: what it says beyond right or wrong is
+    # noise (docs/collapses.md).
     "countdown": dict(
         extra_questions=3000,
         max_new_tokens=48,
@@ -263,7 +284,8 @@ TUNED = {
         micro_batch=96,
         eval_questions=500,
     ),
-    # SFT's are what experiments/choose.py found for 64 demonstrations. GRPO gets IRL's steps and rate.
+    # SFT's are what experiments/choose.py found for 64 demonstrations. GRPO gets IRL's steps and
+    # rate.
     "countdown-base": dict(
         method="all",
         demonstrations=64,
@@ -288,17 +310,24 @@ TUNED = {
         eval_questions=500,
     ),
 }
-BASES = {"words": "base", "countdown": "countdown-base"}  # the base that ships for each embedded task
+BASES = {
+    "words": "base",
+    "countdown": "countdown-base",
+}  # the base that ships for each embedded task
 LORA_RATES = 10  # adapters learn at rates so many times as high: customary, too
 
 
 def preset(model: str, data: str) -> dict:
-    """The defaults for a model on a task: the pretrained model's, the task's, those of a base that ships."""
+    """The defaults for a model on a task:
+
+    the pretrained model's, the task's, those of a base that ships.
+    """
     return PRETRAINED | TASKS.get(data, {}) | TUNED.get(model, {})
 
 
 def complete(given: dict, explain: bool = False) -> Settings:
-    """All settings from those that were given. explain: for --explain, which trains no SFT to start at.
+    """All settings from those that were given. explain: for --explain, which trains no SFT to start
+    at.
 
     What was not given comes from `preset`, and then from what is decided so far. Raises UserError.
     """
@@ -326,7 +355,9 @@ def complete(given: dict, explain: bool = False) -> Settings:
         s.reward_lr = 0.0
         s.warm_up = 0
     if s.start is None:
-        if not ships and not explain:  # a pretrained model hardly ever writes the demonstrations' format
+        if (
+            not ships and not explain
+        ):  # a pretrained model hardly ever writes the demonstrations' format
             s.start = "sft"
         elif ships and can_start_at_reward(s):
             s.start = "reward"
@@ -337,7 +368,7 @@ def complete(given: dict, explain: bool = False) -> Settings:
     return s
 
 
-# --- what goes together ------------------------------------------------------------------------------------
+# --- what goes together ---------------------------------------------------------------------------
 
 
 def scores_all_actions(s: Settings) -> bool:
@@ -346,7 +377,10 @@ def scores_all_actions(s: Settings) -> bool:
 
 
 def sums_all(s: Settings) -> bool:
-    """Whether the policy's loss hangs on no sampled token: f of every action, and nothing that follows."""
+    """Whether the policy's loss hangs on no sampled token:
+
+    f of every action, and nothing that follows.
+    """
     return s.policy_loss == "exact" and not s.gamma and not s.kl_coef
 
 
@@ -365,8 +399,11 @@ def refuse(wrong: bool, why: str) -> None:
         raise UserError(why)
 
 
-def check_values(values: dict, may_be: dict[str, tuple], shown: Callable[[str], str] | None = None) -> None:
-    """Refuse the first value that is not one of some strings, or a number from, to. None is left out.
+def check_values(
+    values: dict, may_be: dict[str, tuple], shown: Callable[[str], str] | None = None
+) -> None:
+    """Refuse the first value that is not one of some strings, or a number from, to. None is left
+    out.
 
     shown: what the name of a value is called in the message; a flag, if not given.
 
@@ -394,7 +431,11 @@ def check_given(given: dict, s: Settings) -> None:
     old = s.rollouts_per_expert // 2  # of the negatives
     for name, changes_nothing, beside in (
         ("entropy_coef", s.logit == "gail", "--logit gail"),
-        ("replay", not old, f"--rollouts-per-expert {s.rollouts_per_expert}, half of it, rounded down"),
+        (
+            "replay",
+            not old,
+            f"--rollouts-per-expert {s.rollouts_per_expert}, half of it, rounded down",
+        ),
         ("reward_clip", sums_all(s), "--policy-loss exact, which sums f itself"),
         ("reward_lr", s.reward == "random", "--reward random"),
     ):
@@ -417,40 +458,42 @@ def check(s: Settings) -> None:
     )
     refuse(
         "irl" in s.methods and not s.rollouts_per_expert and not s.perturbed,
-        "--rollouts-per-expert 0 and --perturbed 0 leave the discriminator no negatives: give one of them",
+        "--rollouts-per-expert 0 and --perturbed 0 leave the discriminator no negatives: give one "
+        "of them",
     )
     refuse(
         "likelihood" in s.methods and not s.can_train_likelihood,
-        "--method likelihood trains the likelihood alone, which takes --reward likelihood and a --reward-nll "
-        "above 0",
+        "--method likelihood trains the likelihood alone, which takes --reward likelihood and a "
+        "--reward-nll above 0",
     )
     refuse(
         s.policy_loss == "exact" and not scores_all_actions(s),
-        "--policy-loss exact sums f over the whole vocabulary, which takes --reward likelihood, --logit airl "
-        "and --granularity dense: with others use --policy-loss ppo",
+        "--policy-loss exact sums f over the whole vocabulary, which takes --reward likelihood, "
+        "--logit airl and --granularity dense: with others use --policy-loss ppo",
     )
     refuse(
         s.start == "reward" and not can_start_at_reward(s),
-        "--start reward takes --reward likelihood, --logit airl, --granularity dense, --gamma 0, --reward-nll "
-        "and --entropy-coef above 0, and no other --reward-model",
+        "--start reward takes --reward likelihood, --logit airl, --granularity dense, --gamma 0, "
+        "--reward-nll and --entropy-coef above 0, and no other --reward-model",
     )
     refuse(
         "irl" in s.methods and s.granularity != "dense" and s.gamma == 0,
-        f"--gamma 0 pays each token for its own score alone, and with --granularity {s.granularity} most have "
-        "none: leave it out, or give --gamma 1",
+        "--gamma 0 pays each token for its own score alone, and with --granularity "
+        f"{s.granularity} most have none: leave it out, or give --gamma 1",
     )
     refuse(
         "irl" in s.methods and s.epochs > 1 and s.policy_loss != "ppo" and not sums_all(s),
-        f"--epochs {s.epochs} takes --policy-loss ppo, whose ratio accounts for samples of an earlier policy",
+        f"--epochs {s.epochs} takes --policy-loss ppo, whose ratio accounts for samples of an "
+        "earlier policy",
     )
     refuse(
         s.weights == "bf16" and not s.lora_rank,
-        "--weights bf16 is for a frozen base, with --lora-rank: weights that train are float32, or small "
-        "steps would vanish",
+        "--weights bf16 is for a frozen base, with --lora-rank: weights that train are float32, "
+        "or small steps would vanish",
     )
 
 
-# --- the command line --------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 DESCRIPTION = """\
 Train a policy and a reward from solved problems, test them, and write runs/<name>/report.html.
@@ -487,7 +530,10 @@ def flag(name: str) -> str:
 
 
 def default_of(f) -> str:
-    """What a setting is if nobody gives it, for --help: one value, or one for each kind of model."""
+    """What a setting is if nobody gives it, for --help:
+
+    one value, or one for each kind of model.
+    """
     presets = {
         "words": preset("base", "words"),
         "countdown": preset("countdown-base", "countdown"),
@@ -520,11 +566,21 @@ def make_parser() -> Parser:
         elif f.type is str and f.metadata["may_be"]:
             group.add_argument(flag(f.name), choices=f.metadata["may_be"], help=text)
         else:
-            group.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(), help=text)
-    what.add_argument("--name", default="demo", help="the run is written to runs/<name> (default: demo)")
-    what.add_argument("--resume", action="store_true", help="go on with runs/<name> as it was begun")
-    what.add_argument("--explain", action="store_true", help="print one step of IRL in numbers, and no more")
-    what.add_argument("--device", default="auto", choices=DEVICES, help="where to compute (default: auto)")
+            group.add_argument(
+                flag(f.name), type=f.type, metavar=f.type.__name__.upper(), help=text
+            )
+    what.add_argument(
+        "--name", default="demo", help="the run is written to runs/<name> (default: demo)"
+    )
+    what.add_argument(
+        "--resume", action="store_true", help="go on with runs/<name> as it was begun"
+    )
+    what.add_argument(
+        "--explain", action="store_true", help="print one step of IRL in numbers, and no more"
+    )
+    what.add_argument(
+        "--device", default="auto", choices=DEVICES, help="where to compute (default: auto)"
+    )
     return parser
 
 

@@ -13,6 +13,10 @@ import sys
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
 import train
+from engine import keeper
+
+keeper.SAVE_SECONDS = 0  # a checkpoint after every step
+keeper.SAVE_RATIO = 0
 
 for line in sys.stdin:
     job = json.loads(line)

@@ -31,11 +31,15 @@ from engine.keeper import Keeper, Log, Signals, Stopped, in_one_line
 from engine.runs import saved_settings
 from engine.settings import complete, flag, parse_flags, parse_settings
 
-EVALUATION = "--eval-questions 4 --eval-samples 1 --rerank-questions 4 --rerank-n 2 --max-new-tokens 12 --device cpu"
-ALL = (f"--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 "
-       f"--max-steps 4 --grpo-steps 4 --validate-every 4 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
-IRL = (f"--method irl --demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 2 --warm-up 2 "
-       f"--max-steps 3 --validate-every 0 --checkpoint-every 1 {EVALUATION}").split()  # fmt: skip
+EVALUATION = "--eval-questions 4 --max-new-tokens 12 --device cpu"
+ALL = (
+    "--demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 4 --fair-steps 2 --warm-up 3 "
+    f"--max-steps 4 --grpo-steps 4 {EVALUATION}"
+).split()
+IRL = (
+    "--method irl --demonstrations 16 --extra-questions 4 --questions 4 --group 2 --sft-steps 2 --warm-up 2 "
+    f"--max-steps 3 {EVALUATION}"
+).split()
 RESUME = ["--resume", "--name", "demo"]
 KILLS = 10
 RUN = Path("runs/demo")
@@ -194,6 +198,12 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(undisturbed, runners
 
 
 # --- the same in one process --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def a_checkpoint_after_every_step(monkeypatch):
+    monkeypatch.setattr(keeper, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(keeper, "SAVE_RATIO", 0)
 
 
 @pytest.fixture
@@ -372,7 +382,7 @@ def test_a_step_is_finished_first_and_a_second_signal_does_not_wait(monkeypatch)
         time.sleep(0.01)  # nothing happens in the middle of a step
         with pytest.raises(Stopped) as stopped:
             signals.check()
-        assert stopped.value.args[0] == 143
+        assert stopped.value.status == 143
         with pytest.raises(SystemExit) as left:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -415,9 +425,9 @@ def test_a_file_that_the_system_refuses_to_grow(here, finished, capsys, bytes, f
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, limits[1]))
     try:
         if file == "metrics.jsonl":
-            with pytest.raises(UserError, match="cannot write to"), in_one_line(parse_settings(IRL)):
+            with pytest.raises(UserError, match="cannot write to"), in_one_line(parse_settings(IRL), RUN):
                 for step in range(100):
-                    log.write("irl", step, {"policy/loss": 0.5}, keeper.tqdm(disable=True))
+                    log.write("irl", step, {"policy/loss": 0.5})
             return
         assert train.main(IRL) == 2
     finally:
@@ -493,7 +503,8 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
     with monkeypatch.context() as patch:
         make_nan(patch, (1, 2, 3), stage)
         capsys.readouterr()
-        assert train.main([*RESUME, "--checkpoint-every", "1000"]) == 2
+        patch.setattr(keeper, "SAVE_SECONDS", 1000)
+        assert train.main(RESUME) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: irl: the {stage}'s loss or gradient was not finite in three steps in a row (step 3")
     half = f"{flag(rate)} {getattr(parse_settings(IRL), rate) / 2:g}" + " --reward-clip 10" * bool(flags)
@@ -510,14 +521,14 @@ def test_three_bad_steps_in_a_row_end_the_run_with_a_diagnosis(here, monkeypatch
 @pytest.mark.parametrize("flags, message", [
     ("--group 4", "--group 4 contradicts runs/demo/settings.json, which says 2"),
     ("--policy-loss ppo", "--policy-loss ppo contradicts runs/demo/settings.json, which says exact"),
-    ("--explain", "--explain True contradicts"), ("--gamma 0.5", "--gamma 0.5 contradicts"),
+    ("--gamma 0.5", "--gamma 0.5 contradicts"),
     ("--name elsewhere", "nothing to resume: there is no runs/elsewhere/settings.json"),
     ("--micro-batch 0", "--micro-batch must be from 1 to"), ("--resmue", "did you mean '--resume'?"),
 ])  # fmt: skip
 def test_flags_that_cannot_be_resumed_with(here, monkeypatch, capsys, flags, message):
     RUN.mkdir(parents=True)
     settings = parse_settings(IRL)
-    (RUN / "settings.json").write_text(json.dumps(vars(settings)))
+    (RUN / "settings.json").write_text(json.dumps(asdict(settings) | {"date": "2001-02-03"}))
     assert train.main([*RESUME, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -525,15 +536,16 @@ def test_flags_that_cannot_be_resumed_with(here, monkeypatch, capsys, flags, mes
 
 def test_a_run_keeps_its_date(here, monkeypatch):
     """What a chat template tells about today is the day of the run's start, however late it goes on."""
-    given = parse_flags(["--name", "dated", "--date", "2001-02-03"])
-    Path("runs/dated").mkdir(parents=True)
-    Path("runs/dated/settings.json").write_text(json.dumps(asdict(complete(given))))
-    assert saved_settings({"name": "dated"}).date == "2001-02-03"
-    assert complete({}).date == datetime.date.today().isoformat()
+    RUN.mkdir(parents=True)
+    (RUN / "settings.json").write_text(json.dumps(asdict(complete({})) | {"date": "2001-02-03"}))
+    assert saved_settings(RUN, {}) == (complete({}), "2001-02-03")
+    run = train.Run(parse_settings(IRL), device="cpu", date="2001-02-03")
+    assert str(run.tokenizer.date) == "2001-02-03"
+    assert train.Run(parse_settings(IRL), device="cpu").date == datetime.date.today().isoformat()
 
 
 def test_zero_is_a_value():
-    assert parse_flags(["--gamma", "0", "--extra-questions", "0"]) == {"gamma": 0.0, "extra_questions": 0}
+    assert parse_flags(["--gamma", "0", "--extra-questions", "0"]).given == {"gamma": 0.0, "extra_questions": 0}
 
 
 def test_an_unfinished_run_is_not_started_again_and_a_finished_one_not_resumed(here, monkeypatch, capsys):
@@ -615,12 +627,13 @@ def test_a_folder_is_there_complete_or_not_at_all(tmp_path):
 
 
 def test_saving_by_the_clock_takes_a_fiftieth_of_the_time(monkeypatch):
+    monkeypatch.setattr(keeper, "SAVE_SECONDS", 15)
+    monkeypatch.setattr(keeper, "SAVE_RATIO", 50)
     run = object.__new__(Keeper)
-    run.s, run.saved_at, run.save_seconds = parse_settings([]), 100.0, 2.0
+    run.saved_at = 100.0
+    run.save_seconds = 2.0
     for now, due in ((116.0, False), (199.0, False), (201.0, True)):
         monkeypatch.setattr(keeper.time, "monotonic", lambda now=now: now)
-        assert run.save_is_due(1) is due
+        assert run.save_is_due() is due
     run.save_seconds = 0.01
-    assert run.save_is_due(1)
-    run.s.checkpoint_every = 10
-    assert [step for step in range(1, 31) if run.save_is_due(step)] == [10, 20, 30]
+    assert run.save_is_due()
