@@ -553,7 +553,7 @@ def default_of(f) -> str:
 
 def make_parser() -> Parser:
     """The parser of train.py's flags."""
-    parser = Parser(DESCRIPTION, usage="%(prog)s [flags]")
+    parser = Parser(DESCRIPTION, usage="train.py [flags]")
     first, *others = GROUPS.values()
     what = parser.add_argument_group(first)
     group = what

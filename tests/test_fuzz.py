@@ -323,7 +323,8 @@ def test_settings_of_a_run(survives, tmp_path_factory):
         lambda deep: b'{"model": ' + b"[" * deep + b"]" * deep + b"}"))  # fmt: skip
     def check(content):
         (run / "settings.json").write_bytes(content)
-        survives(read_settings, run)
+        found = survives(read_settings, run)
+        assert found is None or all(type(found[name]) is type(SETTINGS[name]) for name in SETTINGS)
         survives(load_run, run)
 
     check()

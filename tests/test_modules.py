@@ -79,6 +79,15 @@ def test_no_module_imports_itself_by_a_detour():
     assert not left, f"these import each other: {left}"
 
 
+def test_engine_imports_nothing_from_above():
+    """Where candidates come from, and what a sample is, still belong to reranking and to the policy."""
+    above = set()
+    for path in (ROOT / "engine").glob("*.py"):
+        if any(name.split(".")[0] != "engine" for name in imports_of(path)):
+            above.add(path.stem)
+    assert above <= {"candidates", "sampler"}
+
+
 @pytest.mark.parametrize("module", sorted(TOP - {"train"}))
 def test_the_table_on_top_names_what_is_there(module):
     """Each equation's row ends with the names of its functions, here or `module.name`, and of its tests, maybe cut by '..'."""
