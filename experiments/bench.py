@@ -403,7 +403,7 @@ def our_steps(work: Work) -> dict[str, Callable]:
     import baselines
 
     run = work.run()
-    grpo, loop = baselines.GRPO(run.mine, run.tokenizer, run.to_train(), run.answered), run.make_loop()
+    grpo, loop = baselines.GRPO(run.process_settings, run.tokenizer, run.to_train(), run.answered), run.make_loop()
     return {"grpo": lambda: (grpo.step(), None)[1], "irl": lambda: (loop.step(), None)[1]}
 
 
