@@ -234,25 +234,26 @@ def load_fitting(
     kept: list[Example] = []
     unwritten: list[Example] = []
     tried: list[Example] = []
+    wanted = count
     while len(kept) < count:
         # a longer list begins with the shorter one: what is new are the examples after those that were tried
         try:
-            loaded = load_examples(source, split, len(tried) + count - len(kept), *problems, in_words=in_words)
+            loaded = load_examples(source, split, len(tried) + wanted, *problems, in_words=in_words)
         except UserError:
             if not tried:
                 raise
             break  # no more different problems can be made
         fresh = loaded[len(tried) :]
-        if not fresh:
-            break
         short, strange = written_and_short(tokenizer, fresh, context, new_tokens)
         kept += short
         unwritten += strange
         tried += fresh
-        if not short:  # made problems never run out: where none of these fits, none will
+        if not short:  # the data is at its end; or it is made and never ends, and none of so many fits
             break
+        wanted = max(count - len(kept), 50)
     check_fitting(tried, kept, unwritten, context)
-    return kept, len(tried) - len(kept)
+    dropped = len(tried) - len(kept)
+    return kept[:count], dropped
 
 
 # 3. Batches ---------------------------------------------------------------------------------------------------------

@@ -585,7 +585,7 @@ def test_two_processes_do_not_go_on_with_one_run(here, finished, monkeypatch, ca
 def test_other_examples_are_refused(here, monkeypatch, capsys):
     interrupt(monkeypatch)
     real = data.load_examples
-    monkeypatch.setattr(data, "load_examples", lambda *args: real(*args)[::-1])
+    monkeypatch.setattr(data, "load_examples", lambda *args, **options: real(*args, **options)[::-1])
     assert train.main(RESUME) == 2
     assert "the examples of words are not those that runs/demo was started with" in capsys.readouterr().err
 
