@@ -4,7 +4,7 @@ Algorithm 1 (arXiv 2510.01857) ends with a reward. Its first use is in the loop:
 its second and third; nothing is trained here. The reward is f, the model's own score. AIRL's r = f - log pi compares with
 the policy of the last training step; f asks no policy, and can judge anybody's samples. No verifier takes part in choosing:
 the true answer is read only to say how often the choice was right. Who wrote the candidates, and what each model says about
-their tokens, is in engine/candidates.py.
+their tokens, is in candidates.py.
 
     equation or rule                       source                      function, and its test: tests/test_rerank.py, test_..
     mean r of a trace; last, lowest, ..    2510.01857 v2: the mean     trace_scores       trace_scores_by_hand
@@ -36,8 +36,7 @@ from torch.nn.functional import one_hot, pad
 import data
 import policy
 import reward
-from engine import loading
-from engine.candidates import (
+from candidates import (
     Candidates,
     Reading,
     collect,
@@ -47,9 +46,10 @@ from engine.candidates import (
     signals,
     without_cut_off,
 )
-from engine.chat import check_text
+from engine import loading
+from engine.chat import check_text, set_date
 from engine.errors import Parser, UserError, exit_status
-from engine.runs import load_run
+from engine.runs import read_settings
 from engine.settings import DEVICES, RULES, check_values
 from show.tables import show_choices, show_results
 from tasks import countdown, records
@@ -480,6 +480,21 @@ def load_judges(run: Path, tokenizer, temperature: float, device) -> dict:
             if name == "sft_fair":
                 policy.divide_logits(judges[signal], 1 / temperature)
     return judges
+
+
+def load_run(run: Path, device="cpu") -> tuple[reward.Discriminator, object, dict]:
+    """(discriminator, tokenizer, settings) of a finished run of train.py."""
+    settings = read_settings(run)
+    if not (run / "reward").is_dir():
+        raise UserError(f"run folder {run} holds no reward/: was it trained to its end, with --method irl or all?")
+    tokenizer = loading.load_tokenizer(str(run / "reward"))
+    set_date(tokenizer, settings.get("date"))
+    model = reward.load_reward(settings["reward"], str(run / "reward"), device)
+    vocabulary = model.model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
+    kind = (settings[name] for name in ("logit", "granularity", "interval"))
+    return reward.make_discriminator(model, tokenizer, *kind), tokenizer, settings
 
 
 def models_of_run(run: Path, policy_name: str, device):

@@ -1,4 +1,4 @@
-"""A run's folder as it is read: where it is, whether it is finished, its settings, the reward in it."""
+"""A run's folder as it is read: where it is, whether it is finished, its settings."""
 
 import json
 import os
@@ -6,9 +6,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import reward
-from engine import loading
-from engine.chat import set_date
 from engine.errors import UserError
 from engine.settings import MAY_BE, Settings, check, check_values, flag
 
@@ -68,18 +65,3 @@ def saved_settings(given: dict) -> Settings:
     settings = Settings(**saved | given)
     check(settings)
     return settings
-
-
-def load_run(run: Path, device="cpu") -> tuple[reward.Discriminator, object, dict]:
-    """(discriminator, tokenizer, settings) of a finished run of train.py."""
-    settings = read_settings(run)
-    if not (run / "reward").is_dir():
-        raise UserError(f"run folder {run} holds no reward/: was it trained to its end, with --method irl or all?")
-    tokenizer = loading.load_tokenizer(str(run / "reward"))
-    set_date(tokenizer, settings.get("date"))
-    model = reward.load_reward(settings["reward"], str(run / "reward"), device)
-    vocabulary = model.model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
-    kind = (settings[name] for name in ("logit", "granularity", "interval"))
-    return reward.make_discriminator(model, tokenizer, *kind), tokenizer, settings

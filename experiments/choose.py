@@ -19,8 +19,8 @@ import torch
 
 import baselines
 import train
+from candidates import collect
 from engine import loading, lora
-from engine.candidates import collect
 from engine.errors import UserError
 from engine.settings import parse_settings
 from experiments import store

@@ -13,8 +13,8 @@ import torch
 import data
 import rerank
 import reward
+from candidates import collect
 from engine import loading
-from engine.candidates import collect
 from engine.errors import UserError
 from experiments import store, trials
 

@@ -51,8 +51,8 @@ import policy
 import rerank
 import reward
 import train
+from candidates import collect, from_texts, reward_ends
 from engine import checkpoint, loading, lora
-from engine.candidates import collect, from_texts, reward_ends
 from engine.chat import at_date, token_ids
 from engine.errors import Parser, UserError, exit_status, nearest
 from engine.runs import MAY_CHANGE

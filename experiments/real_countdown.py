@@ -33,8 +33,8 @@ import irl
 import logprob
 import rerank
 import train
+from candidates import Candidates, collect, signals, without_cut_off
 from engine import chat, loading, lora, sampler
-from engine.candidates import Candidates, collect, signals, without_cut_off
 from engine.errors import Parser, UserError, exit_status
 from engine.settings import parse_settings
 

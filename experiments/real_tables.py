@@ -26,7 +26,7 @@ import torch
 
 import data
 import rerank
-from engine.candidates import Candidates
+from candidates import Candidates
 from experiments import steps, store, tables
 
 SHOTS = 4  # worked examples before a question

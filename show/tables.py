@@ -4,7 +4,7 @@ import torch
 
 import data
 import reward
-from engine.candidates import Candidates, natural_errors, per_token_likelihood, signals
+from candidates import Candidates, natural_errors, per_token_likelihood, signals
 from engine.errors import printable
 from engine.settings import METHODS
 

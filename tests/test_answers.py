@@ -8,8 +8,8 @@ import pytest
 
 import data
 import rerank
+from candidates import Candidates
 from data import Example
-from engine.candidates import Candidates
 from engine.errors import UserError
 from tasks import answers, formulas
 from tasks.answers import extract_answer, odd_answers, option_of, same_answer

@@ -10,8 +10,8 @@ import torch
 import data
 import negatives
 import rerank
+from candidates import collect
 from engine import loading
-from engine.candidates import collect
 from engine.chat import token_ids
 from tasks import countdown
 from tasks.common import Solution, first_difference, wrong_digit

@@ -11,9 +11,9 @@ import pytest
 from conftest import SHARED
 
 import data
+from candidates import from_texts
 from data import Example
 from engine import loading
-from engine.candidates import from_texts
 from engine.chat import chat_text, control_tokens, set_date, token_ids
 from engine.errors import UserError
 from engine.settings import TASKS

@@ -27,8 +27,9 @@ import reward
 from data import Example
 from engine import loading
 from engine.errors import UserError, exit_status
-from engine.runs import load_run, read_settings
+from engine.runs import read_settings
 from experiments.picture import picture
+from rerank import load_run
 from show import report, trace
 from show.report import chart, histogram
 from tasks import records, words

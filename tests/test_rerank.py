@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import demonstrations
 import torch
+from conftest import demonstrations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -21,9 +21,17 @@ import data
 import policy
 import rerank
 import reward
+from candidates import (
+    Candidates,
+    collect,
+    from_texts,
+    natural_errors,
+    reward_ends,
+    signals,
+    without_cut_off,
+)
 from data import Batch, Example
 from engine import loading
-from engine.candidates import Candidates, collect, from_texts, natural_errors, reward_ends, signals, without_cut_off
 from engine.errors import UserError
 from show.tables import show_traces
 from show.trace import token_scores

@@ -21,8 +21,8 @@ import irl
 import train
 from engine import loading, lora, sampler
 from engine.errors import UserError, exit_status
-from engine.runs import load_run
 from engine.settings import Settings, parse_settings
+from rerank import load_run
 from show import trace as trace_of
 from tasks.common import split_of
 
