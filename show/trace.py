@@ -12,7 +12,7 @@ import data
 import reward
 from engine import loading
 from engine.errors import Parser, UserError, exit_status, printable
-from engine.runs import load_run
+from rerank import load_run
 
 
 def colour(text: str, value: float, scale: float) -> str:
