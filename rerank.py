@@ -483,18 +483,19 @@ def load_judges(run: Path, tokenizer, temperature: float, device) -> dict:
 
 
 def load_run(run: Path, device="cpu") -> tuple[reward.Discriminator, object, dict]:
-    """(discriminator, tokenizer, settings) of a finished run of train.py."""
+    """(discriminator, tokenizer, settings) of a finished run of train.py. Raises UserError."""
     settings = read_settings(run)
-    if not (run / "reward").is_dir():
+    folder = run / "reward"
+    if not folder.is_dir():
         raise UserError(f"run folder {run} holds no reward/: was it trained to its end, with --method irl or all?")
-    tokenizer = loading.load_tokenizer(str(run / "reward"))
+    tokenizer = loading.load_tokenizer(str(folder))
     set_date(tokenizer, settings.get("date"))
-    model = reward.load_reward(settings["reward"], str(run / "reward"), device)
+    model = reward.load_reward(settings["reward"], str(folder), device)
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
-    kind = (settings[name] for name in ("logit", "granularity", "interval"))
-    return reward.make_discriminator(model, tokenizer, *kind), tokenizer, settings
+    discriminator = reward.make_discriminator(model, tokenizer, settings["logit"], settings["granularity"])
+    return discriminator, tokenizer, settings
 
 
 def models_of_run(run: Path, policy_name: str, device):
@@ -539,16 +540,16 @@ def main(argv: list[str] | None = None) -> None:
     else:
         policy_model, tokenizer = loading.load_policy(loading.BASE, device)
         models, discriminator, judges = [policy_model], None, {}
-        settings = {"model": "base", "data": "words", "words_steps": 3, "words_largest": 40, "max_new_tokens": 64}
+        settings = {"model": "base", "data": "words", "max_new_tokens": 64}
     context = min(map(loading.context_length, models))
     if given:
         candidates = from_texts(tokenizer, *given, context)
         tokens = int(candidates.batch.response_mask.sum())
         print(f"{args.candidates} is text, whoever wrote it: {tokens} tokens of the run's own tokenizer are judged")
     else:
-        words, new_tokens = (settings["words_steps"], settings["words_largest"]), settings["max_new_tokens"]
+        new_tokens = settings["max_new_tokens"]
         in_words = settings["model"] not in loading.SHIPPED
-        examples = data.load_examples(settings["data"], "test", args.questions, args.seed, *words, in_words)
+        examples = data.load_examples(settings["data"], "test", args.questions, args.seed, in_words=in_words)
         examples, dropped = data.fit_context(tokenizer, examples, context, new_tokens)
         if dropped:
             print(f"{dropped} questions are too long for the models' context of {context} tokens: skipped")

@@ -12,10 +12,10 @@ class UserError(Exception):
 
 
 def exit_status(program: Callable[[], object]) -> int:
-    """Run a command line's `program`: 0, or 2 after one line that says what was wrong with the input. What the terminal's
-    encoding lacks (ASCII, Windows code pages) is printed as an escape."""
+    """Run a command line's `program`: 0, or 2 after one line that says what was wrong."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams have none, and need none
+            # What the terminal's encoding lacks (ASCII, Windows code pages) becomes an escape.
             stream.reconfigure(errors="backslashreplace")
     try:
         program()
@@ -24,26 +24,33 @@ def exit_status(program: Callable[[], object]) -> int:
         line = " ".join(str(error).splitlines())  # a file's name or content may hold newlines
         print(f"error: {printable(line)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `| head` has read enough; the interpreter would say so once more at its end
+    except BrokenPipeError:
+        # `| head` has read enough. The interpreter would say so once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
+# Control characters but for the newline, and those that turn the direction of writing round: the
+# rest of a line could seem another text.
+CONTROL = (
+    *range(10),
+    *range(11, 32),
+    *range(127, 160),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+)
+ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in CONTROL}
+
+
 def printable(text: str) -> str:
-    r"""`text` with its control characters in hex, newlines excepted: a trace must not move the cursor, ring, or retitle
-    the window of whoever prints it.
+    r"""`text` with its control characters as escapes, newlines excepted.
+
+    A trace must not move the cursor, ring, or retitle the window of whoever prints it.
 
     >>> printable("1\n2\x1b[2J")
     '1\n2\\x1b[2J'
     """
-    return text.translate(CONTROL)
-
-
-# Control characters, and those that turn the direction of writing round (the rest of a line could seem another text).
-CONTROL = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (*range(10), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+    return text.translate(ESCAPES)
 
 
 def nearest(word: str, choices) -> str:
@@ -57,18 +64,15 @@ def nearest(word: str, choices) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but what is wrong is a UserError, and an unknown flag is told its nearest neighbour."""
+    """argparse, but what is wrong is a UserError."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str, usage: str | None = None):
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            usage=usage, description=description, allow_abbrev=False, formatter_class=style
+        )
 
-    def error(self, message: str):  # argparse's own complaints
-        raise UserError(message)
+    def error(self, message: str):
+        raise UserError(f"{message}: see --help")
 
-    def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        """The arguments (by default the command line's) as a namespace."""
-        known, unknown = self.parse_known_args(arguments)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            raise UserError(f"unknown flag {flag}{nearest(flag, self._option_string_actions)}: see --help")
-        return known
+    parse = argparse.ArgumentParser.parse_args

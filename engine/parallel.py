@@ -1,22 +1,26 @@
-"""Many GPUs: torchrun --nproc-per-node=N train.py ... On several machines, all in one folder that they share.
+"""Many GPUs: torchrun --nproc-per-node=N train.py ... On several machines, in a folder they share.
 
-Every process ("rank") holds whole models and answers its own share of the questions: it keeps their demonstrations and
-their replay, and samples with its own random numbers. The ranks meet in five places:
+Every process ("rank") holds whole models and answers its own share of the questions: it keeps their
+demonstrations and their replay, and samples with its own random numbers. The ranks meet in five
+places:
 
-    total, total_of    what a loss is divided by is counted over all ranks: their losses sum to one process's on all rows
-    lowest             below which a trace that was cut off is paid: it is the same on all ranks
+    total, total_of    what a loss is divided by is counted over all ranks: their losses sum to the
+                       loss of one process on all rows
+    lowest             below which a trace that was cut off is paid: the same on all ranks
     sum_gradients      once per optimizer step
     make_optimizer     each rank keeps AdamW's states for 1/N of the weights, and steps these
-    rows, mean         evaluation, and the metrics that are logged; what else a step's end has to agree on comes with them
+    rows, mean         evaluation, and the metrics that are logged; what else all have to agree on
+                       at a step's end comes with them
 
-DistributedDataParallel and FSDP2 hang communication on a module's forward and backward, of which all ranks must then make the
-same number; here a rank samples until its own longest response has ended, and losses go around the model's forward.
+DistributedDataParallel and FSDP2 hang communication on a module's forward and backward, of which
+all ranks must then make the same number. Here a rank samples until its own longest response has
+ended, and losses go around the model's forward.
+
 Without torchrun every function returns what it was given.
 """
 
 import os
 import sys
-import uuid
 from pathlib import Path
 
 import torch
@@ -26,17 +30,20 @@ from engine.errors import UserError
 
 
 def start(device: str) -> None:
-    """Join the other processes, where torchrun has started any (it sets WORLD_SIZE, RANK and LOCAL_RANK)."""
+    """Join the other processes if torchrun, which sets these variables, has started any."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    on_gpu, local = device in ("auto", "cuda") and torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-    if on_gpu and local >= torch.cuda.device_count():
-        raise UserError(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPUs that are here")
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(local)  # "cuda" is this one from now on
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node is more than the {torch.cuda.device_count()} GPUs that are here"
+            )
+        torch.cuda.set_device(local_rank)  # "cuda" is this one from now on
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # one prints; errors, which may be one's alone, are on stderr
+    if rank() > 0:  # one prints; errors, which may be one's alone, go to stderr
+        sys.stdout = open(os.devnull, "w")
 
 
 def leave() -> None:
@@ -60,21 +67,21 @@ def rank() -> int:
 
 def resume_command(name: str) -> str:
     """What a run goes on with."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # torchrun's
-    program = "python" if world() == 1 else f"torchrun --nproc-per-node={per_node}"
-    if per_node < world():
-        program += f" --nnodes={world() // per_node}"
+    program = "python"
+    if world() > 1:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # torchrun's
+        program = f"torchrun --nproc-per-node={per_node}"
+        if per_node < world():
+            program += f" --nnodes={world() // per_node}"
     return f"{program} train.py --resume --name {name}"
 
 
 def check_same_folder(folder: Path) -> None:
-    """Refuse processes on several machines that do not see the same files: a checkpoint is written by all of them, and its
-    models by rank 0 alone. UserError on every rank."""
-    if world() == 1:
-        return
-    names = [f".seen-by-all-{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(names)  # rank 0's
-    mark = folder / names[0]
+    """Refuse processes on several machines that do not see the same files. UserError on every rank.
+
+    A checkpoint is written by all of them, and its models by rank 0 alone.
+    """
+    mark = folder / ".seen-by-all"
     if rank() == 0:
         mark.touch()
     wait()
@@ -82,8 +89,10 @@ def check_same_folder(folder: Path) -> None:
     if rank() == 0:
         mark.unlink()
     if blind:
-        raise UserError(f"{blind:.0f} of {world()} processes do not see {folder} of the first one: on several machines start "
-                        "torchrun in a folder that all of them share (a network disk)")  # fmt: skip
+        raise UserError(
+            f"{blind:.0f} of {world()} processes do not see {folder} of the first one: on several "
+            "machines start torchrun in a folder that all of them share (a network disk)"
+        )
 
 
 def wait() -> None:
@@ -98,18 +107,27 @@ def share(items: list) -> list:
 
 
 def even(items: list, name: str) -> list:
-    """The items, without those at the end that cannot be shared evenly. Each rank draws from its own share as often as the
-    others: of 3 demonstrations on 2 ranks the one that is alone would weigh as much as the other two."""
+    """The items, without those at the end that cannot be shared evenly.
+
+    Each rank draws from its own share as often as the others: of 3 demonstrations on 2 ranks the
+    one that is alone would weigh as much as the other two.
+    """
     left_over = len(items) % world()
     if left_over:
-        print(f"{left_over} of {len(items)} {name} left out: {world()} processes share them evenly, so that all weigh the same")
+        print(
+            f"{left_over} of {len(items)} {name} left out: {world()} processes share them evenly, "
+            "so that all weigh the same"
+        )
     return items[: len(items) - left_over]
 
 
 def share_of(count: int, flag: str) -> int:
-    """count / N; it must come out even, so that every question weighs the same."""
+    """count / N. It must come out even, so that every question weighs the same."""
     if count % world():
-        raise UserError(f"{flag} {count} cannot be shared among {world()} processes: give a multiple of {world()}")
+        raise UserError(
+            f"{flag} {count} cannot be shared among {world()} processes: give a multiple of "
+            f"{world()}"
+        )
     return count // world()
 
 
@@ -119,7 +137,10 @@ def seed(number: int) -> int:
 
 
 def rows(function, items: list) -> torch.Tensor:
-    """function(items), a tensor with a row per item, where each rank works on its share. All get all rows, in order."""
+    """function(items), a tensor with a row per item; each rank works on its share.
+
+    All get all rows, in order.
+    """
     if world() == 1:
         return function(items)
     parts = [None] * world()
@@ -127,34 +148,36 @@ def rows(function, items: list) -> torch.Tensor:
     return torch.stack([parts[i % world()][i // world()] for i in range(len(items))])
 
 
-def total_of(values: dict) -> dict:
-    """The sum over ranks of each number in a dictionary that has the same keys on all of them."""
+def reduce(numbers: list, operation=dist.ReduceOp.SUM) -> list[float]:
+    """The sum (or what the operation says) over ranks of each number."""
     if world() == 1:
-        return dict(values)
+        return numbers
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    numbers = torch.tensor(list(map(float, values.values())), dtype=torch.float64, device=device)
-    dist.all_reduce(numbers)
-    return dict(zip(values, numbers.tolist()))
+    tensor = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, operation)
+    return tensor.tolist()
+
+
+def total_of(values: dict) -> dict:
+    """The sum over ranks of each number in a dictionary with the same keys on all of them."""
+    return dict(zip(values, reduce(list(values.values()))))
 
 
 def total(value: float) -> float:
     """The sum over ranks of one number."""
-    return total_of({"": value})[""]
+    return reduce([value])[0]
 
 
 def lowest(value: float) -> float:
     """The smallest of one number over ranks."""
-    if world() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    number = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MIN)
-    return float(number)
+    return reduce([value], dist.ReduceOp.MIN)[0]
 
 
 def mean(metrics: dict) -> dict:
     """Metrics, averaged over ranks. Each rank has as many rows: a mean of means."""
-    return metrics if world() == 1 else {name: value / world() for name, value in total_of(metrics).items()}
+    if world() == 1:
+        return metrics
+    return {name: value / world() for name, value in total_of(metrics).items()}
 
 
 def sum_gradients(parameters: list) -> None:
@@ -169,22 +192,32 @@ def sum_gradients(parameters: list) -> None:
 
 
 def send(tensors: list, ranks: int = 1) -> None:
-    """Every tensor becomes rank 0's; or of so many ranks the i-th one's for the i-th tensor, and from the first on again."""
-    if world() > 1:
-        for work in [dist.broadcast(tensor, i % ranks, async_op=True) for i, tensor in enumerate(tensors)]:
-            work.wait()
+    """Every tensor becomes rank 0's; with `ranks`, the i-th tensor becomes rank i % ranks's."""
+    if world() == 1:
+        return
+    sent = [dist.broadcast(tensor, i % ranks, async_op=True) for i, tensor in enumerate(tensors)]
+    for work in sent:
+        work.wait()
 
 
 def make_optimizer(kind: type, parameters: list, **options) -> torch.optim.Optimizer:
-    """kind(parameters, **options); with several ranks each steps a share of the parameters, keeps the states of these alone,
-    and sends them to the others (ZeRO stage 1, Rajbhandari et al. 2019, arXiv 1910.02054). All start from rank 0's."""
-    optimizer, by_size = kind(parameters, **options), sorted(parameters, key=torch.numel)  # so that shares weigh alike
-    send([p.data for p in parameters])
+    """kind(parameters, **options). With several ranks each steps a share of the parameters.
 
-    def keep_share(*_):  # without a gradient a parameter is not stepped, and has no states
+    It keeps the states of these alone, and sends the new weights to the others (ZeRO stage 1,
+    Rajbhandari et al. 2019, arXiv 1910.02054). All start from rank 0's weights.
+    """
+    optimizer = kind(parameters, **options)
+    send([parameter.data for parameter in parameters])
+    by_size = sorted(parameters, key=torch.numel)  # so that shares weigh alike
+
+    def keep_share(*_) -> None:
+        # Without a gradient a parameter is not stepped, and has no states.
         for parameter in set(by_size) - set(share(by_size)):
             parameter.grad = None
 
+    def send_stepped(*_) -> None:
+        send([parameter.data for parameter in by_size], world())
+
     optimizer.register_step_pre_hook(keep_share)
-    optimizer.register_step_post_hook(lambda *_: send([p.data for p in by_size], world()))
+    optimizer.register_step_post_hook(send_stepped)
     return optimizer

@@ -323,7 +323,7 @@ def time_steps(run, rounds: int) -> dict:
 
     s = run.s
     device = run.device.type
-    trainer = baselines.GRPO(run.mine, run.tokenizer, run.to_train(), run.answered)
+    trainer = baselines.GRPO(run.process_settings, run.tokenizer, run.to_train(), run.answered)
     tokenizer = copy.deepcopy(run.tokenizer)
     tokenizer.padding_side = "left"
     prompts = [data.prompt_ids(tokenizer, example.question) for example in run.answered]
@@ -451,7 +451,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.model != "base":
         rows = "--questions 3 --group 8 --max-new-tokens 128"
     flags = f"{FLAGS} {rows} --model {args.model} --lora-rank {args.lora_rank} --device {device}"
-    run = train.Run(parse_settings(flags.split()))
+    run = train.Run(parse_settings(flags.split()), device=device.type)
     name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU"
     machine = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
     results = {"machine": machine, "quick": args.quick, "model": args.model, "flags": flags}

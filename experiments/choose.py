@@ -72,16 +72,15 @@ def measure(cell: Cell, quick: bool) -> list[dict]:
     flags += f" --{cell.method}-steps {cell.steps} --{cell.method}-lr {cell.rate}"
     flags += f" --seed {SEED} --test-split validation --device cpu"
     flags += " --eval-questions 20 --extra-questions 20" if quick else f" --eval-questions {QUESTIONS}"
-    # --explain: a run that loads everything and writes nothing
-    run = train.Run(parse_settings([*flags.split(), "--explain"]))
+    run = train.Run(parse_settings(flags.split()), device="cpu")
     model = run.to_train()
     start = lora.start_of(model)
     if cell.method == "sft":
-        trainer = baselines.SFT(run.mine, run.tokenizer, model, run.experts)
+        trainer = baselines.SFT(run.process_settings, run.tokenizer, model, run.experts)
         shares = SHARES
         temperatures = TEMPERATURES
     else:
-        trainer = baselines.GRPO(run.mine, run.tokenizer, model, run.answered)
+        trainer = baselines.GRPO(run.process_settings, run.tokenizer, model, run.answered)
         shares = SHARES[:1]
         temperatures = TEMPERATURES[:1]
     for _ in range(cell.steps):

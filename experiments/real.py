@@ -56,7 +56,7 @@ from engine import checkpoint, loading, lora
 from engine.chat import at_date, token_ids
 from engine.errors import Parser, UserError, exit_status, nearest
 from engine.runs import MAY_CHANGE
-from engine.settings import complete, parse_flags
+from engine.settings import parse_settings
 from experiments import real_tables, steps
 from experiments.real_tables import RULES, SHOTS, SOURCES, own_scores
 from negatives import perturb
@@ -78,10 +78,10 @@ KINDS = {
     "reward_broken_dense": dict(reward="head", logit="gail", granularity="dense", rollouts_per_expert=0, perturbed=4),
 }
 # Batches of 8 questions; two passes over 128 demonstrations for a reward, three for SFT. Rates are train.py's.
-FLAGS = ("--lora-rank 16 --questions 8 --group 4 --rollouts-per-expert 2 --perturbed 1 --sft-batch 16 --max-new-tokens 320 "
+FLAGS = ("--lora-rank 16 --questions 8 --group 4 --rollouts-per-expert 2 --perturbed 1 --max-new-tokens 320 "
          "--micro-batch 4 --extra-questions 4")  # fmt: skip
 QUICK = dict(demonstrations=4, questions=3, samples=2, validation=2, solutions=3, steps=1)
-QUICK_FLAGS = "--max-new-tokens 8 --questions 2 --group 2 --rollouts-per-expert 2 --sft-batch 2 --lora-rank 2"
+QUICK_FLAGS = "--max-new-tokens 8 --questions 2 --group 2 --rollouts-per-expert 2 --lora-rank 2"
 
 
 @dataclass
@@ -97,19 +97,15 @@ class Job:
         """Data, base and tokenizer. --explain: a run that loads everything and writes nothing."""
         a, saved = self.args, self.folder / "settings.json"
         flags = ["--model", a.model, "--data", a.data, "--demonstrations", str(a.demonstrations), "--seed", str(a.seed)]
-        flags += ["--eval-questions", str(a.questions), "--eval-samples", str(a.samples), "--device", a.device]
-        flags += ["--name", self.folder.name, "--explain"]
+        flags += ["--eval-questions", str(a.questions), "--start", "base"]
         before = json.loads(saved.read_text()) if saved.exists() else {}
-        if before:  # prompts that name the day stay as they were
-            flags += ["--date", before["date"]]
-        given = parse_flags([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
-        settings = complete(given)
+        settings = parse_settings([*flags, *FLAGS.split(), *(QUICK_FLAGS.split() if a.quick else []), *a.flags.split()])
         chosen = ("fair_average", "fair_temperature")  # by the stage sft_fair
-        now = asdict(settings) | {"explain": False, "start": "sft"} | {name: before[name] for name in chosen if before}
+        now = asdict(settings) | {"start": "sft"} | {name: before[name] for name in chosen if before}
         other = [name for name in now if before and name not in MAY_CHANGE and now[name] != before.get(name)]
         if other:
             raise UserError(f"{self.folder} was begun with another {', '.join(other)}: give the same, or another --name")
-        run = train.Run(settings)
+        run = train.Run(settings, self.folder.name, a.device, before.get("date"))  # prompts may name the day
         self.folder.mkdir(parents=True, exist_ok=True)
         self.keep_settings(run, **{name: now[name] for name in chosen})
         return run
@@ -117,7 +113,7 @@ class Job:
     def keep_settings(self, run: train.Run, **changes) -> None:
         """settings.json, with which rerank.py and experiments.steps take the folder for a run."""
         run.s = replace(run.s, **changes)
-        kept = asdict(replace(run.s, explain=False, start="sft"))
+        kept = asdict(replace(run.s, start="sft")) | {"date": run.date}
         checkpoint.write_text(self.folder / "settings.json", json.dumps(kept, indent=1))
 
     @property

@@ -42,8 +42,8 @@ ARMS = ("fair", "irl", "irl_copies", "grpo")
 # One thing for all: the model reads words, so demonstrations and prompts are those of any data set.
 FLAGS = (
     "--data countdown --lora-rank 16 --weights float32 --extra-questions 3000 --max-new-tokens 48 "
-    "--eval-questions 300 --eval-samples 4 --micro-tokens 16384 --micro-batch 64 --start base "
-    "--sft-steps 60 --sft-batch 16 --sft-lr 1e-3 --questions 32 --group 8 --replay 4 "
+    "--eval-questions 300 --micro-tokens 16384 --micro-batch 64 --start base "
+    "--sft-steps 60 --sft-lr 1e-3 --questions 32 --group 8 --replay 4 "
     "--reward head --logit gail --granularity sparse --policy-loss ppo --gamma 1 --reward-clip 0.1 "
     "--advantage-scale group --reward-lr 0 --reward-average 0 --warm-up-lr 5e-4 "
     "--rollouts-per-expert 2 --perturbed 4 --negatives both"
@@ -59,7 +59,7 @@ VERDICT = "Is this solution right? Answer Yes or No."
 
 def train_sft(run: train.Run, updates: int, rate: float):
     """SFT's policy, adapters on the base."""
-    settings = replace(run.mine, sft_steps=updates, sft_lr=rate)
+    settings = replace(run.process_settings, sft_steps=updates, sft_lr=rate)
     trainer = baselines.SFT(settings, run.tokenizer, run.to_train(), run.experts)
     for _ in range(updates):
         trainer.step()
@@ -117,7 +117,7 @@ def evaluate_at(run: train.Run, model, temperature: float = 1.0) -> dict:
     s = run.s
     generator = torch.Generator(model.device).manual_seed(s.seed)
     results = {}
-    for column, n, at in (("t1", s.eval_samples, temperature), ("greedy", 1, 0.0)):
+    for column, n, at in (("t1", train.EVAL_SAMPLES, temperature), ("greedy", 1, 0.0)):
         samples = collect(
             model, run.tokenizer, run.test, n, s.max_new_tokens, at, generator, 2048
         )
@@ -155,7 +155,7 @@ def with_grpo(run: train.Run, args) -> dict:
     """GRPO from SFT."""
     sft = train_sft(run, run.s.sft_steps, run.s.sft_lr)
     results = {"sft": evaluate_at(run, sft)}
-    settings = replace(run.mine, grpo_steps=args.steps, grpo_lr=args.policy_lr)
+    settings = replace(run.process_settings, grpo_steps=args.steps, grpo_lr=args.policy_lr)
     trainer = baselines.GRPO(settings, run.tokenizer, sft, run.answered)
     results["curve"] = practise(run, trainer, args.seconds, args.steps)
     return results | {"test": evaluate_at(run, trainer.policy_model)}
@@ -165,7 +165,7 @@ def with_irl(run: train.Run, args) -> dict:
     """IRL from SFT: warm-up, reranking of SFT's samples, policy."""
     sft = train_sft(run, run.s.sft_steps, run.s.sft_lr)
     results = {"sft": evaluate_at(run, sft)}
-    settings = replace(run.mine, max_steps=args.steps, policy_lr=args.policy_lr)
+    settings = replace(run.process_settings, max_steps=args.steps, policy_lr=args.policy_lr)
     discriminator = run.load_discriminator()
     if args.reward_start == "sft":
         body = [p for p in lora.trained(discriminator.reward_model.model) if p.shape[0] != 1]
@@ -323,11 +323,11 @@ def main(arguments: list[str] | None = None) -> None:
     loading.quiet()
     begun = time.perf_counter()
     flags = f"{FLAGS} --model {args.model} --demonstrations {args.demonstrations} --seed {args.seed}"
-    flags += f" --device {args.device} --explain {args.flags}"  # --explain: nothing is written
+    flags += f" {args.flags}"
     settings = parse_settings(flags.split())
     if args.arm == "irl_copies":
         settings = replace(settings, rollouts_per_expert=0)
-    run = train.Run(settings)
+    run = train.Run(settings, device=args.device)
     if run.s.model in loading.SHIPPED:
         raise UserError("--model must be a pretrained model, which reads words")
     if args.arm == "fair":

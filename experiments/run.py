@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from os import environ
 
 import data
+import train
 from engine import checkpoint
 from engine.errors import Parser, UserError, exit_status
 from experiments import choose, inference, store, tables, trials
@@ -41,8 +42,7 @@ ONLY_FOR = {  # parts that one kind of problems has
 }
 QUICK = (
     "--max-steps 4 --grpo-steps 4 --sft-steps 4 --fair-steps 4 --warm-up 4 --extra-questions 20 "
-    "--questions 4 --group 4 --eval-questions 20 --eval-samples 4 --rerank-questions 12 "
-    "--rerank-n 4 --validate-every 2"
+    "--questions 4 --group 4 --eval-questions 20"
 )
 
 
@@ -88,7 +88,7 @@ def method_rows(results: dict) -> list[dict]:
     test = data.load_examples(s["data"], s["test_split"], s["eval_questions"], s["seed"])
     rows = []
     for method, measured in results["methods"].items():
-        row = {"method": method, "questions": len(test), "samples": s["eval_samples"]}
+        row = {"method": method, "questions": len(test), "samples": train.EVAL_SAMPLES}
         row |= {name: measured.get(name) for name in ("t1", "greedy", "seconds")}
         row["pass@4"] = measured["pass@k"].get("4")
         if method == "irl":

@@ -22,12 +22,12 @@ PPO = "--policy-loss ppo --gamma 0.9"
 LONG = "--max-steps 800 --policy-lr 4e-4"
 # countdown's reward is a head, which has no likelihood term: there the likelihood alone is a run of its own.
 LIKELIHOOD = (
-    "--method irl --reward likelihood --logit airl --granularity dense --discriminator-coef 0 "
+    "--method likelihood --reward likelihood --logit airl --granularity dense "
     "--start reward --policy-loss exact --gamma 0 --reward-clip 0 --reward-lr 1e-5 "
     "--reward-average 0.5 --warm-up-lr 3e-4 --policy-lr 3e-5 --max-steps 100"
 )
 # The control of the discriminator: no expert is told from the policy, as it sees no trace of the policy.
-BROKEN = f"--method irl --rerank-questions 250 --rerank-n 16 --rollouts-per-expert 0 {LONG}"
+BROKEN = f"--method irl --rollouts-per-expert 0 {LONG}"
 # What IRL's temperature alone does for the base: fair SFT with nothing learnt.
 SHARPENED = (
     "--method sft_fair --fair-steps 1 --fair-lr 0 --fair-average 1 --fair-temperature 0.2"
@@ -78,11 +78,9 @@ ABLATIONS = {
     "alpha 0.05": f"{BASE} --entropy-coef 0.05",
     "REINFORCE": f"{BASE} --policy-loss reinforce",
     "policy rate x 3": f"{BASE} --policy-lr 1.2e-3",
-    "25% wrong demonstrations": f"{BASE} --wrong-demonstrations 0.25",
     "gamma 0.9": f"{BASE} --gamma 0.9",
     "perturbed 0": f"{BASE} --perturbed 0",
     "no replay": f"{BASE} --replay 0",
-    "no label smoothing": f"{BASE} --label-smoothing 0",
     "group 2": f"{BASE} --group 2 --questions 32",
     "group 16": f"{BASE} --group 16 --questions 4",
     "perturbed negatives alone": f"{BASE} --rollouts-per-expert 0",
@@ -95,7 +93,6 @@ TRACES = {
     "no perturbed negatives": "--perturbed 0",
     "perturbed negatives alone": "--rollouts-per-expert 0",
     "a random head": "--reward random",
-    "half of the demonstrations broken": "--wrong-demonstrations 0.5",
     "start at SFT": "--start sft",
     "AIRL logit": "--logit airl --reward-clip 0",
     "a score per step": "--granularity interval",
@@ -146,7 +143,7 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
 
         def trial(name: str, size: int, more: str, seed: int = seed) -> Trial:
             flags = f"--data {data} --model {model} --demonstrations {size} --seed {seed}"
-            flags += " --eval-questions 1000 --eval-samples 4"
+            flags += " --eval-questions 1000"
             return Trial(f"{data}-{name}", seed, f"{flags} {more}")
 
         trials.append(trial("base-sharpened", 256, SHARPENED))
@@ -154,7 +151,7 @@ def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
             methods = "sft,sft_fair,irl"
             if data == "words":
                 methods = "sft,sft_fair,likelihood,irl"
-            main = f"--method {methods} --rerank-questions 250 --rerank-n 16"
+            main = f"--method {methods}"
             main += f" {choose.sft_flags(data, size)} {choose.fair_flags(data, size)}"
             if data == "countdown":
                 main += f" {LONG}"
@@ -173,7 +170,7 @@ def chosen_trials() -> list[Trial]:
     Three sets of demonstrations, as it differs more between them.
     """
     flags = "--data countdown --demonstrations 64 --test-split validation --eval-questions 500"
-    flags += f" --eval-samples 2 --method irl --rerank-questions 60 {LONG}"
+    flags += f" --method irl {LONG}"
     return [
         Trial(f"chosen-{plain(label)}", seed, f"{flags} --seed {seed} {change}".strip())
         for seed in CHOICE_SEEDS
@@ -187,7 +184,7 @@ def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
     Its questions are those of the 256 demonstrations and the extra ones.
     """
     flags = f"--data {data} --model {model} --demonstrations 256 --eval-questions 1000"
-    flags += " --eval-samples 4 --method grpo"
+    flags += " --method grpo"
     return [
         Trial(f"{data}-grpo", seed, f"{flags} --seed {seed} {choose.grpo_flags(data)}")
         for seed in seeds_of(data, seeds)
@@ -196,8 +193,8 @@ def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
 
 def own_grade_trials(seeds: int) -> list[Trial]:
     """IRL's policy on the base's own grade (inference.save_own_grade): no demonstrations."""
-    flags = "--data countdown --demonstrations 256 --eval-questions 1000 --eval-samples 4"
-    flags += " --rerank-questions 100 --method irl"
+    flags = "--data countdown --demonstrations 256 --eval-questions 1000"
+    flags += " --method irl"
     return [
         Trial("countdown-own-grade", seed, f"{flags} --seed {seed} {OWN_GRADE}")
         for seed in seeds_of("countdown", seeds)
@@ -209,7 +206,7 @@ def changed_trials(part: str, seeds: int) -> list[Trial]:
     data = "countdown" if part == "traces" else "words"
     size = 64 if part == "traces" else 256
     flags = f"--data {data} --method irl --demonstrations {size} --eval-questions 1000"
-    flags += f" --eval-samples 4 --rerank-questions 250 {choose.sft_flags(data, size)}"
+    flags += f" {choose.sft_flags(data, size)}"
     return [
         Trial(f"{part}-{plain(label)}", seed, f"{flags} --seed {seed} {change}")
         for seed in seeds_of(data, seeds)

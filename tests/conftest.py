@@ -135,6 +135,6 @@ def true_gradient(theta, rewards, gamma=1.0):
 @pytest.fixture
 def settings():
     """Settings small enough for a test: change with dataclasses.replace."""
-    flags = "--demonstrations 16 --extra-questions 0 --questions 4 --group 4 --eval-questions 8 --rerank-questions 8 "
-    flags += "--rerank-n 4 --max-steps 2 --grpo-steps 2 --sft-steps 4 --warm-up 2 --validate-every 0 --device cpu"
+    flags = "--demonstrations 16 --extra-questions 0 --questions 4 --group 4 --eval-questions 8 "
+    flags += "--max-steps 2 --grpo-steps 2 --sft-steps 4 --warm-up 2"
     return parse_settings(flags.split())

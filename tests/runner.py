@@ -1,8 +1,9 @@
-"""Starts runs of train.py as processes of their own, cheaply: this process imports everything once and forks.
+"""Starts runs of train.py as processes of their own, cheaply: this one imports everything and forks.
 
-Reads lines {"cwd": .., "arguments": [..]} from standard input. For each it forks a process that calls train.main there,
-answers "<pid>", and when that process has ended "<status>" (negative: the signal that killed it). What the run prints
-goes to <cwd>/output.
+Reads lines {"cwd": .., "arguments": [..]} from standard input. For each it forks a process that
+calls train.main there, answers "<pid>", and when that process has ended "<status>" (negative: the
+signal that killed it). What the run prints goes to <cwd>/output.
+
 Forking is safe because no thread has been started and no tensor computed before it.
 """
 
@@ -13,6 +14,13 @@ import sys
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
 import train
+from engine import keeper
+
+keeper.SAVE_SECONDS = 0  # a checkpoint after every step
+keeper.SAVE_RATIO = 0
+os.fsync = int  # a kill, unlike a power failure, loses nothing that was written
+train.VALIDATION_QUESTIONS = 4
+train.RERANK_CANDIDATES = 2
 
 for line in sys.stdin:
     job = json.loads(line)

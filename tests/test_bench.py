@@ -108,7 +108,7 @@ def test_what_pays_is_turned_on():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--quik"], "did you mean '--quick'"),
+        (["--quik"], "unrecognized arguments: --quik"),
         (["--rounds", "x"], "invalid int"),
         (["--only", "speed"], "invalid choice"),
         (["--json", "nowhere/at/all.json"], "there is no such folder"),

@@ -16,7 +16,7 @@ from data import Example
 from engine import loading
 from engine.chat import chat_text, control_tokens, set_date, token_ids
 from engine.errors import UserError
-from engine.settings import TASKS
+from engine.settings import BASES
 from tasks import records, words
 from tasks.answers import extract_answer
 from tasks.common import first_difference, split_of
@@ -104,8 +104,8 @@ def test_token_at_names_the_token_that_holds_a_character(shipped):
 @pytest.mark.parametrize("name", data.EMBEDDED)
 def test_every_embedded_task_has_all_that_a_task_needs(name):
     """Settings, a base that ships here, and experts whom its own checker finds right."""
-    assert TASKS.keys() == data.EMBEDDED.keys()
-    assert TASKS[name]["data"] == name and TASKS[name]["model"] in loading.SHIPPED
+    assert BASES.keys() == data.EMBEDDED.keys()
+    assert BASES[name] in loading.SHIPPED
     for expert in data.load_examples(name, "test", 20):
         text = wrap(expert.trace, expert.answer)
         assert expert.task == name and data.is_correct(expert, text) and data.first_error(expert, text) is None

@@ -17,7 +17,7 @@ VARIANTS = {
     "discounted": "--policy-loss reinforce --gamma 0.9",
     "head": "--reward head --policy-loss ppo --gamma 0.9",
     "interval": "--reward head --policy-loss ppo --granularity interval --gamma 0.9",
-    "segments": "--policy-loss ppo --granularity interval --interval 4 --gamma 0.5 --discriminator-updates 2",
+    "segments": "--policy-loss ppo --granularity interval --gamma 0.5",
     "gail": "--logit gail --policy-loss ppo",
     "adapters": "--lora-rank 4 --kl-coef 0.01 --policy-loss ppo",
     "frozen": "--reward-lr 0 --kl-coef 0.01 --reward-clip 2 --policy-loss reinforce",
@@ -30,7 +30,7 @@ def in_a_new_folder(tmp_path, monkeypatch):
 
 
 def lecture(flags: str = "") -> explain.Lecture:
-    return train.Run(parse_settings([*SMALL, *flags.split()])).make_loop(explain.Lecture)
+    return train.Run(parse_settings([*SMALL, *flags.split()]), device="cpu").make_loop(explain.Lecture)
 
 
 def tables(printed: str) -> list[tuple[list[str], dict[int, list[float | None]]]]:
@@ -74,7 +74,7 @@ def test_a_lecture_is_an_iteration(flags, capsys):
     has said in between adds up."""
     told = lecture(flags)
     told.give()
-    silent = train.Run(parse_settings([*SMALL, *flags.split()])).make_loop(reward_lr=told.settings.reward_lr)
+    silent = train.Run(parse_settings([*SMALL, *flags.split()]), device="cpu").make_loop(reward_lr=told.settings.reward_lr)
     for _ in range(min(explain.WARM_UP, silent.settings.warm_up)):
         silent.warm_up()
     metrics = silent.step()

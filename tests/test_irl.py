@@ -18,15 +18,18 @@ import negatives
 import policy
 import reward
 from engine import loading, lora
+from engine.settings import Settings
 from tasks import answers, countdown, words
 
 COUNTDOWN = data.load_examples("countdown", "train", 1)[0]
 
 
 def make_loop(shipped, settings, **changes):
+    fixed = {name: changes.pop(name) for name in list(changes) if name not in Settings.__dataclass_fields__}
     s = replace(settings, **changes)
+    s.__class__ = type("Changed", (Settings,), fixed)  # with other constants
     model, tokenizer = copy.deepcopy(shipped[0]), shipped[1]
-    discriminator = reward.Discriminator(reward.load_reward(s.reward, "base"), s.logit, s.granularity, s.interval,
+    discriminator = reward.Discriminator(reward.load_reward(s.reward, "base"), s.logit, s.granularity, 0,
                                          reward.find_step_end_tokens(tokenizer, len(tokenizer)), s.reward_clip)  # fmt: skip
     experts = examples_of(tokenizer, "words", "train", s.demonstrations)
     extra = []
@@ -78,7 +81,7 @@ def test_a_policy_improves_from_demonstrations_alone(shipped, settings):
 def test_without_its_discriminator_a_reward_learns_the_likelihood_alone(shipped, settings, monkeypatch):
     """discriminator_coef 0: no negative is sampled in the warm-up or seen later, and an update moves the reward as
     supervised learning on the same demonstrations would."""
-    loop = make_loop(shipped, settings, discriminator_coef=0.0)
+    loop = make_loop(shipped, settings, method="likelihood")
     seen = []
     real = loop.discriminator_step
     monkeypatch.setattr(loop, "discriminator_step", lambda c: seen.append(c) or real(c))

@@ -68,7 +68,7 @@ def test_commands_named_in_the_text_exist():
 
 
 def test_flags_named_in_the_text_exist():
-    known = {"--" + f.name.replace("_", "-") for f in fields(Settings)} | {"--help", "--resume", "--only", "--quick", "--experts", "--nnodes"}
+    known = {"--" + f.name.replace("_", "-") for f in fields(Settings)} | {"--help", "--resume", "--name", "--device", "--date", "--explain", "--only", "--quick", "--experts", "--nnodes"}
     flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
     assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
 
@@ -84,7 +84,7 @@ def test_nothing_is_called_what_it_is_not():
 def test_every_metric_is_explained():
     """What the four kinds of steps log, against the table in docs/reading-a-run.md."""
     flags = "--demonstrations 8 --extra-questions 0 --questions 2 --group 2 --warm-up 1 --device cpu"
-    run = train.Run(parse_settings(flags.split()))
+    run = train.Run(parse_settings(flags.split()), device="cpu")
     loop, s = run.make_loop(), run.s
     lines = [{"discriminator": loop.warm_up()}, loop.step(), {"validation": {"t1": 0.5}}]
     lines += [method(s, run.tokenizer, run.load(), run.experts).step() for method in (baselines.SFT, baselines.GRPO)]

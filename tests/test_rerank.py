@@ -696,7 +696,7 @@ def test_assess_finds_a_known_reward(shipped):
 
 SETTINGS = {
     "model": loading.BASE, "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
-    "interval": 0, "words_steps": 3, "words_largest": 40, "max_new_tokens": 64, "fair_temperature": 0.2,
+    "max_new_tokens": 64, "fair_temperature": 0.2,
 }  # fmt: skip
 
 
