@@ -23,7 +23,6 @@ Stricter than a person may be, on purpose:
     0.33, 1/3        numbers agree exactly, or not at all
 """
 
-import logging
 import os
 import re
 import threading
@@ -37,10 +36,8 @@ from math_verify import LatexExtractionConfig, parse, verify
 from tasks.common import verifier_is_asked
 
 TAIL = 20_000  # characters at a response's end in which its answer is looked for
-LONGEST_WORDS = 10_000  # characters of an answer that are compared as words
 LONGEST = 1000  # characters of an answer that may be a number or stand in a box
-LONGEST_SENTENCE = 200
-LONGEST_FORMULA = 200  # characters that math-verify is given
+SHORT = 200  # characters of a sentence behind "the answer is", or of what math-verify is given
 
 # 1. The answer of a response ----------------------------------------------------------------------
 
@@ -67,7 +64,6 @@ NUMBER_IN_TEXT = (
     r"(?: ?(?:\\times|×|\*|x) ?10\^\{?-?\d{1,3}\}?"
     r"| (?:hundred|thousand|million|billion|trillion|dozen)\b| ?\\?%|k\b)?"
 )
-LETTER = r"[(\[]?[A-Z][)\].:]?(?:\s|$)"  # an option's, with or without its text behind it
 
 
 def extract_answer(response: str) -> str | None:
@@ -105,7 +101,7 @@ def extract_marked(text: str) -> str | None:
         elif marker["box"]:
             content = up_to_closing_brace(text[start : start + LONGEST]).strip()
         else:
-            sentence = text[start : start + LONGEST_SENTENCE]
+            sentence = text[start : start + SHORT]
             end = re.search(r"\n|\Z" if marker["hashes"] else SENTENCE_END, sentence).start()
             content = sentence[:end].strip("*`_ \t")
             content = content if states_result(content) else ""
@@ -131,7 +127,8 @@ def up_to_closing_brace(text: str) -> str:
 def states_result(text: str) -> bool:
     """Whether a text is a number, an option's letter or a formula, and nothing else."""
     plain = undress(text)
-    return bool(re.match(LETTER, plain) or read_number(plain) or is_formula(plain))
+    letter = re.match(r"[(\[]?[A-Z][)\].:]?(?:\s|$)", plain)
+    return bool(letter or read_number(plain) or is_formula(plain))
 
 
 def last_words(text: str) -> str | None:
@@ -151,11 +148,13 @@ def last_number(text: str) -> str | None:
 # 2. Numbers ---------------------------------------------------------------------------------------
 
 # One spelling for all that mean the same: minus signs, slashes, operators, spaces, apostrophes
-ONE_SPELLING = str.maketrans("−–﹣－⁻⁄∕×⋅÷\u00a0\u2009\u202f\u2007’", "-----//**/    '")
-ONE_SPELLING |= str.maketrans({"≤": "<=", "≥": ">="})
-LATEX_MARKS = {"\\$": "$", "\\%": "%", "{,}": ",", "~": " ", "\\;": " ", "\\approx": ""}
-LATEX_MARKS |= dict.fromkeys(("\\(", "\\)", "\\[", "\\]", "\\,", "\\!", "\\left", "\\right"), "")
-LATEX_MARKS |= {"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\times": "*", "\\cdot": "*"}
+ONE_SPELLING = str.maketrans(
+    dict(zip("−–﹣－⁻⁄∕×⋅÷\u00a0\u2009\u202f\u2007’", "-----//**/    '")) | {"≤": "<=", "≥": ">="}
+)
+LATEX_MARKS = {"\\$": "$", "\\%": "%", "{,}": ",", "~": " ", "\\;": " ", "\\approx": ""} | {
+    **dict.fromkeys(("\\(", "\\)", "\\[", "\\]", "\\,", "\\!", "\\left", "\\right"), ""),
+    **{"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\times": "*", "\\cdot": "*"},
+}
 FUNCTION = r"(?<![\\A-Za-z])(?:sin|cos|tan|log|ln|exp|sqrt|pi)(?![A-Za-z])"
 DRESS = r"\\(?:text[a-z]{0,4}|math[a-z]{2}|mbox)\s?\{([^{}]*)\}"
 EQUALS = r"(?<![<>!=≤≥])=(?![=>])"
@@ -175,8 +174,11 @@ NUMBER = (
     r"(?P<unit>(?!\s*(?:\.|[-/(]\s?\w\b)\s?\w)"
     r"(?:[^\W\d_](?:\s?\^\{?[23]\}?)?|[ ,.;()'\"/°\n-])*)"
 )
-MULTIPLIERS = {"dozen": 12, "hundred": 100, "k": 10**3, "K": 10**3, "thousand": 10**3}
-MULTIPLIERS |= {"million": 10**6, "billion": 10**9, "trillion": 10**12}
+MULTIPLIERS = {"dozen": 12, "hundred": 100, "k": 10**3, "K": 10**3, "thousand": 10**3} | {
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 CURRENCIES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen"}
 # Beside a number these change it: less than 5, two and 5, 5 squared; and 2x is not 2, though 2 m is
 CHANGES = set(
@@ -249,10 +251,9 @@ def read_number(text: str, in_sentence: bool = False) -> Number | None:
     over, under = (round(Fraction(decimal), 12) for decimal in digits)
     if under == 0:
         return None
-    value = int(match["whole"] or 0) + over / under
-    value *= Fraction(10) ** int(match["power"] or 0) * MULTIPLIERS.get(match["times"], 1)
-    if "-" in (match["sign"], match["minus"]):
-        value = -value
+    sign = -1 if "-" in (match["sign"], match["minus"]) else 1
+    scale = Fraction(10) ** int(match["power"] or 0) * MULTIPLIERS.get(match["times"], 1)
+    value = sign * (int(match["whole"] or 0) + over / under) * scale
     unit = re.sub(r"(?<=\w{3})s\b", "", match["unit"].strip(" .,;()\n").lower())
     unit = CURRENCIES.get(match["money"] or unit, unit)
     return Number(value, unit, match["percent"] is not None)
@@ -270,10 +271,7 @@ def same_number(first: Number, second: Number) -> bool:
 
 # 3. Formulas --------------------------------------------------------------------------------------
 
-COMMAND = r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+"
-WORD = r"[^\W\d_]{3}|(?<!\S)[^\W\d_]{2}(?!\S)|[^\W\d_]\d"  # as in "the", "it is", "B12"
 SECONDS = 3  # for each of the library's steps: formulas can be made to take for ever
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns where it has no limit
 
 
 def is_formula(text: str) -> bool:
@@ -282,9 +280,11 @@ def is_formula(text: str) -> bool:
     >>> [is_formula(text) for text in ("2x+1", "(0, 1]", "x^2", "3+4", "no", "the heart", "H2O")]
     [True, True, True, False, False, False, False]
     """
-    if re.search(WORD, re.sub(COMMAND, " ", text)):
+    letters = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", " ", text)
+    # words as "the", "it is" and "B12"
+    if re.search(r"[^\W\d_]{3}|(?<!\S)[^\W\d_]{2}(?!\S)|[^\W\d_]\d", letters):
         return False
-    return bool(re.search(r"[\\^,!]|[^\W\d_]", text) and re.search(r"[^\sA-Za-z]", text))
+    return bool(re.search(r"[\\^,!]|[^\W\d_]", text) and re.search(r"[^\sA-Za-z().:]", text))
 
 
 @lru_cache(maxsize=10_000)
@@ -299,7 +299,7 @@ def same_formula(predicted: str, truth: str) -> bool:
     equations = [text for text in (predicted, truth) if "=" in text]
     if len(equations) == 1 and not re.match(r"[A-Za-z]\s*=", equations[0]):
         return False  # the library would take 2x+3=7 for 7, as it takes x=7
-    if max(len(predicted), len(truth)) > LONGEST_FORMULA:
+    if max(len(predicted), len(truth)) > SHORT:
         return False
     # It stops itself by a signal, which only the main thread of a POSIX system can have.
     can_stop = threading.current_thread() is threading.main_thread() and os.name == "posix"
@@ -313,6 +313,9 @@ def same_formula(predicted: str, truth: str) -> bool:
 
 
 # 4. The answer check ------------------------------------------------------------------------------
+
+
+OPTION_LETTER = r"^\s*\(?[A-Za-z][.)]\s+(?=\S)"  # before the option's words
 
 
 def same_answer(predicted: str | None, truth: str, options: tuple[str, ...] = ()) -> bool:
@@ -332,30 +335,35 @@ def same_answer(predicted: str | None, truth: str, options: tuple[str, ...] = ()
         return option_of(predicted, options) == right
     first = undress(predicted)
     second = undress(truth)
-    number = read_number(second)
-    stated = read_number(first, in_sentence=number is not None)
+    if agree(first, second):
+        return True
+    return agree(re.sub(OPTION_LETTER, "", first), re.sub(OPTION_LETTER, "", second))
+
+
+def agree(predicted: str, truth: str) -> bool:
+    """Whether two undressed answers agree: as numbers, as formulas, or word by word."""
+    number = read_number(truth)
+    # a prediction may be a sentence with the number in it
+    stated = read_number(predicted, in_sentence=number is not None)
     if number and stated:
         return same_number(stated, number)
-    if is_formula(first) or is_formula(second):
-        return same_formula(first, second)
-    if number or stated:
-        return False
-    return normalise_text(first) == normalise_text(second) != ""
+    if is_formula(predicted) or is_formula(truth):
+        return same_formula(predicted, truth)
+    return not (number or stated) and plain_words(predicted) == plain_words(truth) != ""
 
 
 def normalise_text(text: str) -> str:
-    """Lower case, no option letter, punctuation or articles, single spaces. Empty only if `text`
-    is.
+    """`plain_words` without an option's letter before them.
 
     >>> [normalise_text(t) for t in ("B. The left  ventricle!", "A", "≤ 5 mg", "−5 dB", "12:30")]
     ['left ventricle', 'a', '< = 5 mg', '- 5 db', '12 : 30']
     """
-    return plain_words(re.sub(r"^\s*\(?[A-Za-z][.)]\s+(?=\S)", "", text[:LONGEST_WORDS]))
+    return plain_words(re.sub(OPTION_LETTER, "", text))
 
 
 def plain_words(text: str) -> str:
-    """`normalise_text` without a look at option letters."""
-    text = text[:LONGEST_WORDS].lower().translate(ONE_SPELLING)
+    """Lower case, no punctuation or articles, single spaces. Empty only if `text` is."""
+    text = text.lower().translate(ONE_SPELLING)
     # signs that say something; hyphens, stars and colons only before a number: COVID-19 is a name
     words = re.findall(r"\w+|[+=<>^/|]|(?<![^\W\d_])[-*:](?=\s?[$€£]?\.?\d)", text)
     kept = [word for word in words if word not in ("a", "an", "the")]
@@ -366,47 +374,31 @@ def plain_words(text: str) -> str:
 
 
 def option_of(answer: str, options: tuple[str, ...]) -> int | None:
-    """Which option an answer names: by its text, its number, or its letter. Text comes first: with
-    the options B12, C and D an answer "C" is the vitamin, not the third.
-
-    >>> options = ("Mitral valve", "Aortic valve")
-    >>> [option_of(answer, options) for answer in ("b", "B. the aorta", "aortic valve.", "C", "")]
-    [1, 1, 1, None, None]
-    """
-    text = undress(answer)
-    # First with what may be an option's letter: S. pneumoniae is not K. pneumoniae.
-    for form in (plain_words, normalise_text):
-        forms = [form(option) for option in options]
-        if form(text) and form(text) in forms:
-            return forms.index(form(text))
-    stated = read_number(text, in_sentence=True)
-    for index, option in enumerate(options):
-        number = read_number(undress(option))
-        if stated and number and same_number(stated, number):
-            return index
-    return option_by_letter(text, options)
-
-
-def option_by_letter(answer: str, options: tuple[str, ...]) -> int | None:
-    """Which option an answer names by its letter, alone or before words. Behind a bare letter the
-    words must be the option's, behind a full stop some of them: E. coli is not the fifth.
+    """Which option an answer names: by what it says, or by its letter, alone or before words. What
+    it says comes first: with the options B12, C and D an answer "C" is the vitamin.
 
     >>> options = ("Mitral valve", "Aortic valve", "Heart", "Lung", "Liver")
-    >>> texts = ("(B) what ever", "Option B", "B Aortic valve", "E. coli", "B, C", "A valve")
-    >>> [option_by_letter(text, options) for text in texts]
-    [1, 1, 1, None, None, None]
+    >>> texts = ("b", "B. the aorta", "aortic valve.", "(B) both", "Option B", "B Aortic valve")
+    >>> [option_of(text, options) for text in texts]
+    [1, 1, 1, 1, 1, 1]
+    >>> [option_of(text, options) for text in ("F", "", "E. coli", "B, C", "A valve")]
+    [None, None, None, None, None]
     """
+    text = undress(answer)
+    for index, option in enumerate(options):
+        if agree(text, undress(option)):
+            return index
     pattern = r"(?:(?i:option|choice|answer)\s+)?[(\[]?([A-Za-z])([)\]:.]?)\.?((?:\s.*)?)"
-    match = re.fullmatch(pattern, answer.replace("*", ""), re.DOTALL)
+    match = re.fullmatch(pattern, text.replace("*", ""), re.DOTALL)
     index = ord(match[1].upper()) - ord("A") if match else len(options)
     if index >= len(options):
         return None
-    words = plain_words(match[3])
-    option = plain_words(options[index])
-    # the first four letters of long words: aorta and aortic share theirs
-    first_letters = [set(re.findall(r"\b\w{4}", text)) for text in (words, option)]
-    agrees = match[2] == "." and set.intersection(*first_letters)
-    return index if words in ("", option) or match[2] in list(")]:") or agrees else None
+    # Behind a bare letter the words must be the option's, behind a full stop some of them, told by
+    # the first four letters of long words (aorta, aortic): E. coli is not the fifth option.
+    words = [plain_words(match[3]), plain_words(options[index])]
+    first, second = (set(re.findall(r"\b\w{4}", text)) for text in words)
+    is_named = words[0] in ("", words[1]) or (match[2] == "." and first & second)
+    return index if is_named or match[2] in (")", "]", ":") else None
 
 
 # 6. Votes -----------------------------------------------------------------------------------------
@@ -435,22 +427,12 @@ def group_answers(answers: list[str | None], options: tuple[str, ...] = ()) -> l
 
 # 7. A data set's answers --------------------------------------------------------------------------
 
-MOST = 0.8  # of the answers of one kind make the others odd
-
 
 def odd_answers(answers: list[str]) -> list[int]:
-    """The places of true answers that are not read as their neighbours are: where four in five are
-    numbers, those that are none; where four in five are letters, likewise.
+    """The places of true answers that are no numbers where four in five are.
 
-    >>> odd_answers(["5", "7.5", "1/2", "eight", "1,000", "12"])
-    [3]
-    >>> odd_answers(["B", "C", "A"]), odd_answers(["5", "heart"])
-    ([], [])
+    >>> odd_answers(["5", "7.5", "1/2", "eight", "1,000", "12"]), odd_answers(["5", "heart"])
+    ([3], [])
     """
-    texts = [undress(answer) for answer in answers]
-    numbers = [read_number(text) is not None for text in texts]
-    letters = [re.fullmatch(r"\W*[A-Za-z]\W*", text) is not None for text in texts]
-    for kind in (numbers, letters):
-        if sum(kind) >= MOST * len(kind):
-            return [place for place, is_of_kind in enumerate(kind) if not is_of_kind]
-    return []
+    odd = [place for place, one in enumerate(answers) if read_number(undress(one)) is None]
+    return odd if len(odd) <= 0.2 * len(answers) else []
