@@ -1,656 +1,65 @@
-"""Answers as text: how to find one in a response, what it says, and when two of them say the same.
+r"""Answers as text: what a response answers, and when two answers say the same.
 
-An answer is read as a number, else as a list, else as a formula (tasks/formulas.py), else as words.
-A true answer is read like any other. Own code rather than a library: math-verify 0.9 finds 27 of
-the 44 pairs in tests/test_answers.py that a user met, this file 42. It takes `1 234` for 235, `-$5`
-for nothing, `18 dollars` for a product of eight letters; it needs 2 to 360 ms for a pair, and a
-signal to stop where a text makes it hang. On 26 pairs of formulas, where it is at home, it finds 25
-and this file all. A test counts both.
+    1. extract_answer    what the last marker of a response holds: <answer>, \boxed{}, ####,
+                         "the answer is"; without one, its last number
+    2. read_number       one grammar for numbers, with a unit or without
+    3. same_formula      all other mathematics: math-verify compares it
+    4. same_answer       the answer check: options, numbers, formulas, else words
+    5. option_of         which option an answer names: by its text, its number or its letter
+    6. group_answers     votes: which of many answers say the same
+    7. odd_answers       a data set's true answers that are not read as the others are
 
-Where this file is stricter than a person may be:
+Numbers are read here: math-verify takes "1 234" for 235, "-$5" for nothing and "18 dollars" for a
+product of eight letters. One counts only if nothing numeric is left unread beside it: "1.5 million"
+is not 1.5, "12:30" is not 12, "3+4" is not 4.
+
+Stricter than a person may be, on purpose:
 
     two, 2           a word is no number: a response that counts in words was not asked to
-    €1.000, 1000     one euro, as in a price of fuel (€1.459): 1.234,50 alone must be European
-    12,34            12.34 or two numbers: neither is taken for it
-    3+4, 7           a task and not its answer: whoever trains on this check must not be paid for
-                     work left undone. A root, a power, a fraction is a value: sqrt(16) is 4
-    5 km, 5 m        two units that differ (none agrees with any)
-    0.33, 1/3        numbers agree exactly, or not at all; only a decimal of 15 digits or more,
-                     which was a float, is rounded as one
+    €1.000, 1000     one euro, as in a price of fuel (€1.459)
+    1.234,50         no number: here a comma stands between groups of three digits
+    3+4, 7           a task and not its answer: a policy that learns from this check must not be
+                     paid for work left undone. A root or a power is a value: sqrt(16) is 4
+    0.33, 1/3        numbers agree exactly, or not at all
 """
 
+import os
 import re
-from bisect import bisect_left
-from collections import Counter
+import threading
+import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from tasks import formulas
+from math_verify import LatexExtractionConfig, parse, verify
+
 from tasks.common import verifier_is_asked
 
-LONGEST = 1000  # characters of an answer that may be a number; no formula or list is that long
-LONGEST_WORDS = 10_000  # characters that are compared as words
 TAIL = 20_000  # characters at a response's end in which its answer is looked for
-
-# 1. Numbers ---------------------------------------------------------------------------------------
-
-# One character for all that mean the same: minus signs, slashes, spaces
-ONE_SPELLING = str.maketrans("−–﹣－⁻⁄∕\u00a0\u2009\u202f\u2007’", "-----//    '")
-DIGITS = (
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)"  # 1,234
-    r"|\d{1,3}(?: \d{3})+(?![\d/])"  # 1 234
-    r"|\d{1,3}(?:'\d{3})+(?!\d)"  # 1'234
-    r"|\d{1,100})"
-)
-DECIMAL = rf"(?:{DIGITS}(?:\.\d{{1,100}})?|\.\d{{1,100}})"
-EUROPEAN = r"\d{1,3}(?:\.\d{3})+,\d{1,2}(?!\d)"  # 1.234,50
-POWER_OF_TEN = (
-    r"\s?(?:\\times|\\cdot|[×·*x])\s?10\s?(?:\^|\*\*)\s?\{?(?P<power>[-+]?\d{1,3})(?!\d)\}?"
-)
-QUOTIENT = rf"(?:(?P<whole>\d{{1,15}})\s)?(?P<over>-?{DECIMAL})\s?/\s?(?P<under>{DECIMAL})"
-NUMBER = (
-    r"(?P<sign>[-+]?)\s?(?P<money>[$€£¥]?)\s?(?P<minus>-?)"
-    rf"(?:(?P<european>{EUROPEAN})|{QUOTIENT}|(?P<plain>{DECIMAL})(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?!\d)|{POWER_OF_TEN})?)"
-    r"(?P<rest>.*)"
-)
-MULTIPLIER = (
-    r"\s?(?:(?P<word>hundred|thousand|million|billion|trillion|dozen)s?(?![^\W\d_])"
-    r"|(?P<letter>[kKMB]|bn)(?!\w))"
-)
-MULTIPLIERS = {
-    "dozen": 12,
-    "hundred": 100,
-    "k": 10**3,
-    "K": 10**3,
-    "thousand": 10**3,
-    "M": 10**6,
-    "million": 10**6,
-    "B": 10**9,
-    "bn": 10**9,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-PERCENT = r"\s?(?:%|per ?cent\b|percentage points?\b)"
-VULGAR = {
-    "½": "1/2",
-    "⅓": "1/3",
-    "⅔": "2/3",
-    "¼": "1/4",
-    "¾": "3/4",
-    "⅕": "1/5",
-    "⅖": "2/5",
-    "⅗": "3/5",
-    "⅘": "4/5",
-    "⅙": "1/6",
-    "⅚": "5/6",
-    "⅛": "1/8",
-    "⅜": "3/8",
-    "⅝": "5/8",
-    "⅞": "7/8",
-}
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-UNITS_OF_ONE_LETTER = set("mgshlLVWNJCFa")  # other letters alone are variables: 2x is not 2
-CURRENCIES = {
-    "$": "dollar",
-    "usd": "dollar",
-    "€": "euro",
-    "eur": "euro",
-    "£": "pound",
-    "gbp": "pound",
-    "¥": "yen",
-}
-# Beside a number these change it
-NUMERIC_WORDS = set(
-    "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty "
-    "hundred thousand million billion trillion dozen half halves third thirds quarter quarters "
-    "twice double triple squared cubed plus minus times not no never less fewer more greater least "
-    "most under below above over between than or and to from until".split()
-)
-HARMLESS = {
-    "more",
-    "over",
-    "less",
-    "fewer",
-    "from",
-    "to",
-    "and",
-}  # .. but not behind it: 18 more apples
-
-
-class Number(NamedTuple):
-    """A number with what stands beside it."""
-
-    value: Fraction
-    unit: str = ""  # in the singular, currencies by name
-    percent: bool = False
-    was_float: bool = False  # 15 digits and more behind the point
-
-
-def read_number(text: str) -> Number | None:
-    """The number that an undressed text states, with a unit or without; None if anything numeric or
-    operational is left.
-
-    >>> texts = ("1,234.50", "- 3/4", "1.5e3", "3 1/2 cups", "5k", "$.50", "1.5 million")
-    >>> [str(read_number(text).value) for text in texts]
-    ['2469/2', '-3/4', '1500', '7/2', '5000', '1/2', '1500000']
-    >>> [read_number(t) for t in ("12:30", "3+4", "5-10", "2x", "1/0", "12,34", "B12")]
-    [None, None, None, None, None, None, None]
-    """
-    match = re.fullmatch(NUMBER, fractions_as_quotients(text).strip())
-    if not match:
-        return None
-    part = match.groupdict()
-    value = value_of(part)
-    if value is None or (part["sign"] and part["minus"]):
-        return None
-    rest = part["rest"]
-    multiplier = re.match(MULTIPLIER, rest)
-    if multiplier and (multiplier["word"] or multiplier["letter"] == "k" or part["money"]):
-        value *= MULTIPLIERS[multiplier["word"] or multiplier["letter"]]
-        rest = rest[multiplier.end() :]
-    percent = re.match(PERCENT, rest)
-    if percent:
-        rest = rest[percent.end() :]
-    unit = read_unit(rest)
-    if unit is None:
-        return None
-    negative = part["sign"] == "-" or part["minus"] == "-"
-    was_float = len((part["plain"] or "").partition(".")[2]) >= 15
-    return Number(
-        -value if negative else value,
-        CURRENCIES.get(part["money"]) or unit,
-        bool(percent),
-        was_float,
-    )
-
-
-def fractions_as_quotients(text: str) -> str:
-    """Fractions in LaTeX and in Unicode as `a/b`, a space before them: 1\\frac{1}{4} and 1¼ as `1
-    1/4`."""
-    if "\\frac" in text:
-        text = re.sub(
-            r"\\frac\s?\{\s?(-?[\d.,]{1,40})\s?\}\s?\{\s?([\d.,]{1,40})\s?\}", r" \1/\2", text
-        )
-        text = re.sub(r"\\frac\s?(\d)\s?(\d)", r" \1/\2", text)
-    if not text.isascii():
-        for sign, quotient in VULGAR.items():
-            text = text.replace(sign, f" {quotient}")
-        raised = re.search(r"(?<=10)[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,3}", text)
-        if raised:
-            exponent = raised[0].translate(SUPERSCRIPTS)
-            text = f"{text[: raised.start()]}^{exponent}{text[raised.end() :]}"
-    return text
-
-
-def value_of(part: dict) -> Fraction | None:
-    """The value of a match of NUMBER, without its sign."""
-    if part["european"]:
-        return Fraction(part["european"].replace(".", "").replace(",", "."))
-    if part["over"]:
-        below = as_fraction(part["under"])
-        if below == 0:
-            return None
-        value = as_fraction(part["over"]) / below
-        return value + int(part["whole"]) if part["whole"] else value
-    return as_fraction(part["plain"]) * Fraction(10) ** int(part["exponent"] or part["power"] or 0)
-
-
-def as_fraction(digits: str) -> Fraction:
-    """A decimal without the marks between its groups."""
-    for mark in ", '":
-        digits = digits.replace(mark, "")
-    return Fraction(digits)
-
-
-def read_unit(text: str) -> str | None:
-    """What stands behind a number, if it is a unit or other words that leave the number alone; None
-    if it is not.
-
-    >>> [read_unit(text) for text in (" dollars.", "km/h", " m^2", "x", " + 1", ":30")]
-    ['dollar', 'km/h', 'm²', None, None, None]
-    """
-    text = text.strip()
-    if not text:
-        return ""
-    text = re.sub(r"(?<=[^\W\d_])\s?\^\{?2\}?", "²", text)
-    text = re.sub(r"(?<=[^\W\d_])\s?\^\{?3\}?", "³", text)
-    text = re.sub(r"\^\s?\{?\s?(?:\\circ|°)\s?\}?|\\circ|\\degree", "°", text)
-    if not re.fullmatch(r"(?:[^\W\d_]|[ ,.;()'\"/·°²³µ\n-])*", text) or re.match(
-        r"[/·(-]\s*\w\b|\.\s*\w", text
-    ):
-        return None
-    words = re.findall(r"[^\W\d_]+", text)
-    for word in words:
-        if word.lower() in NUMERIC_WORDS - HARMLESS or (
-            len(word) == 1 and word not in UNITS_OF_ONE_LETTER
-        ):
-            return None
-    if re.search(r"(?i)\bor (?:more|less|fewer)\b|\bto\b", text):
-        return None
-    singular = [
-        word[:-1] if len(word) > 3 and word.endswith("s") else word
-        for word in text.strip(" .,;()").split()
-    ]
-    return " ".join(CURRENCIES.get(word.lower(), word) for word in singular)
-
-
-def number_in_words(text: str) -> Number | None:
-    """The one number of a sentence: `She has 18 apples`. None if a word before it changes it
-    (`not`, `less than`), or if there is more than one.
-
-    >>> number_in_words("She has 18 apples").value
-    Fraction(18, 1)
-    >>> number_in_words("less than 5"), number_in_words("3 boys, 2 girls")
-    (None, None)
-    """
-    match = re.search(r"(?:[-+]\s?)?(?:[$€£¥]\s?)?(?:\.?\d|\\frac|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", text)
-    if not match:
-        return None
-    before = text[: match.start()]
-    if before and not re.fullmatch(r"(?:(?:[^\W\d_]|[ ,.:;()'\"\n])*[ :(\"'\n])?", before):
-        return None
-    if {word.lower() for word in re.findall(r"[^\W\d_]+", before)} & NUMERIC_WORDS:
-        return None
-    return read_number(text[match.start() :])
-
-
-def same_number(first: Number, second: Number) -> bool:
-    """The same value, and no two units that differ. A percentage agrees with its number, and with
-    the hundredth of it."""
-    one, other = first.unit.lower(), second.unit.lower()
-    if (
-        one
-        and other
-        and not (f"{one} ".startswith(f"{other} ") or f"{other} ".startswith(f"{one} "))
-    ):
-        return False
-    if same_value(first, second, Fraction(1)):
-        return True
-    if first.percent == second.percent:
-        return False
-    return same_value(first, second, Fraction(1, 100) if first.percent else Fraction(100))
-
-
-def same_value(first: Number, second: Number, factor: Fraction) -> bool:
-    one = first.value * factor
-    if first.was_float or second.was_float:  # as 2.4000000000000004 is 2.4
-        return abs(one - second.value) <= abs(second.value) / 10**12
-    return one == second.value
-
-
-# 2. Reading an answer -----------------------------------------------------------------------------
-
-DRESS = r"\\(?:text[a-z]{0,4}|math(?:rm|bf|it|sf)|mbox|operatorname|boxed|fbox)\s?\{([^{}]*)\}"
-LATEX_MARKS = {
-    "\\\\": "↵",  # a matrix's next row; first, so that its second stroke begins nothing else
-    "\\$": "$",
-    "\\%": "%",
-    "\\left": "",
-    "\\right": "",
-    "{,}": ",",
-    "\\,": " ",
-    "\\;": " ",
-    "\\:": " ",
-    "\\!": "",
-    "\\ ": " ",
-    "~": " ",
-    "\\(": "",
-    "\\)": "",
-    "\\[": "",
-    "\\]": "",
-    "\\dfrac": "\\frac",
-    "\\tfrac": "\\frac",
-    "\\cfrac": "\\frac",
-    "\\displaystyle": "",
-    "\\approx": "",
-    "\\lbrace": "\\{",
-    "\\rbrace": "\\}",
-}
-EQUALS = r"(?<![<>!=≤≥])=(?![=>])"
-NAME = r"[A-Za-z]?[A-Za-z ]*(?:_\{?\w{1,9}\}?)?(?:\([a-z, ]{0,9}\))?"
-ARITHMETIC = r"[\d\s.,()+*/×÷·$€£¥%:^-]*"
-
-
-class Answer(NamedTuple):
-    """What an answer says: one of number, items, formula; its words in any case."""
-
-    words: str
-    number: Number | None = None
-    items: tuple["Answer", ...] = ()
-    brackets: str = ""  # around the items; none for a set, whose order says nothing
-    formula: tuple | None = None  # its values at the points of tasks/formulas.py
-    name: str = ""  # x, in x = 5
-    latex: str = ""  # without its spaces, for what is LaTeX and yet none of these
-
-
-def read(text: str) -> Answer:
-    """What an answer says. Read once, and kept.
-
-    >>> read("$x = \\\\frac{1}{2}$").number.value
-    Fraction(1, 2)
-    >>> read("(1, x^2)").brackets, read("The heart.").words
-    ('()', 'heart')
-    """
-    return read_short(text) if len(text) <= LONGEST else Answer(normalise_text(text))
-
-
-@lru_cache(maxsize=10_000)
-def read_short(text: str) -> Answer:
-    marked = extract_marked(text)
-    plain = undress(marked or text)
-    words = normalise_text(plain if marked or "\\" in text else text)
-    stated, name = last_side(plain)
-    number = read_number(stated)
-    if number is not None:
-        return Answer(words, number, name=name)
-    if len(stated) > formulas.LONGEST:
-        return Answer(words)
-    brackets, items = split_items(stated)
-    if items:
-        read_items = tuple(read_short(item) for item in items)
-        if any(item.number or item.formula for item in read_items):
-            return Answer(words, items=read_items, brackets=brackets)
-    formula = formulas.evaluate(stated)
-    if formula is not None and (len(stated) > 1 or name):
-        return Answer(words, formula=tuple(formula), name=name)
-    return Answer(words, latex=re.sub(r"\s", "", plain) if "\\" in plain else "")
-
-
-def undress(text: str) -> str:
-    """An answer without what only dresses it: dollar signs and commands of LaTeX, asterisks,
-    quotes, a full stop.
-
-    >>> undress("**$7{,}250$**."), undress(r"\\text{(B)}"), undress("=> 18"), undress("−5")
-    ('7,250', '(B)', '18', '-5')
-    """
-    text = text.translate(ONE_SPELLING).strip()
-    if "\\" in text or "{" in text or "~" in text:
-        for mark, plain in LATEX_MARKS.items():
-            text = text.replace(mark, plain)
-        for _ in range(3):  # one in another
-            text = re.sub(DRESS, r" \1 ", text)
-    text = text.strip("*`\"“”' \t\r\n").rstrip(".,; *")
-    text = re.sub(r"^(?:=>|->|[=:→⇒≈])\s*", "", text)
-    if text.count("$") == 2 and text.startswith("$") and text.endswith("$"):
-        text = text[1:-1].strip()
-    elif text.startswith("$$") and text.endswith("$$"):
-        text = text[2:-2].strip()
-    return text.strip()
-
-
-def last_side(text: str) -> tuple[str, str]:
-    """(the last side of an equation that states a result, the name of what it states). `6*7=42`
-    states 42, `x=5` states 5; `2x+3=7` is an equation and states itself.
-
-    >>> last_side("6*7=42"), last_side("x = 5"), last_side("2x+3=7"), last_side("12 * 2 = 24 pens")
-    (('42', ''), ('5', 'x'), ('2x+3=7', ''), ('24 pens', ''))
-    """
-    if "=" not in text:
-        return text, ""
-    *before, last = re.split(EQUALS, text)
-    name = ""
-    for part in before:
-        part = part.strip()
-        if re.fullmatch(NAME, part):
-            name = part if len(part) <= 2 or "_" in part else ""
-        elif not re.fullmatch(ARITHMETIC, re.sub(r"[^\W\d_]{3,}", "", part)):
-            return text, ""
-    return last.strip(), name
-
-
-def split_items(text: str) -> tuple[str, list[str]]:
-    """(brackets, items) of a list: `(1, 2)`, `[0, 1)`, `\\\\{1, 2\\\\}`, `1, 2`; ("", []) for
-    anything else."""
-    if "," not in text:
-        return "", []
-    inside = text.removeprefix("\\")
-    brackets = ""
-    if inside[0] in "([{" and inside[-1] in ")]}":
-        brackets = inside[0] + inside[-1]
-        inside = inside[1:-1].rstrip("\\")
-    items, start, depth = [], 0, 0
-    for at, char in enumerate(inside + ","):
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
-            items.append(inside[start:at].strip())
-            start = at + 1
-        if depth < 0:
-            return "", []
-    brackets = "" if brackets == "{}" else brackets
-    return (brackets, items) if depth == 0 and len(items) > 1 and all(items) else ("", [])
-
-
-# 3. Comparing -------------------------------------------------------------------------------------
-
-
-def same_answer(predicted: str | None, truth: str, options: tuple[str, ...] = ()) -> bool:
-    """Whether two answers agree: as options where both name one; as numbers, lists or formulas
-    where both are some; else as text without case, punctuation, articles. An empty answer agrees
-    with nothing.
-
-    >>> same_answer("$18.00", "18"), same_answer("The heart.", "heart"), same_answer(None, "4")
-    (True, True, False)
-    >>> same_answer("(B)", "Aortic valve", ("Mitral valve", "Aortic valve"))
-    True
-    """
-    verifier_is_asked("same_answer")
-    if predicted is None:
-        return False
-    if options:
-        chosen = option_of(predicted, options)
-        right = option_of(truth, options)
-        if right is not None:
-            return chosen == right
-        if chosen is not None:
-            predicted = options[chosen]
-    if predicted.strip() == truth.strip():
-        return bool(truth.strip())
-    first = read(predicted)
-    second = read(truth)
-    if (
-        second.number
-        and not (first.number or first.items or first.formula)
-        and len(predicted) <= LONGEST
-    ):
-        number = number_in_words(undress(extract_marked(predicted) or predicted))
-        return number is not None and same_number(number, second.number)
-    return agree(first, second)
-
-
-def agree(first: Answer, second: Answer) -> bool:
-    """Whether two answers that were read say the same."""
-    if first.name and second.name and first.name != second.name:
-        return False
-    if first.number and second.number:
-        if same_number(first.number, second.number):
-            return True
-        return first.words == second.words != "" and first.number.value == second.number.value
-    if first.items and second.items:
-        return same_items(first, second)
-    if first.items or second.items:
-        return False
-    one = first.formula or (
-        first.number and second.formula and [first.number.value] * formulas.POINTS
-    )
-    other = second.formula or (
-        second.number and first.formula and [second.number.value] * formulas.POINTS
-    )
-    if one and other:
-        return formulas.same_values(one, other)
-    if one or other or first.number or second.number:
-        return False
-    if first.latex or second.latex:
-        return first.latex == second.latex or (
-            not (first.latex and second.latex) and first.words == second.words != ""
-        )
-    return first.words == second.words != ""
-
-
-def same_items(first: Answer, second: Answer) -> bool:
-    """Whether two lists agree: brackets and order included, unless both are sets."""
-    if first.brackets != second.brackets or len(first.items) != len(second.items):
-        return False
-    left = list(second.items)
-    for item in first.items:
-        candidates = left[:1] if first.brackets else left
-        match = next((other for other in candidates if agree(item, other)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return True
-
-
-def group_answers(answers: list[str | None], options: tuple[str, ...] = ()) -> list[int]:
-    """For each answer the index of the first one that says the same, -1 for none. There is no truth
-    here: two agree if either agrees with the other as its truth. That is not transitive (5 agrees
-    with 5 km and with 5 m, 50% with 50 and with 0.5), so each answer joins the first group whose
-    head it agrees with; heads are the plainest spellings, the most frequent first.
-
-    >>> group_answers(["1,200", "$1200.00", "1200 pens", None, "It is 1200", "12"])
-    [0, 0, 0, -1, 0, 5]
-    """
-    places: dict[str, int] = {}
-    for index, answer in enumerate(answers):
-        if answer and normalise_text(answer):
-            places.setdefault(answer, index)
-    counts = Counter(answer for answer in answers if answer)
-
-    def plainness(answer: str) -> tuple:
-        number = read(answer).number
-        if number is None:
-            return True, True, True, -counts[answer], answer
-        return False, number.percent, bool(number.unit), -counts[answer], answer
-
-    head_of: dict[str, str] = {}
-    heads: list[str] = []  # of the groups that name no option
-    head_of_option: dict[int, str] = {}
-    for answer in sorted(places, key=plainness):
-        option = option_of(answer, options)
-        if option is not None:
-            head_of[answer] = head_of_option.setdefault(option, answer)
-            continue
-        same = (head for head in heads if same_answer(answer, head) or same_answer(head, answer))
-        head_of[answer] = next(same, answer)
-        if head_of[answer] == answer:
-            heads.append(answer)
-    first: dict[str, int] = {}  # the place of the first answer of each group
-    for answer, head in head_of.items():
-        first[head] = min(places[answer], first.get(head, places[answer]))
-    return [first[head_of[answer]] if answer in head_of else -1 for answer in answers]
-
-
-# 4. Options ---------------------------------------------------------------------------------------
-
-LETTER = (
-    r"(?:(?i:option|choice|answer)\s+)?[(\[]?(?P<letter>[A-Za-z])(?P<closed>[)\]:])?(?P<dot>\.)?"
-    r"(?P<rest>(?:\s.*)?)"
-)
-
-
-def option_of(answer: str, options: tuple[str, ...]) -> int | None:
-    """Which option an answer names: by its text, its number, or its letter. Text comes first: with
-    the options B12, C and D an answer "C" is the vitamin, not the third.
-
-    >>> options = ("Mitral valve", "Aortic valve")
-    >>> [option_of(answer, options) for answer in ("b", "B. the aorta", "aortic valve.", "C", "")]
-    [1, 1, 1, None, None]
-    """
-    if not options:
-        return None
-    marked = extract_marked(answer[:LONGEST])
-    answer = undress(marked or answer[:LONGEST_WORDS])
-    # First with what may be an option's letter: S. pneumoniae is not K. pneumoniae.
-    for form in (plain_words, normalise_text):
-        forms = [form(option) for option in options]
-        if form(answer) and form(answer) in forms:
-            return forms.index(form(answer))
-    stated = read(answer).number
-    if stated is None and len(answer) <= LONGEST:
-        stated = number_in_words(answer)
-    if stated is not None:
-        numbers = [read(option).number for option in options]
-        for index, number in enumerate(numbers):
-            if number is not None and same_number(stated, number):
-                return index
-    return option_by_letter(answer, options)
-
-
-def option_by_letter(answer: str, options: tuple[str, ...]) -> int | None:
-    """Which option an answer names by its letter, alone or before words. Behind a bare letter, or
-    one with a full stop, the words must be of the option: E. coli is not the fifth.
-
-    >>> options = ("Mitral valve", "Aortic valve", "Heart", "Lung", "Liver")
-    >>> texts = ("(B) what ever", "Option B", "B Aortic valve", "E. coli", "B, C", "A valve")
-    >>> [option_by_letter(text, options) for text in texts]
-    [1, 1, 1, None, None, None]
-    """
-    match = re.fullmatch(LETTER, answer.replace("*", "").strip(), re.DOTALL)
-    if not match:
-        return None
-    index = ord(match["letter"].upper()) - ord("A")
-    if index >= len(options):
-        return None
-    rest = plain_words(match["rest"])
-    option = plain_words(options[index])
-    if not rest or match["closed"]:
-        return index
-    if match["dot"]:
-        return index if stems(rest) & stems(option) or rest.split()[0] in option.split() else None
-    return index if rest == option else None
-
-
-def stems(words: str) -> set[str]:
-    """The first four letters of each word that has them: aorta and aortic share theirs."""
-    return {word[:4] for word in words.split() if len(word) >= 4}
-
-
-# 5. Words ---------------------------------------------------------------------------------------
-
-# What changes the number after it: a comparator (no arrow), a sign (no hyphen, as in '3 - 5')
-COMPARATOR = r"(?<![-=])[<>≤≥]=?(?=\s*[-+−]?[$€£]?\.?\d)"
-SIGN = r"(?<!\w)[-+−](?=[$€£]?\.?\d)|(?<!\w)(?<!\w\s)[-+−](?=\s[$€£]?\.?\d)"
-OPERATOR = r"(?<=\d)[-+−*/:^=×÷](?=\s?\d)|(?<=\d\s)[-+−*/:^=×÷](?=\s?\d)"
-ONE_SYMBOL = str.maketrans({"−": "-", "≤": "<=", "≥": ">=", "×": "*", "÷": "/"})
-
-
-def normalise_text(text: str) -> str:
-    """Lower case, no option letter, punctuation or articles, single spaces. Empty only if `text`
-    is.
-
-    >>> [normalise_text(t) for t in ("B. The left  ventricle!", "A", "≤ 5 mg", "−5 dB", "12:30")]
-    ['left ventricle', 'a', '<= 5 mg', '- 5 db', '12 : 30']
-    """
-    return plain_words(re.sub(r"^\s*\(?[A-Za-z][.)]\s+(?=\S)", "", text[:LONGEST_WORDS]))
-
-
-def plain_words(text: str) -> str:
-    """`normalise_text` without a look at option letters."""
-    text = text[:LONGEST_WORDS].lower()
-    words = re.findall(rf"{COMPARATOR}|{SIGN}|{OPERATOR}|\w+", text)
-    kept = [word for word in words if word not in ("a", "an", "the")]
-    return " ".join(kept or words or text.split()).translate(ONE_SYMBOL)
-
-
-# 6. Finding the answer in a response --------------------------------------------------------------
-
-MARKER = (
-    r"(?i)(?P<tag><answer>)|(?P<box>\\(?:boxed|fbox)\s?\{)|(?P<hashes>#{4,})"
-    r"|(?P<prose>\b(?:answer|correct option|correct choice)(?: is:?|:)[ \t]*)"
-)
-TAG_END = r"(?i)</?answer|</?think"
-SENTENCE_END = r"\n|(?<!\b[A-Z])[.!?](?=\s|$)|\.(?=\s+[A-Z])|</?(?:answer|think)>"
-LONGEST_SENTENCE = 200
+LONGEST = 1000  # characters of an answer that may be a number or stand in a box
+SHORT = 200  # characters of a sentence behind "the answer is", or of what math-verify is given
+
+# 1. The answer of a response ----------------------------------------------------------------------
+
+PROSE = r"\b(?:answer|correct option|correct choice)(?: is:?|:)[ \t]*"
+MARKER = rf"(?i)(?P<tag><answer>)|(?P<box>\\(?:boxed|fbox)\s?\{{)|(?P<hashes>#{{4,}})|{PROSE}"
+TAG_END = re.compile(r"(?i)</?answer|</?think|\Z")
+SENTENCE_END = r"\n|(?<!\b[A-Z])[.!?](?=\s|$)|\.(?=\s+[A-Z])|</?(?:answer|think)>|\Z"
+# A base model runs on: it asks itself the next question and answers that one, too.
 ANOTHER_QUESTION = (
     r"(?i)\n\s?(?:#{1,4} |\*\*)?(?:question|problem|exercise|q|user|human)(?: ?\d{1,3})?:"
     r"|<\|im_start\|>user"
 )
-INLINE_MATH = r"\$[^$\n]{1,200}\$|\\\((?:[^\\\n]|\\[^()\n])*\\\)"
-# A number in running text with all that belongs to it: a ratio, a fraction, a power of ten, ..
+# between dollars or \( \), with a command or a power in it
+INLINE_MATH = (
+    r"\$[^$\n\\^]{0,99}[\\^][^$\n]{0,99}\$"
+    r"|\\\([^\\^\n]{0,99}(?:\^|\\(?!\)))[^\n]{0,99}?\\\)"
+)
+# A number in running text with all that belongs to it: a ratio, a fraction, an exponent, ..
 NUMBER_IN_TEXT = (
-    r"(?<![\w.^_{√\\])(?:(?<![)\]}])[-+−])?[$€£¥]?"
-    r"(?:\\[dtc]?frac\{[^{}\n]{1,40}\}\{[^{}\n]{1,40}\}|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]"
-    r"|(?:\d|\.\d)(?:\d|[.,:/']\d|\{,\}\d|[eE][-+]?\d| \d{1,9}/\d|[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])*)"
+    r"(?<![\w.^_{√\\])(?:(?<![)\]}])[-−])?[$€£¥]?"
+    r"(?:\\[dt]?frac\{[^{}\n]{1,40}\}\{[^{}\n]{1,40}\}|[¼-¾⅐-⅞]"
+    r"|(?:\d|\.\d)(?:\d|[.,:/']\d|\{,\}\d|[eE][-+]?\d| \d{1,9}/\d|[¼-¾⅐-⅞])*)"
     r"(?![\d^]|[.,:/']\d| ?\^| ?\\(?:sqrt|pi))"
     r"(?: ?(?:\\times|×|\*|x) ?10\^\{?-?\d{1,3}\}?"
     r"| (?:hundred|thousand|million|billion|trillion|dozen)\b| ?\\?%|k\b)?"
@@ -658,10 +67,8 @@ NUMBER_IN_TEXT = (
 
 
 def extract_answer(response: str) -> str | None:
-    """The answer a response gives: what the last marker holds among <answer>, \\boxed{}, `####` and
-    `the answer is`, up to where the text runs on into another question. Headings and empty markers
-    hold nothing. Without a marker, the last number: that favours a base model which was never told
-    about our tags. None if nothing fits.
+    """The answer that a response gives, as it is written; None if there is none. Without a marker
+    it is the last number, which favours a base model that was never told of our tags.
 
     >>> extract_answer("<think>2+3=5</think><answer> 5 </answer>")
     '5'
@@ -672,144 +79,360 @@ def extract_answer(response: str) -> str | None:
     >>> extract_answer("#### 12\\n\\nQuestion: Ben?\\n#### 7")
     '12'
     """
-    tail = response[-TAIL:]  # no answer starts earlier, and no regular expression sees a novel
-    marked = extract_marked(tail)
-    if marked is not None:
-        return marked
-    another = re.search(ANOTHER_QUESTION, tail)
-    stated = last_number(tail[: another.start()]) if another else None
-    return stated or last_statement(tail) or last_number(tail)
+    # The tail alone: no regular expression here sees a novel.
+    parts = re.split(ANOTHER_QUESTION, response[-TAIL:])
+    for find in (extract_marked, last_words, last_number):
+        for part in parts:
+            answer = find(part)
+            if answer is not None:
+                return answer
+    return None
 
 
 def extract_marked(text: str) -> str | None:
-    """What the last marker of a text holds, None if there is none. An empty tag holds the empty
-    answer, if nothing else is there."""
-    places = list(re.finditer(MARKER, text))
-    if not places:
-        return None
-    ends = [match.start() for match in re.finditer(TAG_END, text)] if "<" in text else []
-    braces = matching_braces(text) if any(match["box"] for match in places) else {}
-    answer = "" if any(match["tag"] for match in places) else None
-    limit = None  # where another question begins
-    for match in places:
-        if limit is not None and match.start() > limit:
-            break
-        content = content_of(match, text, ends, braces)
-        if content is not None:
+    """What the last marker that holds something holds; "" if all there is are empty tags. Behind
+    hashes and "the answer is" a result alone counts: "#### Step 1" is a heading."""
+    answer = None
+    for marker in re.finditer(MARKER, text):
+        start = marker.end()
+        if marker["tag"]:
+            content = text[start : TAG_END.search(text, start).start()].strip()
+            answer = answer or ""
+        elif marker["box"]:
+            content = up_to_closing_brace(text[start : start + LONGEST]).strip()
+        else:
+            sentence = text[start : start + SHORT]
+            end = re.search(r"\n|\Z" if marker["hashes"] else SENTENCE_END, sentence).start()
+            content = sentence[:end].strip("*`_ \t")
+            content = content if states_result(content) else ""
+        if any(map(str.isalnum, content)):
             answer = content
-            if limit is None:
-                another = re.compile(ANOTHER_QUESTION).search(text, match.end())
-                limit = another.start() if another else len(text)
     return answer
 
 
-def content_of(match: re.Match, text: str, ends: list[int], braces: dict[int, int]) -> str | None:
-    """What one marker holds: in a tag or a box anything, elsewhere a number, an option's letter or
-    a formula."""
-    start = match.end()
-    if match["tag"]:
-        place = bisect_left(ends, start)
-        content = text[start : ends[place] if place < len(ends) else len(text)].strip()
-        return content if any(map(str.isalnum, content)) else None
-    if match["box"]:
-        end = braces.get(start - 1)
-        if end is None:  # cut off
-            end = text.find("\n", start, start + LONGEST)
-        content = text[start : end if end >= 0 else start + LONGEST].strip()
-        return content if any(map(str.isalnum, content)) else None
-    sentence = text[start : start + LONGEST_SENTENCE]
-    end = sentence.find("\n") if match["hashes"] else None
-    if end is None:
-        stop = re.search(SENTENCE_END, sentence)
-        end = stop.start() if stop else -1
-    content = (sentence if end < 0 else sentence[:end]).strip().strip("*`_ ").strip()
-    return content if states_result(content) else None
+def up_to_closing_brace(text: str) -> str:
+    r"""What stands in a brace that was opened before `text`: all of it where it is not closed.
 
-
-def matching_braces(text: str) -> dict[int, int]:
-    """The place of each opening brace -> that of its closing one."""
-    pairs, opened = {}, []
-    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        if match[0] == "{":
-            opened.append(match.start())
-        elif match[0] == "}" and opened:
-            pairs[opened.pop()] = match.start()
-    return pairs
+    >>> up_to_closing_brace(r"\frac{3}{4}}.")
+    '\\frac{3}{4}'
+    """
+    depth = 1
+    for place, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:place]
+    return text
 
 
 def states_result(text: str) -> bool:
-    """Whether a text is a number, an option's letter, a formula or a list of them, and nothing
-    else."""
+    """Whether a text is a number, an option's letter or a formula, and nothing else."""
     plain = undress(text)
-    if not plain:
-        return False
-    if re.match(r"[(\[]?[A-Z][)\].:]?(?:\s|$)", plain):
-        return True
-    stated, name = last_side(plain)
-    if read_number(stated) is not None or formulas.evaluate(stated) is not None:
-        return True
-    return any(read_number(item) or formulas.evaluate(item) for item in split_items(stated)[1])
+    letter = re.match(r"[(\[]?[A-Z][)\].:]?(?:\s|$)", plain)
+    return bool(letter or read_number(plain) or is_formula(plain))
+
+
+def last_words(text: str) -> str | None:
+    """The words with which a text ends in "the answer is ..", where no digit is in them."""
+    match = re.fullmatch(rf"(?is).*{PROSE}([^\d\n]{{1,200}})", text.strip("*.!_ \n"))
+    return match[1] if match else None
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a running text, as it is written; or the last formula between dollars, if
-    no number follows it."""
+    """The last number of a running text, as it is written; or the last formula between dollars."""
     numbers = list(re.finditer(NUMBER_IN_TEXT, text))
-    last = numbers[-1] if numbers else None
-    formula = None
-    if "\\" in text or "^" in text:
-        for match in re.finditer(INLINE_MATH, text):
-            if re.search(r"[\\^]", match[0].strip("\\()")) and states_result(match[0]):
-                formula = match
-    if formula and (last is None or last.start() < formula.end()):
-        return formula[0]
-    return last[0] if last else None
+    formulas = [match for match in re.finditer(INLINE_MATH, text) if states_result(match[0])]
+    places = sorted(numbers + formulas, key=re.Match.end)
+    return places[-1][0] if places else None
 
 
-def last_statement(text: str) -> str | None:
-    """The words with which a text ends in `the answer is ..`, where no number is in them."""
-    markers = list(re.finditer(MARKER, text))
-    if not markers or not markers[-1]["prose"]:
+# 2. Numbers ---------------------------------------------------------------------------------------
+
+# One spelling for all that mean the same: minus signs, slashes, operators, spaces, apostrophes
+ONE_SPELLING = str.maketrans(
+    dict(zip("−–﹣－⁻⁄∕×⋅÷\u00a0\u2009\u202f\u2007’", "-----//**/    '")) | {"≤": "<=", "≥": ">="}
+)
+LATEX_MARKS = {"\\$": "$", "\\%": "%", "{,}": ",", "~": " ", "\\;": " ", "\\approx": ""} | {
+    **dict.fromkeys(("\\(", "\\)", "\\[", "\\]", "\\,", "\\!", "\\left", "\\right"), ""),
+    **{"\\dfrac": "\\frac", "\\tfrac": "\\frac", "\\times": "*", "\\cdot": "*"},
+}
+FUNCTION = r"(?<![\\A-Za-z])(?:sin|cos|tan|log|ln|exp|sqrt|pi)(?![A-Za-z])"
+DRESS = r"\\(?:text[a-z]{0,4}|math[a-z]{2}|mbox)\s?\{([^{}]*)\}"
+EQUALS = r"(?<![<>!=≤≥])=(?![=>])"
+# A side of an equation that states the result behind it: words (Total cost), or arithmetic
+WORDS_OR_TASK = r"\s*(?:[A-Za-z][A-Za-z ]*[A-Za-z]\s*|(?:[\d\s.,()+*/$€£¥%^{}-]|\\[a-z]+)*)"
+
+DECIMAL = r"(?:(?:\d{1,3}(?:[, ']\d{3})+(?!\d)|\d{1,100})(?:\.\d{1,100})?|\.\d{1,100})"
+NUMBER = (
+    r"(?P<before>(?:[^\W\d_]|[ ,:;()'\"\n]|\.(?!\d))*)(?<!\w)"
+    r"(?P<sign>[-+]?)\s?(?P<money>[$€£¥]?)\s?(?P<minus>-?)"
+    rf"(?:(?P<whole>\d{{1,15}})\s(?=[\d.]{{1,100}}\s?/))?"
+    rf"(?P<over>{DECIMAL})(?:\s?/\s?(?P<under>{DECIMAL}))?"
+    r"(?:(?:[eE]|\s?[*x]\s?10\s?(?:\^|\*\*)\s?\{?)(?P<power>[-+]?\d{1,3})(?!\d)\}?)?"
+    r"(?:\s?(?P<times>hundred|thousand|million|billion|trillion|dozen|[kK])s?\b)?"
+    r"(?P<percent>\s?(?:%|per ?cent\b))?"
+    # words, with m^2; not "5. Go on", and not "5-x"
+    r"(?P<unit>(?!\s*(?:\.|[-/(]\s?\w\b)\s?\w)"
+    r"(?:[^\W\d_](?:\s?\^\{?[23]\}?)?|[ ,.;()'\"/°\n-])*)"
+)
+MULTIPLIERS = {"dozen": 12, "hundred": 100, "k": 10**3, "K": 10**3, "thousand": 10**3} | {
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+CURRENCIES = {"$": "dollar", "usd": "dollar", "€": "euro", "£": "pound", "¥": "yen"}
+# Beside a number these change it: less than 5, two and 5, 5 squared; and 2x is not 2, though 2 m is
+CHANGES = set(
+    "zero one two three four five six seven eight nine ten eleven twelve twenty hundred thousand "
+    "million billion dozen half third quarter twice double triple squared cubed plus minus times "
+    "not no never than least most under below above over between up until or "
+    "b c d e f i j k n o p q r t u v w x y z".split()
+)
+
+
+class Number(NamedTuple):
+    """A number with what stands beside it."""
+
+    value: Fraction
+    unit: str  # in the singular, currencies by name
+    percent: bool
+
+
+@lru_cache(maxsize=10_000)
+def undress(text: str) -> str:
+    r"""An answer without what only dresses it: its marker, LaTeX's commands, asterisks, quotes, a
+    full stop; and without the task or the words before the equals sign.
+
+    >>> undress("**$7{,}250$**."), undress(r"\text{(B)}"), undress("=> 18"), undress("6*7=42")
+    ('7,250', '(B)', '18', '42')
+    >>> undress("2x+3=7"), undress("26+4=30\n#### 30")
+    ('2x+3=7', '30')
+    """
+    if len(text) > LONGEST:
+        return text
+    text = (extract_marked(text) or text).translate(ONE_SPELLING)
+    for mark, plain in LATEX_MARKS.items():
+        text = text.replace(mark, plain)
+    text = re.sub(FUNCTION, r"\\\g<0>", text)  # as LaTeX writes it
+    text = re.sub(DRESS, r" \1 ", text).strip("*`\"“”' \t\r\n").rstrip(".,; *")
+    text = re.sub(r"^(\$\$?)([^$]+)\1$", r"\2", text)
+    text = re.sub(r"^(?:=>|->|[=:→⇒≈])\s*", "", text)
+    *before, last = re.split(EQUALS, text)
+    if all(re.fullmatch(WORDS_OR_TASK, side) for side in before):
+        text = last
+    return text.strip()
+
+
+@lru_cache(maxsize=10_000)
+def read_number(text: str, in_sentence: bool = False) -> Number | None:
+    """The number that an undressed answer states; None if anything numeric or operational is left.
+    In a sentence there may be words before it, if they do not change it.
+
+    >>> texts = ("1,234.50", "- 3/4", "1.5e3", "3 1/2 cups", "5k", "$.50", "1.5 million")
+    >>> [str(read_number(text).value) for text in texts]
+    ['2469/2', '-3/4', '1500', '7/2', '5000', '1/2', '1500000']
+    >>> [read_number(t) for t in ("12:30", "3+4", "5-10", "2x", "1/0", "12,34", "B12", "5 or more")]
+    [None, None, None, None, None, None, None, None]
+    >>> str(read_number("She has 18 pens", True).value), read_number("less than 5", True)
+    ('18', None)
+    """
+    # fractions and exponents in LaTeX and Unicode as 1/4 and ^2; 1\frac{1}{4} is 1 1/4
+    text = re.sub(r"\\frac\s?\{?(\d[\d.,]{0,40}?)\}?\s?\{?(\d[\d.,]{0,40})\}?", r" \1/\2", text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text)
+    text = re.sub("[²³¹⁰⁴-⁹]{1,3}", r"^\g<0>", text)
+    text = unicodedata.normalize("NFKC", text).translate(ONE_SPELLING).strip()
+    match = re.fullmatch(NUMBER, text[:LONGEST])
+    if not match or (match["sign"] and match["minus"]) or (match["before"] and not in_sentence):
         return None
-    words = text[markers[-1].end() :].strip().strip("*.!_ ")
-    return (
-        words
-        if words and len(words) <= LONGEST_SENTENCE and not re.search(r"[\d\n]", words)
-        else None
-    )
+    beside = f"{match['before']} {match['unit']}"
+    if CHANGES & set(re.findall(r"[^\W\d_]+", beside.lower())):
+        return None
+    digits = [re.sub("[, ']", "", match[part] or "1") for part in ("over", "under")]
+    # 12 decimals: what a float loses behind them (2.4000000000000004) is forgiven
+    over, under = (round(Fraction(decimal), 12) for decimal in digits)
+    if under == 0:
+        return None
+    sign = -1 if "-" in (match["sign"], match["minus"]) else 1
+    scale = Fraction(10) ** int(match["power"] or 0) * MULTIPLIERS.get(match["times"], 1)
+    value = sign * (int(match["whole"] or 0) + over / under) * scale
+    unit = re.sub(r"(?<=\w{3})s\b", "", match["unit"].strip(" .,;()\n").lower())
+    unit = CURRENCIES.get(match["money"] or unit, unit)
+    return Number(value, unit, match["percent"] is not None)
+
+
+def same_number(first: Number, second: Number) -> bool:
+    """The same value, and no two units that differ. A percentage agrees with its number, and with
+    the hundredth of it."""
+    short, long = sorted((first.unit, second.unit), key=len)
+    if short and not f"{long} ".startswith(f"{short} "):
+        return False
+    as_share = first.value / Fraction(100) ** (first.percent - second.percent)
+    return second.value in (first.value, as_share)
+
+
+# 3. Formulas --------------------------------------------------------------------------------------
+
+SECONDS = 3  # for each of the library's steps: formulas can be made to take for ever
+
+
+def is_formula(text: str) -> bool:
+    """Whether math-verify is to read an answer: no words, and more than arithmetic on numbers.
+
+    >>> [is_formula(text) for text in ("2x+1", "(0, 1]", "x^2", "3+4", "no", "the heart", "H2O")]
+    [True, True, True, False, False, False, False]
+    """
+    letters = re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", " ", text)
+    # words as "the", "it is" and "B12"
+    if re.search(r"[^\W\d_]{3}|(?<!\S)[^\W\d_]{2}(?!\S)|[^\W\d_]\d", letters):
+        return False
+    return bool(re.search(r"[\\^,!]|[^\W\d_]", text) and re.search(r"[^\sA-Za-z().:]", text))
+
+
+@lru_cache(maxsize=10_000)
+def same_formula(predicted: str, truth: str) -> bool:
+    """Whether two formulas are the same: as math-verify simplifies them, or letter by letter.
+
+    >>> same_formula("2(x+1)^2", "2x^2+4x+2"), same_formula("x+1", "x-1")
+    (True, False)
+    """
+    if "".join(predicted.split()) == "".join(truth.split()):
+        return True
+    equations = [text for text in (predicted, truth) if "=" in text]
+    if len(equations) == 1 and not re.match(r"[A-Za-z]\s*=", equations[0]):
+        return False  # the library would take 2x+3=7 for 7, as it takes x=7
+    if max(len(predicted), len(truth)) > SHORT:
+        return False
+    # It stops itself by a signal, which only the main thread of a POSIX system can have.
+    can_stop = threading.current_thread() is threading.main_thread() and os.name == "posix"
+    seconds = SECONDS if can_stop else None
+    only_latex = [LatexExtractionConfig()]  # its other patterns would read a part of the text
+    parsed = [
+        parse(f"${text}$", only_latex, "no_fallback", parsing_timeout=seconds)
+        for text in (truth, predicted)
+    ]
+    return verify(*parsed, timeout_seconds=seconds)
+
+
+# 4. The answer check ------------------------------------------------------------------------------
+
+
+OPTION_LETTER = r"^\s*\(?[A-Za-z][.)]\s+(?=\S)"  # before the option's words
+
+
+def same_answer(predicted: str | None, truth: str, options: tuple[str, ...] = ()) -> bool:
+    """Whether two answers agree: as options where the truth names one, as numbers, as formulas,
+    else as text without case, punctuation and articles. An empty answer agrees with nothing.
+
+    >>> same_answer("$18.00", "18"), same_answer("The heart.", "heart"), same_answer(None, "4")
+    (True, True, False)
+    >>> same_answer("(B)", "Aortic valve", ("Mitral valve", "Aortic valve"))
+    True
+    """
+    verifier_is_asked("same_answer")
+    if predicted is None:
+        return False
+    right = option_of(truth, options)
+    if right is not None:
+        return option_of(predicted, options) == right
+    first = undress(predicted)
+    second = undress(truth)
+    if agree(first, second):
+        return True
+    return agree(re.sub(OPTION_LETTER, "", first), re.sub(OPTION_LETTER, "", second))
+
+
+def agree(predicted: str, truth: str) -> bool:
+    """Whether two undressed answers agree: as numbers, as formulas, or word by word."""
+    number = read_number(truth)
+    # a prediction may be a sentence with the number in it
+    stated = read_number(predicted, in_sentence=number is not None)
+    if number and stated:
+        return same_number(stated, number)
+    if is_formula(predicted) or is_formula(truth):
+        return same_formula(predicted, truth)
+    return not (number or stated) and plain_words(predicted) == plain_words(truth) != ""
+
+
+def normalise_text(text: str) -> str:
+    """`plain_words` without an option's letter before them.
+
+    >>> [normalise_text(t) for t in ("B. The left  ventricle!", "A", "≤ 5 mg", "−5 dB", "12:30")]
+    ['left ventricle', 'a', '< = 5 mg', '- 5 db', '12 : 30']
+    """
+    return plain_words(re.sub(OPTION_LETTER, "", text))
+
+
+def plain_words(text: str) -> str:
+    """Lower case, no punctuation or articles, single spaces. Empty only if `text` is."""
+    text = text.lower().translate(ONE_SPELLING)
+    # signs that say something; hyphens, stars and colons only before a number: COVID-19 is a name
+    words = re.findall(r"\w+|[+=<>^/|]|(?<![^\W\d_])[-*:](?=\s?[$€£]?\.?\d)", text)
+    kept = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(kept or words or text.split())
+
+
+# 5. Options ---------------------------------------------------------------------------------------
+
+
+def option_of(answer: str, options: tuple[str, ...]) -> int | None:
+    """Which option an answer names: by what it says, or by its letter, alone or before words. What
+    it says comes first: with the options B12, C and D an answer "C" is the vitamin.
+
+    >>> options = ("Mitral valve", "Aortic valve", "Heart", "Lung", "Liver")
+    >>> texts = ("b", "B. the aorta", "aortic valve.", "(B) both", "Option B", "B Aortic valve")
+    >>> [option_of(text, options) for text in texts]
+    [1, 1, 1, 1, 1, 1]
+    >>> [option_of(text, options) for text in ("F", "", "E. coli", "B, C", "A valve")]
+    [None, None, None, None, None]
+    """
+    text = undress(answer)
+    for index, option in enumerate(options):
+        if agree(text, undress(option)):
+            return index
+    pattern = r"(?:(?i:option|choice|answer)\s+)?[(\[]?([A-Za-z])([)\]:.]?)\.?((?:\s.*)?)"
+    match = re.fullmatch(pattern, text.replace("*", ""), re.DOTALL)
+    index = ord(match[1].upper()) - ord("A") if match else len(options)
+    if index >= len(options):
+        return None
+    # Behind a bare letter the words must be the option's, behind a full stop some of them, told by
+    # the first four letters of long words (aorta, aortic): E. coli is not the fifth option.
+    words = [plain_words(match[3]), plain_words(options[index])]
+    first, second = (set(re.findall(r"\b\w{4}", text)) for text in words)
+    is_named = words[0] in ("", words[1]) or (match[2] == "." and first & second)
+    return index if is_named or match[2] in (")", "]", ":") else None
+
+
+# 6. Votes -----------------------------------------------------------------------------------------
+
+
+def group_answers(answers: list[str | None], options: tuple[str, ...] = ()) -> list[int]:
+    """For each answer the index of the first one that says the same, -1 for none. There is no truth
+    here: two agree if either agrees with the other as its truth. That is not transitive (5 agrees
+    with 5 km and with 5 m), so each answer joins the shortest one that it agrees with.
+
+    >>> group_answers(["1,200", "$1200.00", "1200 pens", None, "It is 1200", "12"])
+    [0, 0, 0, -1, 0, 5]
+    """
+    head_of: dict[str, str] = {}
+    spellings = sorted(answer for answer in set(answers) if answer and answer.strip())
+    for answer in sorted(spellings, key=len):
+        agreeing = (
+            head
+            for head in head_of.values()
+            if same_answer(answer, head, options) or same_answer(head, answer, options)
+        )
+        head_of[answer] = next(agreeing, answer)
+    heads = [head_of.get(answer) for answer in answers]
+    return [-1 if head is None else heads.index(head) for head in heads]
 
 
 # 7. A data set's answers --------------------------------------------------------------------------
 
-MOST = 0.8  # of the answers of one kind make the others odd
-
-
-def kind_of(answer: str) -> str:
-    """How an answer is read: number, list, formula, letter, words, or nothing."""
-    stated = read(answer)
-    if stated.number:
-        return "number"
-    if re.fullmatch(
-        r"\W*[A-Za-z]\W*", undress(extract_marked(answer[:LONGEST]) or answer[:LONGEST])
-    ):
-        return "letter"
-    if stated.items or stated.formula:
-        return "list" if stated.items else "formula"
-    return "words" if stated.words else "nothing"
-
 
 def odd_answers(answers: list[str]) -> list[int]:
-    """The places of true answers that are not read as their neighbours are: where four in five are
-    numbers, those that are none; where four in five are letters, likewise. Words may be of any
-    kind: with them nothing is odd but what is empty.
+    """The places of true answers that are no numbers where four in five are.
 
-    >>> odd_answers(["5", "7.5", "1/2", "eight", "1,000", "12"])
-    [3]
-    >>> odd_answers(["B", "C", "A"]), odd_answers(["5", "heart"])
-    ([], [])
+    >>> odd_answers(["5", "7.5", "1/2", "eight", "1,000", "12"]), odd_answers(["5", "heart"])
+    ([3], [])
     """
-    kinds = [kind_of(answer) for answer in answers]
-    for kind in ("number", "letter"):
-        if kinds.count(kind) >= MOST * len(kinds):
-            return [place for place, other in enumerate(kinds) if other != kind]
-    return [place for place, kind in enumerate(kinds) if kind == "nothing"]
+    odd = [place for place, one in enumerate(answers) if read_number(undress(one)) is None]
+    return odd if len(odd) <= 0.2 * len(answers) else []

@@ -1,5 +1,10 @@
-"""Demonstrations from elsewhere: JSON lines, a folder of them, GSM8K and MedReason from the hub. Bad ones are one clear line."""
+"""Demonstrations from elsewhere: JSON lines, a folder of them, GSM8K and MedReason from the hub.
 
+Read are question/trace/answer, GSM8K's own form, and TRL's messages and prompt/completion; options
+are a list or an object. What is wrong with a line is told in one line, with its place.
+"""
+
+import itertools
 import json
 import math
 import re
@@ -8,57 +13,63 @@ from pathlib import Path
 
 from engine.chat import check_text
 from engine.errors import UserError
+from tasks.answers import extract_marked, odd_answers
 from tasks.common import Solution, split_of
 
-HUB = {"gsm8k": ("openai/gsm8k", "main"), "medreason": ("UCSC-VLAA/MedReason", None)}  # name on the hub, configuration
+# 1. Where they are --------------------------------------------------------------------------------
+
+# name on the hub, configuration
+HUB = {"gsm8k": ("openai/gsm8k", "main"), "medreason": ("UCSC-VLAA/MedReason", None)}
 
 
 def from_files(path: Path, split: str) -> list[Solution]:
-    """One split of a JSON-lines file, or of a folder with train.jsonl and, if there is one, test.jsonl. What stands in both
-    files of a folder is left out of train."""
-    train, test = (path, path) if path.is_file() else (path / "train.jsonl", path / "test.jsonl")
-    has_test = test != train and test.exists()
+    """One split of a JSON-lines file, or of a folder with train.jsonl and, if there is one,
+    test.jsonl. What stands in both files of a folder is left out of train."""
+    train = path if path.is_file() else path / "train.jsonl"
+    test = path / "test.jsonl"
     if not train.exists():
         raise UserError(f"no train.jsonl in folder {path}")
-    if split == "test" and has_test:
+    if not test.exists():
+        return of_split(read_jsonl(train), split)
+    if split == "test":
         return read_jsonl(test)
-    found = read_jsonl(train)
-    if has_test:
-        tested = {without_form(solution.question) for solution in read_jsonl(test)}
-        kept = [solution for solution in found if without_form(solution.question) not in tested]
-        if len(kept) < len(found) and split == "train":
-            print(f"{len(found) - len(kept)} questions of {train} stand in {test}, too: left out of train")
-        found = kept
-    return of_split(found, split, has_test)
+    tested = {without_form(solution.question) for solution in read_jsonl(test)}
+    every = read_jsonl(train)
+    kept = [solution for solution in every if without_form(solution.question) not in tested]
+    if len(kept) < len(every) and split == "train":
+        print(
+            f"{len(every) - len(kept)} questions of {train} stand in {test}, too: left out of train"
+        )
+    return of_split(kept, split, has_test=True)
 
 
 def from_hub(source: str, split: str) -> list[Solution]:
     """One split of GSM8K or MedReason, through `datasets`."""
     import datasets
 
-    (name, config), has_test = HUB[source], source == "gsm8k"
+    name, config = HUB[source]
+    has_test = source == "gsm8k"
     hub_split = "test" if has_test and split == "test" else "train"
     try:
         rows = list(datasets.load_dataset(name, config, split=hub_split))
     except Exception as error:  # datasets raises a dozen kinds: offline, proxy, gated, renamed
-        raise UserError(f"cannot fetch {name} from the hub ({type(error).__name__}). Without a network, give a folder "
-                        "that holds train.jsonl and test.jsonl: --data DIR") from None  # fmt: skip
-    try:
-        found = [from_medreason(row) if source == "medreason" else from_record(row) for row in rows]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{name} on the hub is not what it was: {error}") from None
-    return found if hub_split == "test" else of_split(found, split, has_test)
+        raise UserError(
+            f"cannot fetch {name} from the hub ({type(error).__name__}). Without a network, give a "
+            "folder that holds train.jsonl and test.jsonl: --data DIR"
+        ) from None
+    solutions = [from_record(row) if has_test else from_medreason(row) for row in rows]
+    return solutions if hub_split == "test" else of_split(solutions, split, has_test)
 
 
-def of_split(found: list[Solution], split: str, has_test: bool = False) -> list[Solution]:
-    """Those of one split. Questions that differ in spaces and case alone go together, where the first of them in the
-    alphabet goes. A source that has a test split of its own keeps for train what would be `split_of`'s test share."""
+def of_split(solutions: list[Solution], split: str, has_test: bool = False) -> list[Solution]:
+    """Those of one split. Questions that differ in spaces and case alone go together, where the
+    first of them in the alphabet goes. A source that has a test split of its own keeps for train
+    what would be `split_of`'s test share."""
     shares = ("train", "test") if has_test and split == "train" else (split,)
     first: dict[str, str] = {}  # of all questions that are alike
-    for solution in found:
-        form = without_form(solution.question)
-        first[form] = min(solution.question, first.get(form, solution.question))
-    return [solution for solution in found if split_of(first[without_form(solution.question)]) in shares]
+    for question in sorted(solution.question for solution in solutions):
+        first.setdefault(without_form(question), question)
+    return [one for one in solutions if split_of(first[without_form(one.question)]) in shares]
 
 
 def without_form(question: str) -> str:
@@ -70,195 +81,169 @@ def without_form(question: str) -> str:
     return "".join(question.split()).casefold()
 
 
+# 2. Lines of a file -------------------------------------------------------------------------------
+
+
 def read_jsonl(path: Path) -> list[Solution]:
-    """Every record of a JSON-lines file."""
-    return read_objects(path, text_lines(path), from_record, "question, trace and answer")
+    """Every record of a JSON-lines file. True answers that are not read as the others are, a word
+    among numbers, are named: no response would agree with them."""
+    lines = text_lines(path)
+    solutions = read_objects(path, lines, from_record, "question, trace and answer")
+    odd = odd_answers([solution.answer for solution in solutions])
+    if odd:
+        place = f"{path}:{lines[odd[0]][0]}"
+        first = solutions[odd[0]].answer[:60]
+        print(
+            f"{place}: {len(odd)} of {len(solutions)} answers, as {first!r}, are unlike the others"
+        )
+    return solutions
 
 
-def read_objects(path: Path | str, lines: list[tuple[int, str]], read: Callable[[dict], object], fields: str) -> list:
-    """read(object) of the JSON object on each (numbered) line of a file. What is wrong with one is said with its place."""
-    found = []
+def read_objects(
+    path: Path | str,
+    lines: list[tuple[int, str]],
+    read: Callable[[dict], object],
+    fields: str,
+) -> list:
+    """read(object) of the JSON object on each (numbered) line of a file; UserError with the place
+    of a line that is wrong."""
+    results = []
     for number, line in lines:
         try:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError(f"not a JSON object: each line needs one with {fields}")
-            found.append(read(record))
+            results.append(read(record))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: {error}") from None
-    if not found:
+    if not results:
         raise UserError(f"{path} is empty: it needs one JSON object per line, with {fields}")
-    return found
+    return results
 
 
-def text_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, line) of each line of a UTF-8 file that is not empty. A byte order mark, as Windows writes, is no text."""
+def text_lines(path: Path | str) -> list[tuple[int, str]]:
+    """(line number, line) of each line of a UTF-8 file that is not empty. A byte order mark, as
+    Windows writes, is no text."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in its name
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a zero byte in its name
         raise UserError(f"cannot read {path}: {error}") from None
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def field(record: dict, name: str, needed: bool = False) -> str | None:
-    """One field of a record as text, without the space around it: a string or a finite number; None if it is missing."""
-    value = record.get(name)
-    number = type(value) is int or type(value) is float and math.isfinite(value)  # a bool is none
-    if not (value is None or isinstance(value, str) or number):
-        raise ValueError(f"field '{name}' must be a string or a finite number, not {str(value)[:40]}")
-    try:
-        text = None if value is None else check_text(str(value)).strip()
-    except ValueError as error:
-        raise ValueError(f"field '{name}': {error}") from None
+# 3. One record ------------------------------------------------------------------------------------
+
+# What makes demonstrations of TRL's completions, where the answer stands behind the last "="
+CONVERT = (
+    'python -c "import json; [print(json.dumps({'
+    "'question': r['prompt'], 'trace': r['completion'], "
+    "'answer': r['completion'].split('=')[-1].strip()})) "
+    "for r in map(json.loads, open('IN.jsonl'))]\" > OUT.jsonl"
+)
+
+
+def field(record: dict, name: str, needed: bool = False) -> str:
+    """One field of a record as text, without the space around it: a string or a finite number; ""
+    if it is missing."""
+    value = "" if record.get(name) is None else record[name]
+    # a bool is an int, too, and no answer
+    is_number = type(value) is int or type(value) is float and math.isfinite(value)
+    if not (isinstance(value, str) or is_number):
+        raise ValueError(
+            f"field '{name}' must be a string or a finite number, not {str(value)[:40]}"
+        )
+    text = check_text(str(value)).strip()
     if needed and not text:
         raise ValueError(f"field '{name}' is missing or empty")
     return text
 
 
 def from_record(record: dict) -> Solution:
-    """A JSON object as a Solution. GSM8K's own form, whose answer holds the trace before '####', is understood too.
+    """A JSON object as a Solution: question, trace and answer; or the question with a response that
+    marks its answer, as in GSM8K ("answer": trace #### 5) and in TRL's messages or completion.
 
-    >>> from_record({"question": "1+2?", "answer": "It is 1+2 = <<1+2=3>>3.\\n#### 3"})
-    Solution(question='1+2?', trace='It is 1+2 = 3.', answer='3', options=(), marks=((12, '1+2=3'),))
+    >>> from_record({"question": "1+2?", "answer": "It is 1+2 = <<1+2=3>>3.\\n#### 3"})[1:3]
+    ('It is 1+2 = 3.', '3')
+    >>> from_record({"prompt": "1+2?", "completion": "1+2 is \\\\boxed{3}."})[:3]
+    ('1+2?', '1+2 is', '3')
     """
-    record = with_listed_options(from_chat(record))
-    question, answer = field(record, "question", needed=True), field(record, "answer", needed=True)
-    trace, options = field(record, "trace"), record.get("options") or []
-    if trace is None and "####" in answer:
-        trace, answer = answer.rsplit("####", 1)
-        if not answer.strip():
-            raise ValueError("field 'answer' has nothing after its '####'")
-    if trace is None:
-        raise ValueError("field 'trace' is missing (the reasoning, without the answer)")
+    if "messages" in record:
+        question, trace = contents_of(record["messages"], ["user", "assistant"])
+        record = record | {"question": question, "trace": trace}
+    elif "prompt" in record:
+        (question,) = contents_of(record["prompt"], ["user"])
+        (trace,) = contents_of(record.get("completion"), ["assistant"])
+        record = record | {"question": question, "trace": trace}
+    question = field(record, "question", needed=True)
+    trace = field(record, "trace")
+    answer = field(record, "answer")
+    if not trace or not answer:
+        trace, answer = split_response(trace or answer)
+    answer = answer.removeprefix("<answer>").removesuffix("</answer>").strip()
+    if not trace or not answer:
+        raise ValueError(
+            "field 'trace' or 'answer' is missing, and nothing marks an answer "
+            "(<answer>5</answer>, #### 5 or \\boxed{5}). Where it "
+            f"stands behind the last '=', convert with: {CONVERT}"
+        )
+    options = record.get("options") or []
+    if isinstance(options, dict):  # {"A": "7", "B": "5"}
+        if "".join(options) not in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+            # no letters that we would know: the answer is the text of the option that it names
+            answer = options.get(answer, answer)
+        options = list(options.values())
     if not isinstance(options, list):
         raise ValueError(f"field 'options' must be a list of strings, not {type(options).__name__}")
+    options = tuple(field({"options": option}, "options") for option in options)
     trace, marks = without_marks(without_tags(trace))  # tags first: marks know their places
-    answer = answer.strip()
-    if answer.startswith("<answer>"):
-        answer = answer.removeprefix("<answer>").removesuffix("</answer>").strip()
-        if not answer:
-            raise ValueError("field 'answer' has nothing between its tags")
-    options = tuple(field({"options": one}, "options") or "" for one in options)
     return Solution(question, trace, answer, options, marks)
 
 
+def contents_of(chat: str | list, roles: list[str]) -> list[str]:
+    """The texts of a chat's messages, which must be by these roles; a text is one message. A system
+    message is left out, since prompts have an instruction of their own."""
+    if isinstance(chat, str):
+        chat = [{"role": roles[0], "content": chat}]
+    try:
+        turns = [(turn["role"], turn["content"]) for turn in chat if turn["role"] != "system"]
+    except (TypeError, KeyError):
+        turns = []
+    if [role for role, _ in turns] != roles or not all(isinstance(text, str) for _, text in turns):
+        raise ValueError(
+            f"a chat must be a list of messages with a role and a content, one of the "
+            f"{' and one of the '.join(roles)}"
+        )
+    return [text for _, text in turns]
+
+
+def split_response(text: str) -> tuple[str, str]:
+    """(trace, answer) of a whole response: what stands before the answer that it marks, and that;
+    the answer is "" if none is marked.
+
+    >>> split_response("<think>3+2=5</think>\\n#### 5")
+    ('<think>3+2=5</think>\\n', '5')
+    """
+    answer = extract_marked(text) or ""
+    for marker in ("<answer>", "####", "\\boxed{"):
+        before, marked, after = text.rpartition(marker)
+        if marked and answer in after:
+            return before.rstrip(" $"), answer
+    return text, answer
+
+
 def without_tags(trace: str) -> str:
-    """A trace without the tags that data.response_text puts around it: R1 and its pupils write them themselves. An answer in
-    tags at its end goes, too; what stands between is kept.
+    """A trace without the tags that data.response_text puts around it: R1 and its pupils write them
+    themselves. An answer in tags at its end goes, too; what stands between is kept.
 
     >>> without_tags("<think>\\n3+2=5\\n</think>\\nSo five.\\n<answer>5</answer>")
     '3+2=5\\nSo five.'
     """
-    before, opened, inside = trace.rpartition("<answer>")
-    if opened and inside.rstrip().endswith("</answer>"):
+    before, _, inside = trace.rpartition("<answer>")
+    if inside.rstrip().endswith("</answer>"):
         trace = before
-    trace = trace.strip().removeprefix("<think>")
-    thought, _, after = trace.partition("</think>")  # a prompt may have opened it: then there is no <think>
+    # a prompt may have opened it: then there is no <think>
+    thought, _, after = trace.strip().removeprefix("<think>").partition("</think>")
     return "\n".join(part.strip() for part in (thought, after) if part.strip())
-
-
-# What makes demonstrations of TRL's completions, where the answer stands behind the last "="
-CONVERT = (
-    "python -c \"import json; [print(json.dumps({'question': r['prompt'], 'trace': r['completion'], 'answer': "
-    "r['completion'].split('=')[-1].strip()})) for r in map(json.loads, open('IN.jsonl'))]\" > OUT.jsonl"
-)
-
-
-def from_chat(record: dict) -> dict:
-    """A record in one of TRL's formats with our fields: `messages` of one user and one assistant turn, or `prompt` and
-    `completion`, each a text or such messages. A system message is left out, since prompts have an instruction of their
-    own. The answer is a field `answer`, or what the completion has in <answer> tags, behind its last '####', or in its last
-    \\boxed{}. Other records stay as they are.
-
-    >>> from_chat({"prompt": "3+2?", "completion": "3+2=5 #### 5"})
-    {'question': '3+2?', 'trace': '3+2=5 ', 'answer': '5'}
-    """
-    if "question" in record or not ("messages" in record or {"prompt", "completion"} <= record.keys()):
-        return record
-    if "messages" in record:
-        turns = turns_of(record["messages"], "messages")
-        if [role for role, _ in turns] != ["user", "assistant"]:
-            raise ValueError("field 'messages' must hold one user turn and one assistant turn: give the last turns alone")
-        prompt, completion = (content for _, content in turns)
-    else:
-        prompt = one_turn(record["prompt"], "prompt", "user")
-        completion = one_turn(record["completion"], "completion", "assistant")
-    answer = field(record, "answer")
-    trace, named = split_completion(completion)
-    if not answer and not named:
-        raise ValueError(
-            "the completion names no answer (<answer>5</answer>, #### 5 or \\boxed{5}): add a field 'answer'; "
-            f"where it stands behind the last '=', with: {CONVERT}"
-        )
-    rest = {name: record[name] for name in ("options",) if name in record}
-    return {"question": prompt, "trace": trace, "answer": answer or named} | rest
-
-
-def turns_of(messages, name: str) -> list[tuple[str, str]]:
-    """(role, content) of each message of a chat, without the system's."""
-    if not isinstance(messages, list):
-        raise ValueError(f"field '{name}' must be a list of messages, each with role and content")
-    turns = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"field '{name}': each message needs a role and a content, which is text")
-        if message.get("role") != "system":
-            turns.append((str(message.get("role")), message["content"]))
-    return turns
-
-
-def one_turn(value, name: str, role: str) -> str:
-    """The text of a prompt or a completion, which may be a text or a list of one message."""
-    if not isinstance(value, list):
-        return field({name: value}, name, needed=True)
-    turns = turns_of(value, name)
-    if [by for by, _ in turns] != [role]:
-        raise ValueError(f"field '{name}' must be a text or one message of the {role}")
-    return turns[0][1]
-
-
-def split_completion(text: str) -> tuple[str, str]:
-    """(trace, answer) of a whole response; the answer is "" if none is marked.
-
-    >>> split_completion("<think>3+2=5</think>\\n#### 5")
-    ('<think>3+2=5</think>\\n', '5')
-    """
-    before, opened, inside = text.rpartition("<answer>")
-    if opened:
-        return before, inside.partition("</answer>")[0].strip()
-    before, mark, after = text.rpartition("####")
-    if mark:
-        return before, after.strip()
-    before, mark, after = text.rpartition("\\boxed{")
-    depth = 1
-    for place, letter in enumerate(after if mark else ""):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:  # the brace that closes the box
-            boxed, rest = after[:place], after[place + 1 :]
-            if rest.strip(" .$\n"):  # amid a sentence: its words stay as they are
-                return before + boxed + rest, boxed.strip()
-            return before.rstrip(" $"), boxed.strip()
-    return text, ""
-
-
-def with_listed_options(record: dict) -> dict:
-    """A record whose options are {"A": "7", "B": "5"} with a list of them. Where the keys are not A, B, C in order, an answer
-    that names one becomes that option's text.
-
-    >>> with_listed_options({"options": {"1": "7", "2": "5"}, "answer": "2"})
-    {'options': ['7', '5'], 'answer': '5'}
-    """
-    options = record.get("options")
-    if not isinstance(options, dict):
-        return record
-    letters = [chr(ord("A") + i) for i in range(len(options))]
-    named = str(record.get("answer")).strip()
-    changed = {"options": list(options.values())}
-    if list(options) != letters and named in options:
-        changed["answer"] = options[named]
-    return record | changed
 
 
 def without_marks(trace: str) -> tuple[str, tuple[tuple[int, str], ...]]:
@@ -269,24 +254,27 @@ def without_marks(trace: str) -> tuple[str, tuple[tuple[int, str], ...]]:
     """
     pieces = re.split(r"<<([^<>]{0,200})>>", trace.strip())  # text, mark, text, mark, .., text
     pieces[0] = pieces[0].lstrip()
-    marks = []
-    place = 0
-    for text, mark in zip(pieces[::2], pieces[1::2]):
-        place += len(text)
-        marks.append((place, mark))
-    return "".join(pieces[::2]).strip(), tuple(marks)
+    places = itertools.accumulate(len(text) for text in pieces[::2])
+    return "".join(pieces[::2]).strip(), tuple(zip(places, pieces[1::2]))
 
 
 def from_medreason(row: dict) -> Solution:
-    """A MedReason row: the options join the question, the answer loses its letter and its explanation.
+    """A MedReason row: the options join the question, the answer loses its letter and its
+    explanation.
 
-    >>> tuple(from_medreason({"question": "Which vitamin?", "options": "Answer Choices:\\nA. B12\\nB. C\\nC. D",
-    ...                       "answer": "B. C. Explanation: scurvy.", "reasoning": "Scurvy is lack of C."}))[:4]
+    >>> row = {"question": "Which vitamin?", "options": "Answer Choices:\\nA. B12\\nB. C\\nC. D",
+    ...        "answer": "B. C. Explanation: scurvy.", "reasoning": "Scurvy is lack of C."}
+    >>> from_medreason(row)[:4]
     ('Which vitamin?\\nA. B12\\nB. C\\nC. D', 'Scurvy is lack of C.', 'C', ('B12', 'C', 'D'))
     """
-    listed = [line.strip() for line in str(row.get("options") or "").split("\n")]
-    options = tuple(line[2:].strip() for line in listed if re.match(r"[A-Z][.)]\s*\S", line))
-    listed = "".join(f"\n{chr(65 + i)}. {option}" for i, option in enumerate(options))
-    answer = re.split(r"\bExplanation:", str(row["answer"]), maxsplit=1)[0].strip()
+    lines = [line.strip() for line in str(row.get("options") or "").split("\n")]
+    options = tuple(line[2:].strip() for line in lines if re.match(r"[A-Z][.)]\s*\S", line))
+    listed = [f"\n{chr(ord('A') + place)}. {option}" for place, option in enumerate(options)]
+    answer = str(row["answer"]).partition("Explanation:")[0].strip()
     answer = re.sub(r"^[A-Z][.)]\s+", "", answer).strip().rstrip(".")
-    return Solution(str(row["question"]).strip() + listed, str(row["reasoning"]).strip(), answer, options)
+    return Solution(
+        str(row["question"]).strip() + "".join(listed),
+        str(row["reasoning"]).strip(),
+        answer,
+        options,
+    )
