@@ -3,14 +3,15 @@
     python -m experiments.bench                     all parts: under ten minutes on one card
     python -m experiments.bench --quick             small sizes, a minute or two on two CPU cores
     python -m experiments.bench --json results/bench.json --only sample step
-    python -m experiments.bench --table             what fits on which card, by arithmetic
+    python -m experiments.bench --only memory       what fits on which card
 
     right       logprob.py (and --fused, where it can run) against autograd in float64
     run         20 iterations of IRL: every loss finite, no step skipped
     logprob     seconds of token_logprobs, expected_reward_sum and --fused over those of autograd
     sample      tokens per second of policy.sample over those of transformers' generate
-    step        seconds of TRL's GRPOTrainer over those of baselines.GRPO.step, where TRL is installed
-    memory      the most that one iteration holds, switch by switch, beside the arithmetic; on a card
+    step        seconds of TRL's GRPOTrainer over those of baselines.GRPO.step, if it is installed
+    memory      the most that one iteration holds, switch by switch: by arithmetic, and on a card
+                measured
 
 Each round runs every competitor once, A B C A B C .., and gives one ratio; a ratio is the median of
 the rounds', its spread their smallest and largest. So whatever else keeps the machine busy slows
@@ -18,9 +19,7 @@ both sides of a ratio alike. The first round does not count.
 """
 
 import argparse
-import contextlib
 import copy
-import io
 import itertools
 import json
 import platform
@@ -277,8 +276,7 @@ def time_steps(settings, load: Callable, tokenizer, examples: list, rounds: int)
             callbacks=[InTurn()],
             train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
         )
-        right_by_turns = mock.patch.object(data, "is_correct", lambda *_: next(every_other))
-        with right_by_turns, contextlib.redirect_stdout(io.StringIO()):
+        with mock.patch.object(data, "is_correct", lambda *_: next(every_other)):
             theirs.train()
     # The first is a warm-up.
     return ratio(seconds["trl"][1:], seconds["ours"][1:]) | {"seconds": seconds}
@@ -286,61 +284,60 @@ def time_steps(settings, load: Callable, tokenizer, examples: list, rounds: int)
 
 # Memory -------------------------------------------------------------------------------------------
 
-QWEN = dict(vocab_size=151_936, num_key_value_heads=2, tie_word_embeddings=True)
-SHAPES = {
-    "Qwen2.5-0.5B": Qwen2Config(
-        **QWEN,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-    ),
-    "Qwen2.5-1.5B": Qwen2Config(
-        **QWEN,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-    ),
+V = 151_936  # Qwen2.5's vocabulary
+SHAPES = {  # width H, the MLP's inner width I, layers, heads
+    "Qwen2.5-0.5B": (896, 4864, 24, 14),
+    "Qwen2.5-1.5B": (1536, 8960, 28, 12),
 }
-ROWS = 2  # of a micro-batch, each of PROMPT + RESPONSE tokens
-PROMPT = 150
-RESPONSE = 400
 SWITCHES = {  # name: (--lora-rank, --gradient-checkpointing, --sample-rows), one more on each line
     "all weights": (0, False, 512),
     "--lora-rank 16": (16, False, 512),
     "and --gradient-checkpointing": (16, True, 512),
     "and --sample-rows 64": (16, True, 64),
 }
+ROWS = 2  # of a micro-batch, each of PROMPT + RESPONSE tokens
+PROMPT = 150
+RESPONSE = 400
 
 
-def bytes_needed(config: Qwen2Config, rank: int, recompute: bool, sample_rows: int) -> dict:
-    """What an iteration holds on CUDA, by arithmetic: {"states", "layers", "output", "sampling"}.
+def config_of(H: int, I: int, layers: int, heads: int, vocabulary: int = V) -> Qwen2Config:  # noqa: E741
+    """A member of the Qwen2.5 family."""
+    return Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=H,
+        intermediate_size=I,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+
+
+def bytes_needed(shape, rank: int, recompute: bool, sample_rows: int, V: int = V) -> dict:
+    """What an iteration holds on CUDA, by arithmetic, in bytes.
 
     rank 0 trains all weights, in float32; else the base is frozen, in bf16 (--weights auto).
     """
-    V = config.vocab_size
-    H = config.hidden_size
-    I = config.intermediate_size  # noqa: E741
-    K = config.num_key_value_heads * H // config.num_attention_heads  # width of keys, of values
-    layers = config.num_hidden_layers
-    size = 2 if rank else 4  # bytes of a number in the layers' residual stream and in the cache
-    of_a_layer = H * (2 * H + 2 * K + 3 * I)  # weights; biases and norms are too few to count
+    H, I, layers, heads = shape  # noqa: E741
+    K = 2 * H // heads  # width of a layer's keys, and of its values
+    size = 2 if rank else 4  # bytes of a number in the base, the residual stream and the cache
+    # Weights; biases and norms are too few to count.
+    base = layers * H * (2 * H + 2 * K + 3 * I) + V * H
+    trained = base
+    trained_in_layer = H * (2 * H + 2 * K + 3 * I)
     if rank:
-        of_a_layer = rank * (9 * H + 2 * K + 3 * I)  # A and B of q k v o, gate up down
-
+        trained_in_layer = rank * (9 * H + 2 * K + 3 * I)  # A and B of q k v o, gate up down
+        trained = layers * trained_in_layer
     # Of policy and reward the weights and AdamW's two moments; a gradient of one of them, for each
-    # is cleared after its step; the reference. Beside adapters, the base.
-    states = (2 * (4 + 8) + 4 + 4) * layers * of_a_layer
-    weights = V * H + layers * H * (2 * H + 2 * K + 3 * I)
-    states = 2 * weights + states if rank else (2 * (4 + 8) + 4 + 4) * weights
+    # is cleared after its step; the reference. Adapters have their base beside them.
+    states = (2 * (4 + 8) + 4 + 4) * trained + size * base * bool(rank)
 
     # What autograd keeps of a layer, in bytes a token: of norms and residuals, which are float32
-    # unless the base is bf16; gate, up, activation and product in the MLP; q k v, attention's output
-    # and sums; an adapter's inner products. And a bf16 copy of what trains. The test counts them.
+    # unless the base is bf16; of the MLP gate, up, activation and product; q k v, attention's
+    # output and sums; an adapter's inner products. And a bf16 copy of what trains.
     tokens = ROWS * (PROMPT + RESPONSE)
-    kept = (12 if rank else 26) * H + 8 * I + 4 * (H + K + config.num_attention_heads) + 8
-    one_layer = tokens * (kept + 14 * rank) + 2 * of_a_layer
+    kept = (12 if rank else 26) * H + 8 * I + 4 * (H + K + heads) + 8 + 14 * rank
+    one_layer = tokens * kept + 2 * trained_in_layer
     all_layers = layers * one_layer
     if recompute:  # the input of every layer, and one layer at a time whole
         all_layers = layers * tokens * H * size + one_layer
@@ -356,28 +353,17 @@ def bytes_needed(config: Qwen2Config, rank: int, recompute: bool, sample_rows: i
     # there twice; logits, log-probabilities, probabilities and their running sum, in float32; and
     # of a bf16 output matrix a float32 copy.
     cache = 2 * size * K * (layers + 1) * sample_rows * (PROMPT + RESPONSE)
-    sampling = cache + 4 * (4 * sample_rows * V + bool(rank) * V * H)
-    return {"states": states, "layers": all_layers, "output": output, "sampling": sampling}
+    sampling = cache + 4 * (4 * sample_rows * V + V * H * bool(rank))
 
-
-def most_bytes(config: Qwen2Config, rank: int, recompute: bool, sample_rows: int) -> float:
-    """States, and the larger of training and sampling, which take turns."""
-    need = bytes_needed(config, rank, recompute, sample_rows)
-    return need["states"] + max(need["layers"] + need["output"], need["sampling"])
-
-
-def memory_table() -> str:
-    """The table of docs/speed.md, GB."""
-    lines = []
-    for name, config in SHAPES.items():
-        for label, rank in (("all weights", 0), ("--lora-rank 16", 16)):
-            need = bytes_needed(config, rank, False, 512)
-            recomputed = bytes_needed(config, rank, True, 512)["layers"]
-            cells = [need["states"], need["layers"], recomputed, need["output"], need["sampling"]]
-            cells += [most_bytes(config, rank, False, 512), most_bytes(config, rank, True, 64)]
-            numbers = " | ".join(f"{cell / 1e9:.1f}" for cell in cells)
-            lines.append(f"| {name}, {label} | {numbers} |")
-    return "\n".join(lines)
+    # Training and sampling take turns.
+    together = states + max(all_layers + output, sampling)
+    return {
+        "states": states,
+        "layers": all_layers,
+        "output": output,
+        "sampling": sampling,
+        "together": together,
+    }
 
 
 def one_iteration(config, rank: int, recompute: bool, sample_rows: int, tokenizer, device) -> None:
@@ -388,10 +374,10 @@ def one_iteration(config, rank: int, recompute: bool, sample_rows: int, tokenize
     models = [lora.adapt(base, rank, 32.0) if rank else copy.deepcopy(base) for _ in range(2)]
     if recompute:
         memory.recompute_layers(models[0])
-    flags = f"--questions 1 --group {ROWS} --max-new-tokens {RESPONSE} --kl-coef 0.1"
     discriminator = reward.make_discriminator(reward.LikelihoodReward(models[1]), tokenizer)
     expert = data.Example("?", "1+1=2", "2", prompt=[1] * PROMPT, response=[1] * RESPONSE)
-    settings = parse_settings(f"{FLAGS} {flags} --perturbed 0".split())
+    flags = f"{FLAGS} --questions 1 --group {ROWS} --max-new-tokens {RESPONSE} --micro-batch {ROWS}"
+    settings = parse_settings(f"{flags} --kl-coef 0.1 --perturbed 0".split())
     irl.IRL(settings, tokenizer, models[0], discriminator, [expert]).step()
     # Few tokens after a long prompt hold what many would.
     prompt = [1] * (PROMPT + RESPONSE - 4)
@@ -399,16 +385,16 @@ def one_iteration(config, rank: int, recompute: bool, sample_rows: int, tokenize
 
 
 def measure_memory(tokenizer, device: torch.device) -> dict:
-    """{switch: bytes that an iteration of a model of 0.5B holds at most, by arithmetic and, on a
-    card, measured}."""
-    config = SHAPES["Qwen2.5-0.5B"]
+    """{"model, switch": bytes that an iteration holds, by arithmetic; on a card, measured}."""
     results = {}
-    for name, switches in SWITCHES.items():
-        results[name] = {"arithmetic": most_bytes(config, *switches)}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            one_iteration(config, *switches, tokenizer, device)
-            results[name]["measured"] = torch.cuda.max_memory_allocated()
+    for model, shape in SHAPES.items():
+        for switch, values in SWITCHES.items():
+            needed = bytes_needed(shape, *values)
+            if device.type == "cuda" and model == "Qwen2.5-0.5B":
+                torch.cuda.reset_peak_memory_stats()
+                one_iteration(config_of(*shape), *values, tokenizer, device)
+                needed["measured"] = torch.cuda.max_memory_allocated()
+            results[f"{model}, {switch}"] = needed
     return results
 
 
@@ -422,8 +408,8 @@ def turn_on(results: dict) -> list[str]:
     if kernel and kernel["high"] < 1 and results.get("right", {}).get("--fused", {}).get("right"):
         advice.append("--fused: right, and faster in every round")
     for name, row in results.get("memory", {}).items():
-        if row.get("measured", 1e99) < 0.9 * results["machine"]["bytes"]:
-            advice.append(f"for a model of 0.5B: {name}")
+        if row.get("measured", 1e12) < 0.9 * results["machine"]["bytes"]:
+            advice.append(f"for a model of that size: {name}")
             break
     return advice or ["nothing: the defaults are best here"]
 
@@ -431,7 +417,7 @@ def turn_on(results: dict) -> list[str]:
 def parts(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], dict]]:
     """{part: what measures it}, of all parts that can run here."""
     small = dict(N=512, V=32_768, H=256)
-    large = dict(N=4096 if device.type == "cuda" else 512, V=151_936, H=896)
+    large = dict(N=4096 if device.type == "cuda" else 512, V=V, H=896)
     sizes = SIZES if args.model == "base" else LARGE_SIZES
     s = parse_settings(f"{FLAGS} {sizes} --model {args.model}".split())
     _, tokenizer = loading.load_policy(args.model)
@@ -480,7 +466,11 @@ def main(arguments: list[str] | None = None) -> None:
     loading.quiet()
     args = parse(arguments)
     device = loading.pick_device(args.device)
-    machine = {"device": f"{platform.machine()} CPU", "threads": torch.get_num_threads()}
+    machine = {
+        "device": f"{platform.machine()} CPU",
+        "bytes": 0,
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(0)
         machine |= {"device": card.name, "bytes": card.total_memory}
