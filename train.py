@@ -222,7 +222,7 @@ class Run:
             generator = torch.Generator(self.device).manual_seed(s.seed + 1)
             candidates = rerank.collect(base, self.tokenizer, test, s.rerank_n, s.max_new_tokens, 1.0, generator,
                                         s.sample_rows)  # fmt: skip
-            found = rerank.assess(candidates, discriminator, base, judges, self.tokenizer, s.rule, s.seed)
+            found = rerank.assess(candidates, discriminator, base, judges, self.tokenizer, seed=s.seed)
             traces = show_traces(candidates, discriminator, base, self.tokenizer)
         checkpoint.write_text(self.folder / "traces.json", json.dumps(traces))
         self.results |= found
