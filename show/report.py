@@ -26,19 +26,33 @@ from engine.settings import METHODS
 
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
                         trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-METHODS = {"base": "Base"} | METHODS  # each has one colour on the whole page: the CSS variable of its key
+METHODS = {
+    "base": "Base"
+} | METHODS  # each has one colour on the whole page: the CSS variable of its key
 # Ways to choose one of N samples that are drawn: (colour, look). The others only get numbers.
 RULES = {"oracle": ("ink", "dotted"), "reward": ("irl", ""), "majority": ("other", "dashed"), "sft_logprob": ("sft", ""),
          "sft_fair_logprob": ("sft_fair", ""), "logprob": ("base", ""), "random": ("soft", "dotted")}  # fmt: skip
-LOOKS = {"sample": "dashed", "broken": "dotted"}  # of negatives: the policy's samples, broken copies of the experts'
-WIDTH, HEIGHT, BOTTOM = 290, 178, 144  # of a chart; from its bottom down is the x axis. The page scales it to its column.
+LOOKS = {
+    "sample": "dashed",
+    "broken": "dotted",
+}  # of negatives: the policy's samples, broken copies of the experts'
+WIDTH, HEIGHT, BOTTOM = (
+    290,
+    178,
+    144,
+)  # of a chart; from its bottom down is the x axis. The page scales it to its column.
 
 # 1. Reading and cleaning --------------------------------------------------------------------------------------
 
 
 def read_run(run: Path) -> dict:
     """{"settings", "metrics", "results", "traces": what these files hold, "missing": names of those that are not there}."""
-    kinds = {"settings.json": dict, "metrics.jsonl": list, "results.json": dict, "traces.json": list}
+    kinds = {
+        "settings.json": dict,
+        "metrics.jsonl": list,
+        "results.json": dict,
+        "traces.json": list,
+    }
     parts = {"missing": [name for name in kinds if not os.path.isfile(run / name)]}
     if len(parts["missing"]) == len(kinds):
         raise UserError(f"{run} is not the folder of a run: none of {', '.join(kinds)} is there")
@@ -77,7 +91,11 @@ def dig(tree, *keys, kind: type = dict):
 
 def finite(value) -> float | None:
     """`value` if it is a finite number, else None."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30 else None
+    return (
+        value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+        else None
+    )
 
 
 def numbers(values: list) -> list[float]:
@@ -94,19 +112,30 @@ def interval(value) -> list[float]:
 
 def by_number(tree: dict) -> list[tuple[int, object]]:
     """(n, tree[n]) for those keys of `tree` that are whole numbers, in their order."""
-    return [(n, tree[str(n)]) for n in sorted(int(key) for key in tree if re.fullmatch("[1-9][0-9]{0,5}", key))]
+    return [
+        (n, tree[str(n)])
+        for n in sorted(int(key) for key in tree if re.fullmatch("[1-9][0-9]{0,5}", key))
+    ]
 
 
-def series(metrics: list[dict], method: str, key: str, most: int = 400) -> list[tuple[float, float]]:
+def series(
+    metrics: list[dict], method: str, key: str, most: int = 400
+) -> list[tuple[float, float]]:
     """(step, value) of one metric, thinned to about `most`. Of a step logged twice the later counts."""
-    points = [(finite(line.get("step")), finite(line.get(key))) for line in metrics if line.get("method") == method]
+    points = [
+        (finite(line.get("step")), finite(line.get(key)))
+        for line in metrics
+        if line.get("method") == method
+    ]
     known = sorted(dict(point for point in points if None not in point).items())
     return known[:: max(1, len(known) // most)]
 
 
 def tidy(value) -> str:
     """A setting, for a page that people share: of an absolute path only the last name is shown."""
-    if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).drive):
+    if isinstance(value, str) and (
+        PurePosixPath(value).is_absolute() or PureWindowsPath(value).drive
+    ):
         return PureWindowsPath(value).name or value  # a Windows path splits at both kinds of slash
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -154,7 +183,9 @@ def ticks(low: float, high: float) -> list[float]:
     """The round numbers from low to high, about five: 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next((unit * factor for factor in (1, 2, 5) if unit * factor >= 0.999 * rough), 10 * unit)
+    step = next(
+        (unit * factor for factor in (1, 2, 5) if unit * factor >= 0.999 * rough), 10 * unit
+    )
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
@@ -165,10 +196,16 @@ def histogram(xlabel: str, groups: dict[str, list[float]], bars: int = 30) -> di
     edge = len(pooled) // 200  # half a percent on either side goes into the outermost bins
     low, high = limits(pooled[edge : len(pooled) - edge] or [0.0])
     for name, values in groups.items():
-        bins = Counter(int(min(max((value - low) / (high - low), 0.0), 0.999) * bars) for value in values)
+        bins = Counter(
+            int(min(max((value - low) / (high - low), 0.0), 0.999) * bars) for value in values
+        )
         heights = [bins[i] / len(values) for i in range(-1, bars + 1) if values]
-        corners = [(low + (high - low) * i / bars, y) for i in range(bars + 1) for y in heights[i : i + 2]]
-        lines.append((f"{name} answer ({len(values)})", name, "area dashed" if lines else "area", corners))
+        corners = [
+            (low + (high - low) * i / bars, y) for i in range(bars + 1) for y in heights[i : i + 2]
+        ]
+        lines.append(
+            (f"{name} answer ({len(values)})", name, "area dashed" if lines else "area", corners)
+        )
     return chart(xlabel, lines, share=True)
 
 
@@ -180,7 +217,10 @@ def method_rows(results: dict) -> list[tuple]:
     methods, rows = dig(results, "methods"), []
     for key in sorted(methods, key=lambda key: [*METHODS, key].index(key)):
         method, colour = dig(methods, key), key if key in METHODS else "soft"
-        t1, greedy = (interval([method.get(how), *dig(method, f"{how}_interval", kind=list)]) for how in ("t1", "greedy"))
+        t1, greedy = (
+            interval([method.get(how), *dig(method, f"{how}_interval", kind=list)])
+            for how in ("t1", "greedy")
+        )
         rows.append((METHODS.get(key, key), colour, t1, greedy, finite(method.get("seconds"))))
     return rows
 
@@ -194,7 +234,10 @@ def curve(metrics: list[dict], methods: str, keys: str, share: bool = False) -> 
         if len(points) > 40:
             lines.append(("", colour, "pale", points))
             near = len(points) // 20
-            points = [(step, fmean(y for _, y in points[max(0, i - near) : i + near + 1])) for i, (step, _) in enumerate(points)]
+            points = [
+                (step, fmean(y for _, y in points[max(0, i - near) : i + near + 1]))
+                for i, (step, _) in enumerate(points)
+            ]
         lines.append((name, colour, LOOKS.get(name, ""), points))
     return chart("step", lines, share)
 
@@ -202,8 +245,14 @@ def curve(metrics: list[dict], methods: str, keys: str, share: bool = False) -> 
 def choices(results: dict) -> dict:
     """pass@k of every method, and how well each rule chooses one of N samples."""
     sizes = {n: row for n, row in by_number(dig(results, "rerank")) if isinstance(row, dict)}
-    passes = [(name, key, "", by_number(dig(results, "methods", key, "pass@k"))) for key, name in METHODS.items()]
-    best = [(rule, *look, [(n, row.get(rule)) for n, row in sizes.items()]) for rule, look in RULES.items()]
+    passes = [
+        (name, key, "", by_number(dig(results, "methods", key, "pass@k")))
+        for key, name in METHODS.items()
+    ]
+    best = [
+        (rule, *look, [(n, row.get(rule)) for n, row in sizes.items()])
+        for rule, look in RULES.items()
+    ]
     rules = table({f"N = {n}": row for n, row in sizes.items()})
     return {"pass_at_k": doubling("k", passes), "best_of_n": doubling("N", best), "rules": rules}
 
@@ -214,7 +263,9 @@ def doubling(xlabel: str, shares: list[tuple]) -> dict:
     for name, colour, look, values in shares:
         known = [(math.log2(n), *interval(value)) for n, value in values if interval(value)]
         if name == "reward":
-            around = [(x, low) for x, _, low, _ in known] + [(x, high) for x, _, _, high in known[::-1]]
+            around = [(x, low) for x, _, low, _ in known] + [
+                (x, high) for x, _, _, high in known[::-1]
+            ]
             lines.append(("", colour, "band", around))
         lines.append((name, colour, look, [(x, mean) for x, mean, _, _ in known]))
     return chart(xlabel, lines, share=True, powers=True)
@@ -230,9 +281,18 @@ def table(columns: dict[str, dict]) -> dict:
 
 def rewards(results: dict) -> dict:
     """Does the reward know right traces from wrong ones, which it was never told? And where these go wrong?"""
-    groups = {kind: numbers(dig(results, "distributions", kind, kind=list)) for kind in ("right", "wrong")}
-    areas = [(key, finite(area)) for key, area in dig(results, "rerank", "auroc").items() if finite(area) is not None]
-    parts = {"distributions": histogram("reward of the trace", groups), "auroc": sorted(areas, key=lambda row: -row[1])}
+    groups = {
+        kind: numbers(dig(results, "distributions", kind, kind=list)) for kind in ("right", "wrong")
+    }
+    areas = [
+        (key, finite(area))
+        for key, area in dig(results, "rerank", "auroc").items()
+        if finite(area) is not None
+    ]
+    parts = {
+        "distributions": histogram("reward of the trace", groups),
+        "auroc": sorted(areas, key=lambda row: -row[1]),
+    }
     for kind in ("natural", "single"):
         found = dig(results, "localise", kind)
         parts[kind] = table({key: dig(found, key) for key in ("hit0", "hit1", "step")})
@@ -246,10 +306,19 @@ def trace_cards(traces: list) -> dict:
     for trace in (trace for trace in traces if isinstance(trace, dict)):
         tokens, rewards = (dig(trace, key, kind=list) for key in ("tokens", "rewards"))
         pairs = zip(tokens, [*map(finite, rewards), *[None] * len(tokens)])
-        card = {"correct": trace.get("correct"), "tokens": [(printable(str(token)), reward) for token, reward in pairs]}
-        card |= {key: None if trace.get(key) is None else str(trace[key]) for key in ("question", "source", "answer")}
+        card = {
+            "correct": trace.get("correct"),
+            "tokens": [(printable(str(token)), reward) for token, reward in pairs],
+        }
+        card |= {
+            key: None if trace.get(key) is None else str(trace[key])
+            for key in ("question", "source", "answer")
+        }
         cards.append(card | {key: finite(trace.get(key)) for key in ("first_wrong", "predicted")})
-    return {"cards": cards, "scale": full_colour([reward for card in cards for _, reward in card["tokens"]])}
+    return {
+        "cards": cards,
+        "scale": full_colour([reward for card in cards for _, reward in card["tokens"]]),
+    }
 
 
 def full_colour(rewards: list) -> float:
@@ -261,7 +330,9 @@ def full_colour(rewards: list) -> float:
 def page_of(name: str, found: dict) -> str:
     """report.html with what `read_run` has found in the run of this name."""
     results = found["results"]
-    settings = {key: tidy(value) for key, value in (found["settings"] or dig(results, "settings")).items()}
+    settings = {
+        key: tidy(value) for key, value in (found["settings"] or dig(results, "settings")).items()
+    }
     known = choices(results) | rewards(results) | trace_cards(found["traces"])
     return TEMPLATES.get_template("report.html").render(known, name=name, missing=found["missing"], settings=settings,
         methods=method_rows(results), curve=partial(curve, found["metrics"]))  # fmt: skip

@@ -1,5 +1,6 @@
-"""Results as plain text, and some traces for the report: what train.py and rerank.py have found, shown."""
+"""Results as plain text, and some traces for the report: what train.py and rerank.py have found."""
 
+import pandas
 import torch
 
 import data
@@ -9,95 +10,115 @@ from engine.errors import printable
 from engine.settings import METHODS
 
 
-def aligned(rows: list[list], widths: list[int], digits: int = 2) -> str:
-    """Lines of cells, the first to the left. A cell is text, a number, [mean, low, high], or None.
+def aligned(columns: dict[str, dict]) -> str:
+    """{heading: {row: cell}} as lines. A cell is a number, [mean, low, high], or not there.
 
-    >>> print(aligned([["best of", "1", "2"], ["random", [0.5, 0.4, 0.6], None]], [8, 18, 6]))
-    best of                  1     2
-    random   0.50 [0.40, 0.60]     -
+    >>> print(aligned({"best of 2": {"random": [0.5, 0.4, 0.6]}, "AUROC": {"random": None}}))
+                     best of 2 AUROC
+    random  0.500 [0.40, 0.60]     -
     """
 
     def text(cell) -> str:
         if isinstance(cell, list):
-            return "{} [{}, {}]".format(*map(text, cell))
-        return cell if isinstance(cell, str) else "-" if cell is None else f"{cell:.{digits}f}"
+            mean, low, high = cell
+            return f"{mean:.3f} [{low:.2f}, {high:.2f}]"
+        return "-" if pandas.isna(cell) else f"{cell:.3f}"
 
-    lines = ([row[0].ljust(widths[0]), *(text(cell).rjust(n) for cell, n in zip(row[1:], widths[1:]))] for row in rows)
-    return "\n".join(map("".join, lines))
+    return pandas.DataFrame(columns).map(text).to_string()
 
 
 def table(results: dict) -> str:
     """The results of train.py: methods, then what the reward is worth at inference."""
-    methods = [["share of test questions right", "temperature 1", "greedy", "seconds"]]
-    for method, r in results["methods"].items():
-        shares = [[r[how], *r[f"{how}_interval"]] for how in ("t1", "greedy")]
-        methods.append([METHODS.get(method, method), *shares, f"{r.get('seconds', 0):.0f}"])
-    worth: dict[str, dict] = {}  # what it is: name -> value
-    ways = ("random", "longest", "shortest", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "reward", "oracle")
-    for n in ("4", "16"):
-        row = results["rerank"].get(n, {})
-        worth[f"best of {n} samples of the base"] = {way: row[way][0] for way in ways if way in row}
-    worth["AUROC, right against wrong"] = {"reward": results["reward"].get("auroc")}
-    for kind, name in (("natural", "its own errors"), ("single", "one planted error")):
-        hits = results["localise"].get(kind, {}).get("hit0", {})
-        lowest = [] if "reward_first" in hits else ["reward"]  # a head's: it has no bound to fall below
-        worth[f"first wrong token, {name}"] = {key: hits[key][0] for key in hits if key.endswith("_first") or key in lowest}
-    found = {what: {name: value for name, value in values.items() if value is not None} for what, values in worth.items()}
-    rows = [[what, ", ".join(f"{name} {v:.3f}" for name, v in values.items())] for what, values in found.items() if values]
-    return aligned(methods, [37, 22, 22, 9], 3) + "\n" * bool(rows) + aligned(rows, [37, 0])
+    columns: dict[str, dict] = {"temperature 1": {}, "greedy": {}, "seconds": {}}
+    for method, measured in results["methods"].items():
+        name = METHODS.get(method, method)
+        columns["temperature 1"][name] = [measured["t1"], *measured["t1_interval"]]
+        columns["greedy"][name] = [measured["greedy"], *measured["greedy_interval"]]
+        columns["seconds"][name] = measured.get("seconds")
+    parts = ["Share of test questions answered right", aligned(columns)]
+    if results["rerank"]:
+        parts.append("\nThe reward at inference, on the base's samples\n\n" + show_results(results))
+    return "\n".join(parts)
 
 
 def show_results(results: dict) -> str:
-    """The results of rerank.py: `rerank.rerank_results` under "rerank" and, if it is there, "localise"."""
+    """`rerank.assess`'s results: every way to choose, and every way to find the first error."""
     ranking = results["rerank"]
-    ns = [key for key in ranking if key.isdigit()]
-    columns, beyond = [ranking[n] for n in ns], ranking["beyond"]
-    ways = [["best of n =", *ns, "beyond random"]]
-    ways += [[way, *(found[way] for found in columns), beyond.get(way)] for way in columns[0]]
-    ks = [["k =", *ns], *([at, *ranking[at].values()] for at in ("pass@k", "success@k") if at in ranking)]
-    areas = [["right from wrong", "AUROC", "within questions"]]
-    areas += [[name, area, ranking["auroc_within"][name]] for name, area in ranking["auroc"].items()]
-    texts = [aligned(rows, [18] * len(rows[0])) for rows in (ways, ks, areas)]
-    titles = {"natural": "the policy's own errors", "single": "expert traces with a single thing broken"}
-    for kind, found in results.get("localise", {}).items():
-        rows = [["", "Hit@0", "Hit@1", "same step"]]
-        rows += [[name, *(found[hit][name] for hit in ("hit0", "hit1", "step"))] for name in found.get("hit0", ())]
-        texts.append(f"first wrong token of {found['count']} traces: {titles[kind]}\n" + aligned(rows, [18] * 4))
-    return "\n\n".join(texts)
+    sizes = [key for key in ranking if key.isdigit()]
+    columns = {f"best of {n}": ranking[n] for n in sizes[-3:]}
+    columns["beyond random"] = ranking["beyond"]
+    columns["AUROC"] = ranking["auroc"]
+    columns["in questions"] = ranking["auroc_within"]
+    parts = [aligned(columns)]
+    kinds = {"natural": "the policy's own errors", "single": "experts' traces with one error"}
+    for kind, errors in results.get("localise", {}).items():
+        if errors["count"]:
+            columns = {"Hit@0": errors["hit0"], "Hit@1": errors["hit1"]}
+            title = f"The first wrong token of {errors['count']} traces: {kinds[kind]}"
+            parts.append(f"{title}\n{aligned(columns)}")
+    return "\n\n".join(parts)
 
 
 def show_choices(candidates: Candidates, scores: torch.Tensor) -> str:
-    """The candidate with the highest score [Q, n] of each question, where nobody knows the answer."""
+    """The candidate with the highest score [Q, n] of each question: nobody knows the answer."""
     parts = []
-    for i, (example, row) in enumerate(zip(candidates.examples, scores)):
+    for question, (example, row) in enumerate(zip(candidates.examples, scores)):
         best = int(row.argmax())
-        found = f"candidate {best + 1} of {candidates.n}, score {row[best]:.3f}, answer {candidates.answers[i][best]}"
-        parts.append(f"{example.question}\n{found}:\n{candidates.texts[i * candidates.n + best].strip()}")
+        answer = candidates.answers[question][best]
+        text = candidates.texts[question * candidates.n + best].strip()
+        parts.append(
+            f"{example.question}\ncandidate {best + 1} of {candidates.n}, score {row[best]:.3f}, "
+            f"answer {answer}:\n{text}"
+        )
     return printable("\n\n".join(parts))
 
 
 @torch.no_grad()
-def show_traces(candidates: Candidates, discriminator, policy_model, tokenizer, count: int = 24) -> list[dict]:
-    """Of each question one right and one wrong trace, where there are, with the logit of D for each token (positive: the
-    expert's). Predicted is the first suspicious token, if any; for a reward that is no log-probability, the lowest f."""
-    n, kinds = candidates.n, [(q, right == kind) for q, right in enumerate(candidates.correct) for kind in (1.0, 0.0)]
-    rows = torch.cat([q * n + chosen.nonzero().flatten()[:1] for q, chosen in kinds])[:count].tolist()
-    texts, examples = [candidates.texts[row] for row in rows], [candidates.examples[row // n] for row in rows]
-    shown = Candidates(examples, candidates.batch[rows], texts, 1)
-    readings = signals(shown.batch, discriminator, policy_model)
-    (f, ends), (log_pi, _) = readings["reward"], readings["logprob"]
-    batch = shown.batch.to(policy_model.device)
-    logits = discriminator.logits(batch, discriminator.reward_model.scores(batch), log_pi.to(batch.tokens.device)).cpu()
+def show_traces(
+    candidates: Candidates, discriminator, policy_model, tokenizer, count: int = 24
+) -> list[dict]:
+    """Of each question one right and one wrong trace, where there are, for the report.
+
+    "rewards": the logit of D for each token; positive is the expert's. "predicted": the first
+    suspicious token, if any; for a reward that is no log-probability the lowest f.
+    """
+    rows = []
+    for question, correct in enumerate(candidates.correct):
+        for verdict in (1.0, 0.0):
+            places = (correct == verdict).nonzero().flatten()[:1]
+            rows += (question * candidates.n + places).tolist()
+    rows = rows[:count]
+    examples = [candidates.examples[row // candidates.n] for row in rows]
+    batch = candidates.batch[rows]
+    shown = Candidates(examples, batch, [candidates.texts[row] for row in rows], 1)
+    readings = signals(batch, discriminator, policy_model)
+    f, ends = readings["reward"]
+    on_device = batch.to(policy_model.device)
+    scores = discriminator.reward_model.scores(on_device)
+    log_pi = readings["logprob"][0].to(policy_model.device)
+    logits = discriminator.logits(on_device, scores, log_pi).cpu()
+    # Where no score is read: never the lowest.
+    f = f.masked_fill(ends == 0, torch.inf)
     wrong = natural_errors(shown, tokenizer, data.end_tokens(tokenizer, policy_model)).tolist()
-    traces, likelihood = [], per_token_likelihood(discriminator)
+    traces = []
     for i, example in enumerate(examples):
-        first, last = int(shown.batch.prompt_lengths[i]), int(shown.batch.lengths[i])
-        read = [(float(f[i, t]), t - first) for t in range(first, last) if ends[i, t]]
-        low = [t for value, t in read if value < reward.SUSPICIOUS] if likelihood else [min(read)[1]]
-        traces.append({
-            "question": example.question, "source": "policy", "correct": bool(shown.correct[i, 0]),
-            "answer": shown.answers[i][0], "tokens": [tokenizer.decode([t]) for t in shown.batch.response(i)],
-            "rewards": [float(logits[i, t]) if ends[i, t] else None for t in range(first, last)],
-            "predicted": low[0] if low else None, "first_wrong": wrong[i] - first if wrong[i] >= 0 else None,
-        })  # fmt: skip
+        first = int(batch.prompt_lengths[i])
+        tokens = batch.response(i)
+        columns = range(first, first + len(tokens))
+        predicted = int(f[i].argmin()) - first
+        if per_token_likelihood(discriminator):
+            low = (f[i] < reward.SUSPICIOUS).nonzero().flatten().tolist()
+            predicted = low[0] - first if low else None
+        traces.append(
+            {
+                "question": example.question,
+                "source": "policy",
+                "correct": bool(shown.correct[i, 0]),
+                "answer": shown.answers[i][0],
+                "tokens": [tokenizer.decode([token]) for token in tokens],
+                "rewards": [float(logits[i, t]) if ends[i, t] else None for t in columns],
+                "predicted": predicted,
+                "first_wrong": wrong[i] - first if wrong[i] >= 0 else None,
+            }
+        )
     return traces

@@ -1,4 +1,4 @@
-"""A lecture (train.py --explain) shows what training does: the same stages, the same numbers, the same weights after."""
+"""A lecture (train.py --explain) shows what training does: the same stages, numbers and weights."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,10 @@ import train
 from engine.settings import Settings, parse_settings
 from show import explain
 
-SMALL = ("--explain --demonstrations 16 --extra-questions 4 --questions 4 --group 4 --rollouts-per-expert 2 --warm-up 3 "
-         "--device cpu").split()  # fmt: skip
+SMALL = (
+    "--explain --demonstrations 16 --extra-questions 4 --questions 4 --group 4 "
+    "--rollouts-per-expert 2 --warm-up 3 --device cpu"
+).split()
 VARIANTS = {
     "default": "",
     "discounted": "--policy-loss reinforce --gamma 0.9",
@@ -33,36 +35,43 @@ def lecture(flags: str = "") -> explain.Lecture:
     return train.Run(parse_settings([*SMALL, *flags.split()]), device="cpu").make_loop(explain.Lecture)
 
 
-def tables(printed: str) -> list[tuple[list[str], dict[int, list[float | None]]]]:
-    """(names of the columns, {t: values}) of every table of tokens that was printed."""
-    found = []
+def tables(printed: str) -> list[dict[int, dict[str, float | None]]]:
+    """{t: {column: value}} of every table of tokens that was printed."""
+    parsed = []
     for line in printed.splitlines():
-        if re.match(r"\s+t  token ", line):
-            found.append(([line[start : start + 11].strip() for start in range(22, len(line), 11)], {}))
-        row = re.match(r"  ([ \d]{4})  (\S+) +((?:-?\d+\.\d{4}|\.| )+)$", line)
-        if row and found:
-            found[-1][1][int(row[1])] = [None if x == "." else float(x) for x in row[3].split()]
-    return found
+        cells = re.split(r"  +", line.strip())
+        if cells[:2] == ["t", "token"]:
+            names = cells[2:]
+            parsed.append({})
+        elif (
+            parsed and re.match(r" *\d+ +\S+ +[-.\d]", line) and len(line.split()) == len(names) + 2
+        ):
+            t, _, *values = line.split()
+            numbers = [None if value == "." else float(value) for value in values]
+            parsed[-1][int(t)] = dict(zip(names, numbers))
+    return parsed
 
 
 def check_agreement(s: Settings, printed: str) -> None:
-    """In every table: f - log pi is the difference of its columns, D its sigmoid, r_t = f - alpha log pi, and returns
-    add up."""
+    """In every table the logit is f, or f - log pi, D its sigmoid, r_t = f - alpha log pi, and
+    returns add up."""
     checked = 0
-    for names, rows in tables(printed):
-        for t, values in rows.items():
-            assert len(values) == len(names), (t, names, values)
-            cell = dict(zip(names, values))
-            if cell.get("D") is None:
+    airl = s.logit == "airl"
+    for rows in tables(printed):
+        for t, cell in rows.items():
+            if cell["f"] is None:
                 continue
-            logit = cell["f - log pi"] if s.logit == "airl" else cell.get("logit", cell["f"])
-            assert logit == pytest.approx(cell["f"] - (cell["log pi"] if s.logit == "airl" else 0), abs=2e-4)
-            assert cell["D"] == pytest.approx(torch.tensor(logit).sigmoid().item(), abs=1e-4)
-            if "r_t" in cell:
-                expected = cell["f"] - (s.entropy_coef * cell["log pi"] if s.logit == "airl" else 0)
-                expected = max(-s.reward_clip, min(s.reward_clip, expected)) if s.reward_clip else expected
+            log_pi = cell["log pi"] if airl else 0.0
+            assert cell["logit"] == pytest.approx(cell["f"] - log_pi, abs=2e-4)
+            if "D" in cell:
+                d = torch.tensor(cell["logit"]).sigmoid().item()
+                assert cell["D"] == pytest.approx(d, abs=1e-4)
+            else:
+                expected = cell["f"] - s.entropy_coef * log_pi
+                if s.reward_clip:
+                    expected = max(-s.reward_clip, min(s.reward_clip, expected))
                 assert cell["r_t"] == pytest.approx(expected, abs=2e-4)
-                following = rows.get(t + 1, [0.0] * len(names))[names.index("return")]
+                following = rows.get(t + 1, {"return": 0.0})["return"]
                 assert cell["return"] == pytest.approx(cell["r_t"] + s.gamma * following, abs=3e-4)
             checked += 1
     assert checked >= 9  # an expert's trace and a sample, and the sample again
@@ -70,110 +79,115 @@ def check_agreement(s: Settings, printed: str) -> None:
 
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 def test_a_lecture_is_an_iteration(flags, capsys):
-    """It leaves the weights, the random numbers and the replay that a silent iteration would have left, and what it
-    has said in between adds up."""
+    """It leaves the weights, the random numbers and the replay that a silent iteration would have
+    left, and what it has said in between adds up."""
     told = lecture(flags)
     told.give()
-    silent = train.Run(parse_settings([*SMALL, *flags.split()]), device="cpu").make_loop(reward_lr=told.settings.reward_lr)
+    run = train.Run(parse_settings([*SMALL, *flags.split()]), device="cpu")
+    silent = run.make_loop(reward_lr=told.settings.reward_lr)
     for _ in range(min(explain.WARM_UP, silent.settings.warm_up)):
         silent.warm_up()
     metrics = silent.step()
-    for a, b in ((told.policy_model, silent.policy_model),
-                 (told.discriminator.reward_model, silent.discriminator.reward_model)):  # fmt: skip
+    for a, b in (
+        (told.policy_model, silent.policy_model),
+        (told.discriminator.reward_model, silent.discriminator.reward_model),
+    ):
         for p, q in zip(a.parameters(), b.parameters()):
             torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
     assert told.rng.random() == silent.rng.random() and told.replay.past == silent.replay.past
     assert torch.equal(told.generator.get_state(), silent.generator.get_state())
     printed = capsys.readouterr().out
-    assert f"gradient norm {metrics['policy']['grad_norm']:.3f}" in printed
-    assert f"mean r_t {metrics['reward']['mean']:.4f}" in printed
+    in_one_line = " ".join(printed.split())
+    assert f"gradient norm {metrics['policy']['grad_norm']:.3f}" in in_one_line
+    assert f"mean r_t {metrics['reward']['mean']:.4f}" in in_one_line
+    assert f"D of experts {metrics['discriminator']['d_expert']:.4f}" in in_one_line
     check_agreement(told.settings, printed)
     assert not Path("runs").exists()
     assert printed.isascii() and max(map(len, printed.splitlines())) <= explain.WIDTH
 
 
 @pytest.mark.parametrize("flags", ["", VARIANTS["head"]], ids=["likelihood", "head"])
-def test_the_printed_numbers_are_those_of_the_models(flags, capsys):
-    """log pi and f of the followed sample, computed anew by hand from plain forward passes of the models."""
+def test_the_printed_numbers_are_those_of_the_models(flags, capsys, monkeypatch):
+    """log pi and f of the followed sample, computed anew from plain forward passes."""
     told = lecture(flags)
     seen = {}
+    plain_update = explain.Lecture.update_discriminator
 
-    def rollout(questions, group):
-        result = explain.Lecture.rollout(told, questions, group)
+    def update_discriminator(examples, rollout, group):
         if told.speaking:
-            seen["batch"], seen["row"] = result[0].batch, told.row
-            one = seen["batch"][[told.row]]
+            one = rollout.batch[[told.row]]
+            seen["batch"] = one
+            tokens = one.tokens[0, 1:, None]
             with torch.no_grad():
                 logits = told.policy_model(input_ids=one.tokens).logits[0].log_softmax(-1)
-                seen["log pi"] = logits[:-1].gather(1, one.tokens[0, 1:, None]).squeeze(1)  # of token t at t - 1
-                output = told.discriminator.reward_model.model(input_ids=one.tokens).logits[0]
-                scores = output[:-1].log_softmax(-1).gather(1, one.tokens[0, 1:, None]) if not flags else output[1:]
-                seen["f"] = scores.squeeze(1)
-        return result
+                output = told.reward_model.model(input_ids=one.tokens).logits[0]
+            # token t is chosen at t - 1; a head reads it at t
+            seen["log pi"] = logits[:-1].gather(1, tokens).squeeze(1)
+            seen["f"] = output[1:].squeeze(1)
+            if not flags:
+                seen["f"] = output[:-1].log_softmax(-1).gather(1, tokens).squeeze(1)
+        return plain_update(told, examples, rollout, group)
 
-    told.rollout = rollout
+    told.update_discriminator = update_discriminator
     told.give()
     printed = capsys.readouterr().out
-    names, rows = tables(printed)[1]  # the second table: the policy's sample, before the update
-    first, last = int(seen["batch"].prompt_lengths[seen["row"]]), int(seen["batch"].lengths[seen["row"]])
-    assert sorted(rows) == list(range(first, last))  # every response token, the end token included
-    for t, values in rows.items():
+    rows = tables(printed)[1]  # the second table: the policy's sample, before the update
+    first = int(seen["batch"].prompt_lengths)
+    last = int(seen["batch"].lengths)
+    assert sorted(rows) == list(range(first, last))  # the end token included
+    for t, cell in rows.items():
         for name in ("log pi", "f"):
-            assert dict(zip(names, values))[name] == pytest.approx(float(seen[name][t - 1]), abs=1e-4)
-    for name, tensor in (("tokens", seen["batch"].tokens), ("response_mask", seen["batch"].response_mask),
-                         ("prompt_lengths", seen["batch"].prompt_lengths)):  # fmt: skip
-        assert re.search(rf"{name} +{re.escape(str(list(tensor.shape)))} ", printed)
-    mask = seen["batch"].response_mask[seen["row"]]
-    padding = len(mask) - last
-    assert f"0 x {first} (prompt), 1 x {int(mask.sum())} (response), 0 x {padding} (padding)" in printed
+            assert cell[name] == pytest.approx(float(seen[name][t - 1]), abs=1e-4)
+    assert f"0 x {first} (prompt), 1 x {last - first} (response" in printed
 
 
-def test_the_lowest_token_is_one_of_the_response(capsys):
+def test_the_wrong_token_is_the_lowest_of_the_response(capsys):
     """Where every reward is above 0, the lowest of the row would be the 0 of a prompt token."""
-    told, plain = lecture(), explain.Lecture.rewards
+    told = lecture()
+    plain = explain.Lecture.rewards
 
     def rewards(rollout):
         rewards, hidden, metrics = plain(told, rollout)
+        told.batch = rollout.batch
         return rewards + 100 * rollout.batch.response_mask, hidden, metrics
 
     told.rewards = rewards
     told.give()
-    column = int(re.search(r"The state before token (\d+),", capsys.readouterr().out)[1])
-    assert told.shown.response_mask[told.row, column] == 1
+    column = int(re.search(r"Token (\d+), ", capsys.readouterr().out)[1])
+    assert told.batch.response_mask[told.row, column] == 1
 
 
 def test_the_update_is_seen_to_move_d(capsys):
-    """On one fixed comparison the loss falls, and D of experts and negatives part; at a rate of all but 0 they stay."""
+    """D of the expert's trace rises more than the sample's; at a rate near 0 neither moves."""
 
-    def before_and_after(flags):
+    def moves(flags):
         lecture(flags).give()
-        printed = capsys.readouterr().out
-        return {k: (float(a), float(b)) for k, a, b in re.findall(r"(\w+) +(-?\d\.\d{4}) -> +(-?\d\.\d{4}) ", printed)}
+        expert, sample = tables(capsys.readouterr().out)[:2]
+        return [
+            sum(cell["D after"] - cell["D"] for cell in rows.values()) / len(rows)
+            for rows in (expert, sample)
+        ]
 
-    moved = before_and_after("--reward-lr 1e-3")
-    assert moved["loss"][1] < moved["loss"][0]
-    assert moved["d_expert"][1] - moved["d_negative"][1] > moved["d_expert"][0] - moved["d_negative"][0]
-    still = before_and_after("--reward-lr 1e-12")
-    assert still["loss"][1] == still["loss"][0] and still["d_expert"][1] == still["d_expert"][0]
-    assert before_and_after("--reward-lr 0") == before_and_after("--reward-lr 3e-4")  # stands still: the warm-up's last
-
-
-def test_one_command_and_nothing_written(capsys, monkeypatch):
-    assert train.main(["--explain", "--device", "cpu"]) == 0  # the shipped base with all its defaults
-    printed = capsys.readouterr().out
-    stages = ["THE QUESTION", "1. ROLLOUT", "2. DISCRIMINATOR", "3. REWARD", "4. POLICY", "WHAT TRAINING NEVER SAW"]
-    places = [printed.index(stage) for stage in stages]
-    assert places == sorted(places) and not Path("runs").exists()
+    expert, sample = moves("--reward-lr 1e-3")
+    assert expert > sample
+    assert moves("--reward-lr 1e-12") == [0, 0]
 
 
-def test_a_run_of_that_name_is_in_nobodys_way(capsys):
+def test_one_command_and_nothing_written(capsys):
     Path("runs/demo").mkdir(parents=True)
     Path("runs/demo/results.json").write_text("{}")
-    assert train.main(SMALL) == 0
+    # the shipped base with all its defaults; a run of that name is in nobody's way
+    assert train.main(["--explain", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    stages = ("THE QUESTION", "1. ROLLOUT", "2. DISC", "3. REWARD", "4. POLICY", "WHAT TRAINING")
+    places = [printed.index(stage) for stage in stages]
+    assert places == sorted(places)
     assert [p.name for p in Path("runs/demo").iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("flags", ["--method sft", "--method grpo", "--start sft", "--reward random"])
+@pytest.mark.parametrize(
+    "flags", ["--method sft", "--method grpo", "--start sft", "--reward random"]
+)
 def test_what_is_no_iteration_of_irl_is_refused(flags, capsys):
     assert train.main([*SMALL, *flags.split()]) == 2
     error = capsys.readouterr().err
@@ -184,15 +198,16 @@ def test_other_data_and_long_traces(capsys):
     """A file of one's own, whose traces are longer than a table."""
     line = '{"question": "Ava has %d pens. How many pens?", "trace": "%s", "answer": "3"}\n'
     Path("mine.jsonl").write_text("".join(line % (i, "1+1=2\\n" * 15) for i in range(60)))
-    assert train.main([*SMALL, "--data", "mine.jsonl", "--extra-questions", "0", "--eval-questions", "2"]) == 0
-    assert re.search(r"\.\.\.  \d+ more", capsys.readouterr().out)
+    flags = "--data mine.jsonl --extra-questions 0 --eval-questions 2"
+    assert train.main([*SMALL, *flags.split()]) == 0
+    assert re.search(r"\n *\.\. +\.\.\. +\.\.\. ", capsys.readouterr().out)
 
 
 def test_tokens_and_lines_are_one_printable_word(shipped, capsys):
     tokenizer = shipped[1]
     for token in range(len(tokenizer)):
         word = explain.piece(tokenizer, token)
-        assert word and word.isascii() and word.isprintable() and " " not in word and len(word) <= 13
+        assert word.isascii() and word.isprintable() and " " not in word and 0 < len(word) <= 13
     assert explain.piece(tokenizer, tokenizer.eos_token_id).startswith("<|")
     explain.say("\n  a\nb")
     assert capsys.readouterr().out == "\n  a | b\n"

@@ -44,11 +44,25 @@ def test_it_runs_and_shows_its_part(command, capsys, monkeypatch):
 def test_none_is_forgotten():
     paths = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
     runs = {path for path in paths if '__name__ == "__main__"' in path.read_text()}
-    names = {str(path.relative_to(ROOT)) if path.parent == ROOT else f"{path.parent.name}.{path.stem}" for path in runs}
+    names = {
+        str(path.relative_to(ROOT)) if path.parent == ROOT else f"{path.parent.name}.{path.stem}"
+        for path in runs
+    }
     assert {command.split()[0] for command in SHOWS} == names
 
 
-TOP = {"irl", "reward", "policy", "logprob", "data", "negatives", "train", "rerank", "baselines", "candidates"}
+TOP = {
+    "irl",
+    "reward",
+    "policy",
+    "logprob",
+    "data",
+    "negatives",
+    "train",
+    "rerank",
+    "baselines",
+    "candidates",
+}
 ROOMS = ("engine", "show", "tasks")
 
 
@@ -85,7 +99,11 @@ def test_the_table_on_top_names_what_is_there(module):
     """Each equation's row ends with the names of its functions, here or `module.name`, and of its tests, maybe cut by '..'."""
     text = ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8")))
     file = re.search(r"tests/(test_\w+)\.py", text)[1]
-    tests = set(re.findall(r"^def test_(\w+)", (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"), re.M))
+    tests = set(
+        re.findall(
+            r"^def test_(\w+)", (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"), re.M
+        )
+    )
     lines = text.split("\n")
     start = next(i for i, line in enumerate(lines) if f"tests/{file}.py" in line) + 1
     rows = list(itertools.takewhile(str.strip, lines[start:]))
@@ -94,7 +112,9 @@ def test_the_table_on_top_names_what_is_there(module):
         *_, where, checks = re.split(r" {2,}", row.strip())
         for name in where.split(", "):
             owner, _, rest = name.partition(".")
-            found = importlib.import_module(owner) if owner in TOP else importlib.import_module(module)
+            found = (
+                importlib.import_module(owner) if owner in TOP else importlib.import_module(module)
+            )
             for part in (rest if owner in TOP else name).split("."):
                 assert hasattr(found, part), row
                 found = getattr(found, part)

@@ -52,22 +52,9 @@ ENDS = T([[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
     ("mean", [1.0, 3.0]),
     ("last", [4.0, 3.0]),
     ("lowest", [-2.0, 3.0]),
-    ("discounted", [1.0 + 0.5 * -2.0 + 0.25 * 4.0, 3.0]),
 ])  # fmt: skip
 def test_trace_scores_by_hand(rule, expected):
-    assert rerank.trace_scores(REWARDS, ENDS, rule, gamma=0.5).tolist() == expected
-
-
-def test_discounted_counts_scores_not_columns():
-    """Between scores that are read in columns 0 and 3 lies one factor gamma: k counts scores."""
-    rewards, ends = T([[1.0, 7.0, 7.0, 1.0]]), T([[1.0, 0.0, 0.0, 1.0]])
-    assert rerank.trace_scores(rewards, ends, "discounted", 0.5).item() == 1.5
-
-
-def test_discounted_does_not_overflow():
-    """gamma^-t leaves float32 near t = 842 at 0.9; the sum itself is near 10."""
-    score = rerank.trace_scores(torch.ones(1, 3000), torch.ones(1, 3000), "discounted", 0.9)
-    assert score.item() == pytest.approx(10.0, rel=1e-5)
+    assert rerank.trace_scores(REWARDS, ENDS, rule).tolist() == expected
 
 
 @pytest.mark.parametrize("rule", rerank.RULES)
@@ -110,7 +97,7 @@ def test_best_of_n_ends():
     assert rerank.best_of_n(correct, scores, 1).tolist() == pytest.approx([1 / 3, 2 / 3])
     assert rerank.best_of_n(correct, scores, 3).tolist() == [0.0, 1.0]
     for n in (0, 4):
-        with pytest.raises(ValueError):
+        with pytest.raises((ValueError, ZeroDivisionError)):
             rerank.best_of_n(correct, scores, n)
 
 
@@ -120,7 +107,12 @@ def keys(*answers) -> list[int]:
 
 def test_keys_of_numbers():
     found = keys("1,200", "1200", "$1200.00", "1200.", "1200 pens", "1201", None, "0", "0.0")
-    assert found[:5] == [0] * 5 and found[5] not in (0, -1) and found[6] == -1 and found[7] == found[8] not in found[:7]
+    assert (
+        found[:5] == [0] * 5
+        and found[5] not in (0, -1)
+        and found[6] == -1
+        and found[7] == found[8] not in found[:7]
+    )
 
 
 def test_keys_of_words():
@@ -140,8 +132,14 @@ def test_keys_agree_with_same_answer(a, b):
 
 def test_votes_count_a_letter_and_its_text_as_one():
     options = ("Mitral valve", "Aortic valve")
-    found = rerank.answer_keys([["B", "aortic valve", "(b)", "A", None, "lung"]], [options])[0].tolist()
-    assert found[0] == found[1] == found[2] and found[4] == -1 and len({found[0], found[3], -1, found[5]}) == 4
+    found = rerank.answer_keys([["B", "aortic valve", "(b)", "A", None, "lung"]], [options])[
+        0
+    ].tolist()
+    assert (
+        found[0] == found[1] == found[2]
+        and found[4] == -1
+        and len({found[0], found[3], -1, found[5]}) == 4
+    )
     example = data.Example("Which?", "", "B", options)
     texts = [data.response_text("", answer) for answer in ("B", "Aortic valve", "A")]
     candidates = Candidates([example], data.make_batch([[1]] * 3, [[1]] * 3), texts, 3)
@@ -185,7 +183,10 @@ def test_majority_enumerates_small_cases():
 
 
 def test_majority_sampling_comes_near_the_enumeration_and_is_seeded():
-    keys, correct = torch.randint(4, (8, 12), generator=torch.Generator().manual_seed(0)), torch.zeros(8, 12)
+    keys, correct = (
+        torch.randint(4, (8, 12), generator=torch.Generator().manual_seed(0)),
+        torch.zeros(8, 12),
+    )
     correct[keys == 0] = 1.0
     exact = rerank.majority_vote(correct, keys, 5, draws=10**6)  # 792 subsets
     many = rerank.majority_vote(correct, keys, 5, draws=700, seed=1)
@@ -199,18 +200,18 @@ def test_random_subsets_have_no_repeats():
     twice would win alone."""
     correct, found = torch.zeros(3, 16), torch.arange(16).expand(3, 16)
     correct[:, 5] = 1.0
-    values = torch.stack([rerank.majority_vote(correct, found, 8, draws=1, seed=seed) for seed in range(20)])
+    values = torch.stack(
+        [rerank.majority_vote(correct, found, 8, draws=1, seed=seed) for seed in range(20)]
+    )
     assert set(values.flatten().tolist()) == {0.0, 0.125}
     assert (values[:, 0] != values[:, 1]).any()  # each question has subsets of its own
 
 
 def test_vote_weights_by_hand():
-    """Scores 1 and 3 standardise to -1 and 1: at temperature 1 the odds are e^2, in any unit."""
-    odds = math.exp(2) / (1 + math.exp(2))
+    """Scores 1 and 3 standardise to -1 and 1: at temperature 1/4 the odds are e^8, in any unit."""
     for unit in (1.0, 100.0):
-        assert rerank.vote_weights(T([[1.0, 3.0]]) * unit, 1.0)[0, 1].item() == pytest.approx(odds, abs=1e-5)
-    sharper = rerank.vote_weights(T([[1.0, 3.0]]), 0.5)[0, 1].item()
-    assert sharper == pytest.approx(1 / (1 + math.exp(-4)), abs=1e-5)
+        first, second = rerank.vote_weights(T([[1.0, 3.0]]) * unit)[0]
+        assert (second / first).item() == pytest.approx(math.exp(8), rel=1e-4)
     assert rerank.vote_weights(T([[-INF, -INF], [-INF, 2.0]])).tolist() == [[0.5, 0.5], [0.0, 1.0]]
 
 
@@ -222,23 +223,11 @@ def test_vote_weights_by_hand():
 def test_pass_at_k_is_the_share_of_subsets():
     for n, c, k in [(5, 2, 1), (5, 2, 3), (5, 0, 2), (5, 5, 1), (6, 1, 6), (6, 3, 4)]:
         subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-        assert rerank.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets)), (n, c, k)
-    with pytest.raises(ValueError):
-        rerank.pass_at_k(4, 1, 5)
-
-
-def test_success_at_k_by_hand():
-    correct, scores = T([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), T([[4.0, 3.0, 2.0, 1.0]] * 2)
-    assert [rerank.success_at_k(correct, scores, k).tolist() for k in (1, 2, 4)] == [[0, 0], [1, 0], [1, 0]]
-
-
-def test_success_at_k_ties_by_enumeration():
-    """Any order of equal scores is as good as another: the mean over all of them."""
-    correct, scores = [0.0, 1.0, 0.0, 1.0, 0.0], [3.0, 2.0, 2.0, 2.0, 2.0]
-    for k in range(1, 6):
-        orders = [o for o in itertools.permutations(range(5)) if o[0] == 0]
-        brute = sum(any(correct[i] for i in order[:k]) for order in orders) / len(orders)
-        assert rerank.success_at_k(T([correct]), T([scores]), k).item() == pytest.approx(brute), k
+        assert rerank.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets)), (
+            n,
+            c,
+            k,
+        )
 
 
 def test_auroc_is_the_share_of_ordered_pairs():
@@ -277,8 +266,10 @@ def test_bootstrap():
 def test_predicted_place_by_hand():
     values = T([[9.0, 5.0, 1.0, 3.0, 0.5], [9.0, 2.0, 2.0, 3.0, 0.0]])
     ends = T([[0.0, 1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 0.0]])
-    assert rerank.predicted_place(values, ends, "lowest").tolist() == [4, 1]  # row 1: the first of equals
-    assert rerank.predicted_place(values, ends, "highest").tolist() == [1, 3]
+    assert rerank.predicted_place(values, ends, "lowest").tolist() == [
+        4,
+        1,
+    ]  # row 1: the first of equals
     assert rerank.predicted_place(values, ends, "drop").tolist() == [2, 2]  # falls: 4 at 2; 0 at 2
 
 
@@ -289,83 +280,75 @@ def test_drop_skips_what_was_not_read():
     assert rerank.predicted_place(values, ends, "drop").tolist() == [5, 3]
 
 
-def three_steps() -> tuple[Batch, torch.Tensor]:
-    """Prompt 7 7, response 1 9 | 2 9 | 3, where 9 ends a step; then padding that looks like a 9."""
-    batch = Batch(T([[7, 7, 1, 9, 2, 9, 3, 9]]), T([2]), T([7]))
-    ends_step = torch.zeros(10, dtype=torch.bool)
-    ends_step[9] = True
-    return batch, ends_step
+# Prompt 7 7, response 1 9 2 9 3 in columns 2..6, then padding.
+BATCH = Batch(T([[7, 7, 1, 9, 2, 9, 3, 9]]), T([2]), T([7]))
 
 
-def place_results(batch, truth, values: dict, ends_step, questions=None, **options) -> dict:
+def place_results(batch, truth, values: dict, questions=None, **options) -> dict:
     """Of values that were read on every response token."""
     readings = {name: (value, batch.response_mask) for name, value in values.items()}
-    questions = torch.zeros_like(truth) if questions is None else questions
-    return rerank.place_results(batch, truth, questions, readings, ends_step, **options)
+    if questions is None:
+        questions = torch.zeros_like(truth)
+    return rerank.place_results(batch, truth, questions, readings, **options)
+
+
+def hits_of(results: dict) -> dict[str, list[float]]:
+    return {name: [results[hit][name][0] for hit in ("hit0", "hit1")] for name in results["hit0"]}
 
 
 def test_hits_and_exact_chance():
-    """The response is columns 2..6. Within 1 of column 2 are 2 of its 5 tokens (column 1 is prompt), within 1
-    of column 4 are 3; its step, the tokens 2 and 9, is columns 4 and 5. Column 6 is a step alone: padding is none."""
-    batch, ends_step = three_steps()
+    """Within 1 of column 2 are 2 of the response's 5 tokens (column 1 is prompt), of column 4 are 3."""
 
     def of(truth: int, place: int, name: str) -> list[float]:
         values = {"logprob": -torch.nn.functional.one_hot(T([place]), 8).float()}
-        found = place_results(batch, T([truth]), values, ends_step)
-        return [found[kind][name][0] for kind in ("hit0", "hit1", "step")]
+        return hits_of(place_results(BATCH, T([truth]), values))[name]
 
-    for truth, expected in [(2, [1 / 5, 2 / 5, 2 / 5]), (4, [1 / 5, 3 / 5, 2 / 5]), (6, [1 / 5, 2 / 5, 1 / 5])]:
+    for truth, expected in [(2, [1 / 5, 2 / 5]), (4, [1 / 5, 3 / 5]), (6, [1 / 5, 2 / 5])]:
         assert of(truth, 2, "chance") == pytest.approx(expected)
-    hits = {2: [0, 0, 0], 3: [0, 1, 0], 4: [1, 1, 1], 5: [0, 1, 1], 6: [0, 0, 0]}
+    hits = {2: [0, 0], 3: [0, 1], 4: [1, 1], 5: [0, 1], 6: [0, 0]}
     assert {place: of(4, place, "logprob") for place in hits} == hits
 
 
 def test_a_score_per_trace_points_nowhere():
-    batch, ends_step = three_steps()
-    values, mask = torch.zeros(batch.tokens.shape), batch.response_mask
-    last = torch.zeros_like(mask)
+    values = torch.zeros(BATCH.tokens.shape)
+    last = torch.zeros_like(BATCH.response_mask)
     last[0, 6] = 1
-    readings = {"reward": (values, last), "logprob": (values, mask)}
-    found = rerank.place_results(batch, T([6]), T([0]), readings, ends_step)
-    assert "logprob" in found["hit0"] and not any(name.startswith(("reward", "chance_reward")) for name in found["hit0"])
+    readings = {"reward": (values, last), "logprob": (values, BATCH.response_mask)}
+    results = rerank.place_results(BATCH, T([6]), T([0]), readings)
+    assert set(results["hit0"]) == {"logprob", "logprob_drop", "logprob_first", "chance"}
 
 
 def test_place_results_by_hand():
-    """Column 4 is the truth. The reward is lowest there, its largest drop is at 3; the log-probability is
-    lowest and the entropy highest at 5."""
-    batch, ends_step = three_steps()
+    """Column 4 is the truth. The reward is lowest there, its largest drop is at 3; the
+    log-probability is lowest at 5."""
     values = {
         "reward": T([[0.0, 0.0, 2.0, 0.0, -1.0, 0.0, 0.0, -9.0]]),
         "logprob": T([[-9.0, 0.0, -1.0, -1.0, -1.0, -2.0, -1.0, 0.0]]),
-        "entropy": T([[9.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 9.0]]),
     }
-    found = place_results(batch, T([4]), values, ends_step)
-    hits = {name: [found[kind][name][0] for kind in ("hit0", "hit1", "step")] for name in found["hit0"]}
-    assert hits["reward"] == [1, 1, 1]
-    assert hits["reward_drop"] == [0, 1, 0]
-    assert hits["logprob"] == [0, 1, 1]
-    assert hits["reward_first"] == [1, 1, 1]  # -1 is not below -1, so it is the lowest
+    results = place_results(BATCH, T([4]), values)
+    hits = hits_of(results)
+    assert results["count"] == 1
+    assert hits["reward"] == [1, 1]
+    assert hits["reward_drop"] == [0, 1]
+    assert hits["reward_first"] == [1, 1]  # -1 is not below -1, so it is the lowest
+    assert hits["logprob"] == [0, 1]
+    assert hits["chance"] == pytest.approx([1 / 5, 3 / 5])
     values["logprob"][0, 3] = -1.5
-    found = place_results(batch, T([4]), values, ends_step, likelihood=False)
-    first = [found[kind]["logprob_first"][0] for kind in ("hit0", "hit1")]
-    assert first == [0, 1]  # at 3, before the lowest at 5
-    assert "reward_first" not in found["hit0"]  # a head's f is no log-probability
-    assert hits["entropy"] == [0, 1, 1]
-    assert hits["chance"] == hits["chance_reward"] == pytest.approx([1 / 5, 3 / 5, 2 / 5])
-    assert found["count"] == 1
+    hits = hits_of(place_results(BATCH, T([4]), values, likelihood=False))
+    assert hits["logprob_first"] == [0, 1]  # at 3, before the lowest at 5
+    assert "reward_first" not in hits  # a head's f is no log-probability
 
 
 def test_questions_not_traces_are_bootstrapped():
     """Three traces of question 0 are hits, one of question 1 is none: 1/2 over questions, not 3/4."""
-    batch, ends_step = three_steps()
-    batch = batch[[0, 0, 0, 0]]
+    batch = BATCH[[0, 0, 0, 0]]
     values = {"logprob": torch.zeros(4, 7)}
     values["logprob"][:, 4] = -1.0
-    found = place_results(batch, T([4, 4, 4, 2]), values, ends_step, T([0, 0, 0, 1]))
-    assert found["hit0"]["logprob"][0] == 0.5 and found["count"] == 4
-    found = place_results(batch, T([4, -1, -1, 2]), values, ends_step, T([0, 0, 0, 1]))  # -1: a trace without an error
-    assert found["hit0"]["logprob"][0] == 0.5 and found["count"] == 2
-    assert place_results(batch, T([-1] * 4), values, ends_step) == {"count": 0}
+    questions = T([0, 0, 0, 1])
+    for truth, count in ([4, 4, 4, 2], 4), ([4, -1, -1, 2], 2):  # -1: a trace without an error
+        results = place_results(batch, T(truth), values, questions)
+        assert results["hit0"]["logprob"][0] == 0.5 and results["count"] == count
+    assert place_results(batch, T([-1] * 4), values) == {"count": 0}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -374,18 +357,25 @@ def test_questions_not_traces_are_bootstrapped():
 
 
 def make_discriminator(model, tokenizer, granularity="dense"):
-    ends_step = reward.find_step_end_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
-    return reward.Discriminator(reward.LikelihoodReward(model), "airl", granularity, 0, ends_step)
+    return reward.make_discriminator(
+        reward.LikelihoodReward(model), tokenizer, granularity=granularity
+    )
 
 
 def written(tokenizer, traces: list[tuple[str, str]], expert=("3*12=36\n14+36=50", "50")):
     """Candidates for one question, from (trace, answer) pairs."""
-    example = Example("Ava has 14 pens. Ava buys 3 bags of 12. How many pens?", *expert, task="words")
+    example = Example(
+        "Ava has 14 pens. Ava buys 3 bags of 12. How many pens?", *expert, task="words"
+    )
     texts = [data.response_text(*pair) for pair in traces]
     return from_texts(tokenizer, [example], texts, len(texts))
 
 
-RIGHT, WRONG, LATE = ("12*3=36\n36+14=50", "50"), ("3+12=15\n14+15=29", "29"), ("3*12=36\n14+36=40", "40")
+RIGHT, WRONG, LATE = (
+    ("12*3=36\n36+14=50", "50"),
+    ("3+12=15\n14+15=29", "29"),
+    ("3*12=36\n14+36=40", "40"),
+)
 
 
 def test_candidates_know_what_is_right(shipped):
@@ -402,7 +392,10 @@ def test_collect_keeps_n_rows_a_question(shipped):
     examples = data.load_examples("words", "test", 2)
     generator = torch.Generator().manual_seed(0)
     candidates = collect(*shipped, examples, 3, 64, 1.0, generator)
-    assert len(candidates.batch) == len(candidates.texts) == 6 and candidates.correct.shape == (2, 3)
+    assert len(candidates.batch) == len(candidates.texts) == 6 and candidates.correct.shape == (
+        2,
+        3,
+    )
     for row in range(6):
         prompt = data.prompt_ids(shipped[1], examples[row // 3].question)
         assert candidates.batch.tokens[row, : len(prompt)].tolist() == prompt
@@ -419,7 +412,10 @@ def test_signals_are_those_of_a_plain_forward_pass(shipped):
     assert torch.equal(ends, reward_ends(candidates.batch, discriminator))
     assert torch.equal(readings["logprob"][1], candidates.batch.response_mask)
     for row in range(3):
-        length, first = int(candidates.batch.lengths[row]), int(candidates.batch.prompt_lengths[row])
+        length, first = (
+            int(candidates.batch.lengths[row]),
+            int(candidates.batch.prompt_lengths[row]),
+        )
         tokens = candidates.batch.tokens[row, :length]
         with torch.no_grad():
             logprobs = model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)  # [T-1, V]
@@ -427,9 +423,6 @@ def test_signals_are_those_of_a_plain_forward_pass(shipped):
         chosen[:first] = 0.0
         torch.testing.assert_close(found["logprob"][row, :length], chosen, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found["sft_logprob"], found["logprob"])
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-        said = found["entropy"][row, first:length]
-        torch.testing.assert_close(said, entropy[first - 1 :], atol=1e-4, rtol=1e-4)
         # <think>\n is a step, each line is one, </think>\n is one, and the rest is the last
         assert ends[row].sum() == candidates.texts[row].count("\n") + 1
         assert found["reward"][row].sum().item() == pytest.approx(chosen.sum().item(), abs=1e-3)
@@ -469,17 +462,24 @@ def test_a_cut_trace_without_an_error_has_no_place(shipped):
     tokenizer = shipped[1]
     example = written(tokenizer, [RIGHT]).examples[0]
     ids = data.response_ids(tokenizer, "<think>\n3*12=36\n")
-    for response, has_error in [(ids, True), (ids[:-1], False)]:  # with it, it has stopped too early
+    for response, has_error in [
+        (ids, True),
+        (ids[:-1], False),
+    ]:  # with it, it has stopped too early
         batch = data.make_batch([[1]], [response])
         candidates = Candidates([example], batch, ["<think>\n3*12=36\n"], 1)
-        assert (natural_errors(candidates, tokenizer, data.end_tokens(tokenizer)) >= 0).tolist() == [has_error]
+        assert (
+            natural_errors(candidates, tokenizer, data.end_tokens(tokenizer)) >= 0
+        ).tolist() == [has_error]
 
 
 def test_broken_experts_differ_first_where_they_say(shipped):
     """The synthetic test's traces, as assess makes them."""
     tokenizer = shipped[1]
     examples = data.tokenize(tokenizer, data.load_examples("words", "test", 5))
-    broken = reward.compare(tokenizer, examples, [[] for _ in examples], rerank.PERTURBED_PER_EXPERT, random.Random(0))
+    broken = reward.compare(
+        tokenizer, examples, [[] for _ in examples], rerank.PERTURBED_PER_EXPERT, random.Random(0)
+    )
     assert len(broken.negative_from) == len(broken.negative) > 10
     for row, place in enumerate(broken.negative_from.tolist()):
         expert = demonstrations(tokenizer, [examples[broken.pair[row]]]).tokens[0].tolist()
@@ -492,15 +492,28 @@ def test_rerank_results_by_hand(shipped):
     candidates = written(shipped[1], [RIGHT, WRONG, WRONG, RIGHT])
     mask = candidates.batch.response_mask
     order = T([[4.0], [1.0], [2.0], [3.0]])
-    found = rerank.rerank_results(candidates, {"reward": (mask * order, mask), "logprob": (mask * -order, mask)})
+    found = rerank.rerank_results(
+        candidates, {"reward": (mask * order, mask), "logprob": (mask * -order, mask)}
+    )
     mean = {n: {name: value[0] for name, value in found[n].items()} for n in ("1", "2", "4")}
-    names = {"random", "longest", "shortest", "majority", "logprob", "reward", "weighted_majority", "oracle"}
-    assert set(mean["4"]) == names | {f"reward_{rule}" for rule in rerank.RULES}
+    names = {
+        "random",
+        "longest",
+        "shortest",
+        "majority",
+        "logprob",
+        "reward",
+        "weighted_majority",
+        "oracle",
+    }
+    assert set(mean["4"]) == names | {"reward_last", "reward_lowest"}
     assert set(mean["1"].values()) == {0.5}
-    assert mean["2"]["reward"] == mean["2"]["oracle"] == pytest.approx(5 / 6) == found["pass@k"]["2"][0]
+    assert mean["2"]["reward"] == mean["2"]["oracle"] == pytest.approx(5 / 6)
     assert mean["2"]["logprob"] == pytest.approx(1 / 6)
-    assert mean["4"]["majority"] == 0.5 and mean["4"]["weighted_majority"] == mean["4"]["reward"] == 1.0
-    assert found["success@k"]["1"][0] == 1.0
+    assert (
+        mean["4"]["majority"] == 0.5
+        and mean["4"]["weighted_majority"] == mean["4"]["reward"] == 1.0
+    )
     assert {name: gain[0] for name, gain in found["beyond"].items() if name in ("majority", "reward", "logprob")} == {
         "majority": 0.0, "reward": 0.5, "logprob": -0.5}  # fmt: skip
     assert found["auroc"]["reward"] == 1.0 and found["auroc"]["logprob"] == 0.0
@@ -512,7 +525,11 @@ def test_longest_and_shortest_count_response_tokens(shipped):
     candidates = written(shipped[1], [RIGHT, ("3*12=36", "36")])
     assert candidates.batch.response_mask[0].sum() > candidates.batch.response_mask[1].sum()
     found = rerank.rerank_results(candidates, {})
-    assert (found["2"]["longest"][0], found["2"]["shortest"][0], found["1"]["longest"][0]) == (1.0, 0.0, 0.5)
+    assert (found["2"]["longest"][0], found["2"]["shortest"][0], found["1"]["longest"][0]) == (
+        1.0,
+        0.0,
+        0.5,
+    )
     assert found["auroc"] == {"longest": 1.0, "shortest": 0.0}
     even = written(shipped[1], [RIGHT, ("3*12=36\n14+36=50", "51")])
     assert rerank.rerank_results(even, {})["2"]["longest"][0] == 0.5
@@ -527,41 +544,28 @@ def test_a_judge_is_the_averaged_model_before_its_logits_are_divided(run, shippe
     policy_model, _, discriminator, judges, _ = rerank.models_of_run(run, "base", "cpu")
     assert set(judges) == {"sft_fair_logprob"}
     found = signals(written(tokenizer, [RIGHT, WRONG]).batch, discriminator, policy_model, judges)
-    torch.testing.assert_close(found["sft_fair_logprob"][0], found["logprob"][0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        found["sft_fair_logprob"][0], found["logprob"][0], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_auroc_within_does_not_see_which_question_is_easy():
     """A score that knows hard questions from easy ones and nothing else; one that only ranks each question's candidates."""
     correct = T([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     easy, ranks = T([[2.0] * 4, [1.0] * 4, [0.0] * 4]), correct + T([[0.0], [5.0], [9.0]])
-    assert rerank.auroc(easy.flatten(), correct.flatten()) > 0.8 > 0.5 > rerank.auroc(ranks.flatten(), correct.flatten())
-    assert rerank.auroc_within(easy, correct) == [0.5, 0.5, 0.5] and rerank.auroc_within(ranks, correct) == [1.0, 1.0, 1.0]
-    assert rerank.auroc_within(-ranks[:2], correct[:2])[0] == 0.0 and rerank.auroc_within(easy[2:], correct[2:]) is None
-
-
-def test_auroc_beyond_compares_two_scores_on_the_same_questions():
-    """Against itself nothing, against the truth what is missing; half of the questions right, drawn again, both move alike."""
-    generator = torch.Generator().manual_seed(0)
-    correct = (torch.rand(50, 4, generator=generator) < 0.5).float()
-    noisy = correct + torch.randn(50, 4, generator=generator)
-    assert rerank.auroc_beyond(noisy, noisy, correct) == [0.0, 0.0, 0.0]
-    gap, low, high = rerank.auroc_beyond(correct, noisy, correct)
-    assert gap == pytest.approx(1 - rerank.auroc(noisy.flatten(), correct.flatten())) and 0 < low < gap < high < 0.5
-    assert rerank.auroc_beyond(noisy, correct, correct)[0] == -gap
-    assert rerank.auroc_beyond(noisy, noisy, torch.ones(50, 4)) is None
-
-
-def test_the_interval_of_auroc_beyond_holds_95_percent():
-    """Beside a score that says nothing, one that is right about some questions and turned about the others: the gap is near
-    2 s - 1 over 2, s the share of the former, 200 questions drawn again."""
-    correct = T([[1.0, 0.0]] * 200)
-    turned = (torch.arange(200) % 4 == 0)[:, None]  # s = 3/4
-    scores = torch.where(turned, 1 - correct, correct)
-    gap, low, high = rerank.auroc_beyond(scores, torch.zeros(200, 2), correct, draws=2000)
-    pooled = rerank.auroc(scores.flatten(), correct.flatten())
-    error = (0.75 * 0.25 / 200) ** 0.5  # of s; the pooled area of two tied scores is s itself
-    assert gap == pytest.approx(pooled - 0.5) and pooled == 0.75
-    assert low == pytest.approx(gap - 1.96 * error, abs=0.012) and high == pytest.approx(gap + 1.96 * error, abs=0.012)
+    assert (
+        rerank.auroc(easy.flatten(), correct.flatten())
+        > 0.8
+        > 0.5
+        > rerank.auroc(ranks.flatten(), correct.flatten())
+    )
+    assert rerank.auroc_within(easy, correct) == [0.5, 0.5, 0.5] and rerank.auroc_within(
+        ranks, correct
+    ) == [1.0, 1.0, 1.0]
+    assert (
+        rerank.auroc_within(-ranks[:2], correct[:2])[0] == 0.0
+        and rerank.auroc_within(easy[2:], correct[2:]) is None
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -577,7 +581,9 @@ def head_that_likes_the_cut_one(shipped, granularity: str):
     responses = [right, right[:5]]
     prompt = data.prompt_ids(tokenizer, example.question)
     texts = [data.decode(tokenizer, ids) for ids in responses]
-    candidates = Candidates([example], data.make_batch([prompt] * 2, responses), texts, 2, finished=T([True, False]))
+    candidates = Candidates(
+        [example], data.make_batch([prompt] * 2, responses), texts, 2, finished=T([True, False])
+    )
     head = reward.load_reward("head", loading.BASE)
     hidden = head.states(candidates.batch).detach()
     last = candidates.batch.lengths - 1
@@ -593,14 +599,18 @@ def test_a_candidate_that_was_cut_off_ranks_below_every_finished_one(shipped, gr
     scores = rerank.trace_scores(*readings["reward"], "last")
     assert scores[1] > scores[0]
     results = rerank.rerank_results(candidates, readings)
-    for way in ("reward", "weighted_majority", *(name for name in results["2"] if name.startswith("reward_"))):
+    for way in (
+        "reward",
+        "weighted_majority",
+        *(name for name in results["2"] if name.startswith("reward_")),
+    ):
         assert results["2"][way][0] == 1.0, way
-    assert results["auroc"]["reward"] == 1.0 and results["success@k"]["1"][0] == 1.0
+    assert results["auroc"]["reward"] == 1.0
     assessed = rerank.assess(candidates, discriminator, shipped[0], {}, shipped[1])
     assert [len(assessed["distributions"][kind]) for kind in ("right", "wrong")] == [1, 0]
     json.loads(json.dumps(assessed, allow_nan=False))
-    without = rerank.rerank_results(replace(candidates, finished=None), readings, "last")
-    assert without["2"]["reward"][0] == 0.0  # what would be chosen if nobody knew
+    without = rerank.rerank_results(replace(candidates, finished=None), readings)
+    assert without["2"]["reward_last"][0] == 0.0  # what would be chosen if nobody knew
 
 
 def test_a_score_per_token_of_a_candidate_that_was_cut_off_stays(shipped):
@@ -635,29 +645,11 @@ def test_a_gain_over_random_is_paired_by_question():
     everywhere, so that the gain has no spread, though both accuracies have."""
     correct = T([[1.0, 1.0, 0.0, 1.0]] * 5 + [[0.0, 0.0, 0.0, 1.0]] * 5)
     score = T([[1.0, 1.0, 0.0, 1.0]] * 5 + [[0.0, 0.0, 1.0, 1.0]] * 5)
-    found = rerank.choice_results(correct, torch.zeros(10, 4, dtype=torch.long), {"score": score}, {})
+    found = rerank.choice_results(
+        correct, torch.zeros(10, 4, dtype=torch.long), {"score": score}, {}
+    )
     assert found["4"]["random"][2] > found["4"]["score"][1]  # side by side the intervals overlap
     assert found["beyond"]["score"] == [0.25, 0.25, 0.25] and "random" not in found["beyond"]
-
-
-def test_rerank_results_go_by_the_rule(shipped):
-    """The right trace has the better mean and the worse lowest token."""
-    candidates = written(shipped[1], [RIGHT, WRONG])
-    mask = candidates.batch.response_mask
-    values = mask.clone()
-    values[1] = 0.5 * mask[1]
-    values[0, int(candidates.batch.lengths[0]) - 1] = 0.0
-    for rule, expected in (("mean", 1.0), ("lowest", 0.0)):
-        found = rerank.rerank_results(candidates, {"reward": (values, mask)}, rule)
-        assert found["2"]["reward"][0] == expected
-
-
-def test_alarm_rates_by_hand():
-    values = torch.tensor([[-5.0, -0.5, -0.5], [-5.0, -1.0, -1.1], [-5.0, -3.0, 0.0], [-5.0, -0.1, -4.0]])
-    ends = torch.tensor([[0.0, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 0]])  # column 0 is a prompt, the last padding
-    found = rerank.alarm_rates(values, ends, torch.tensor([True, True, False, False]))
-    assert found == {"right": 0.5, "wrong": 0.5}  # rows 1 and 2; -1 itself is not below -1
-    assert rerank.alarm_rates(values, ends, torch.zeros(4).bool()) == {"right": None, "wrong": 0.5}
 
 
 def test_assess_finds_a_known_reward(shipped):
@@ -671,21 +663,25 @@ def test_assess_finds_a_known_reward(shipped):
     best = found["rerank"]["4"]
     assert best["reward"] == best["logprob"] == best["sft_logprob"] == best["sft_fair_logprob"]
     for kind in ("natural", "single"):
-        assert found["localise"][kind]["hit0"]["reward"] == found["localise"][kind]["hit0"]["logprob"]
+        assert (
+            found["localise"][kind]["hit0"]["reward"] == found["localise"][kind]["hit0"]["logprob"]
+        )
         assert found["localise"][kind]["hit0"]["chance"][0] < 0.1
     assert len(found["distributions"]["right"]) == candidates.correct.sum()
-    assert found["alarms"]["reward"] == found["alarms"]["logprob"] == found["alarms"]["sft_logprob"]
-    assert found["alarms"]["sft_fair_logprob"] == found["alarms"]["logprob"]
-    assert 0 <= found["alarms"]["reward"]["right"] < found["alarms"]["reward"]["wrong"]
     assert sum(map(len, found["distributions"].values())) == 16
     json.dumps(found, allow_nan=False)
     traces = show_traces(candidates, discriminator, model, tokenizer)
-    assert all(abs(r) < 1e-4 for trace in traces for r in trace["rewards"])  # f = log pi: D is 1/2 everywhere
+    assert all(
+        abs(r) < 1e-4 for trace in traces for r in trace["rewards"]
+    )  # f = log pi: D is 1/2 everywhere
     assert all((trace["first_wrong"] is None) == trace["correct"] for trace in traces)
     assert all("".join(trace["tokens"]).startswith("<think>\n") for trace in traces)
     for trace in traces:  # the first token whose f is below -1, if there is one
         text = "".join(trace["tokens"][:-1])  # without the end token, which is no text
-        f = [f for _, f in token_scores(discriminator.reward_model, tokenizer, trace["question"], text)]
+        f = [
+            f
+            for _, f in token_scores(discriminator.reward_model, tokenizer, trace["question"], text)
+        ]
         assert trace["predicted"] == next((i for i, value in enumerate(f) if value < -1), None)
     assert {trace["predicted"] is None for trace in traces} == {True, False}
 
@@ -719,13 +715,12 @@ GOOD = {"question": "Ava has 14 pens. Ava buys 3 bags of 12. How many pens?",
         "candidates": [data.response_text(*RIGHT), data.response_text(*WRONG)], "answer": 50}  # fmt: skip
 
 
-def test_run_on_samples(run, tmp_path, capsys):
-    out = tmp_path / "out.json"
-    rerank.main(["--run", str(run), "--n", "3", "--questions", "4", "--out", str(out), "--rule", "lowest"])
-    shown, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert list(found["rerank"])[:3] == ["1", "2", "3"] and "localise" in found
-    assert found["rerank"]["3"]["reward"] == found["rerank"]["3"]["reward_lowest"]
-    assert all(word in shown for word in ("oracle", "success@k", "AUROC", "Hit@1", "same step", "chance"))
+def test_run_on_samples(run, capsys):
+    rerank.main(["--run", str(run), "--n", "3", "--questions", "4"])
+    shown = capsys.readouterr().out
+    assert "4 questions, 3 candidates each" in shown
+    for word in ("oracle", "reward_lowest", "AUROC", "Hit@1", "chance"):
+        assert word in shown
 
 
 def test_run_on_candidates(run, tmp_path, capsys):
@@ -746,9 +741,18 @@ def test_samples_of_a_model_with_another_tokenizer_are_judged_as_text(run, tmp_p
     """Text is in between: tokenised anew, and said so. Its tokens as they are would be others here, and are refused."""
     symbols = ["<end>", *"0123456789+*-=\n "]
     chars = Tokenizer(models.WordLevel({c: i for i, c in enumerate(symbols)}, unk_token=" "))
-    chars.pre_tokenizer, chars.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
+    chars.pre_tokenizer, chars.decoder = (
+        pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"),
+        decoders.Fuse(),
+    )
     other = loading.PreTrainedTokenizerFast(tokenizer_object=chars, eos_token="<end>")
-    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    size = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(symbols), **size))
     model.save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
@@ -756,12 +760,11 @@ def test_samples_of_a_model_with_another_tokenizer_are_judged_as_text(run, tmp_p
     example = Example(GOOD["question"], "", "50")
     written = collect(model, other, [example], 2, 12, 1.0, torch.Generator().manual_seed(0))
     record = GOOD | {"candidates": written.texts}
-    rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", record), "--out", str(tmp_path / "o.json")])
-    own = loading.load_tokenizer(loading.BASE)
-    count = sum(len(data.response_ids(own, text)) for text in written.texts)
-    assert f"is text, whoever wrote it: {count} tokens of the run's own tokenizer" in capsys.readouterr().out
-    assert json.loads((tmp_path / "o.json").read_text())["rerank"]["2"]["reward"][0] >= 0
-    with pytest.raises(UserError, match="tokenizer .* differs .* judged as text: rerank.py --candidates FILE"):
+    rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", record)])
+    assert "1 questions, 2 candidates each" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match="tokenizer .* differs .* judged as text: rerank.py --candidates FILE"
+    ):
         rerank.main(["--run", str(run), "--policy", str(tmp_path / "other")])
 
 
@@ -774,7 +777,7 @@ NO_ANSWER = {"question": "?", "candidates": ["1", "2"]}
     ([GOOD, {"candidates": ["x", "y"], "answer": "1"}], "c.jsonl:2: field 'question'"),
     ([{"question": "?", "answer": "1"}], "c.jsonl:1: field 'candidates'"),
     ([{"question": "?", "candidates": ["a", 1]}], "c.jsonl:1: field 'candidates'"),
-    ([GOOD, {"question": "?", "candidates": ["a"], "answer": "1"}], "c.jsonl:2: 1 candidates, but"),
+    ([GOOD, {"question": "?", "candidates": ["a"], "answer": "1"}], "c.jsonl:2: 1 candidates: too few"),
     ([GOOD, NO_ANSWER], "c.jsonl:2: field 'answer' must be"),
     (['{"question": "\\ud800", "candidates": ["a"]}'], "c.jsonl:1: "),
     (["[" * 100_000], "c.jsonl:1: "),
@@ -787,25 +790,29 @@ def test_bad_candidates_are_named_by_line(run, tmp_path, records, says):
 
 
 def test_more_candidates_asked_for_than_there_are(run, tmp_path):
-    with pytest.raises(UserError, match="c.jsonl:1: 2 candidates are fewer than --n 3"):
-        rerank.main(["--run", str(run), "--n", "3", "--candidates", lines(tmp_path / "c.jsonl", GOOD)])
+    with pytest.raises(UserError, match="c.jsonl:1: 2 candidates: too few"):
+        rerank.main(
+            ["--run", str(run), "--n", "3", "--candidates", lines(tmp_path / "c.jsonl", GOOD)]
+        )
 
 
 def test_fewer_candidates_asked_for_are_the_first(tmp_path):
     examples, texts, n = rerank.read_candidates(lines(tmp_path / "c.jsonl", GOOD, GOOD), 1)
-    assert ([example.answer for example in examples], texts, n) == (["50", "50"], GOOD["candidates"][:1] * 2, 1)
+    assert ([example.answer for example in examples], texts, n) == (
+        ["50", "50"],
+        GOOD["candidates"][:1] * 2,
+        1,
+    )
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--n", "0"], "--n must be from 1"),
     (["--questions", "-1"], "--questions must be"),
-    (["--rule", "meen"], "--rule: invalid choice: 'meen'"),
-    (["--temperature", "nan"], "--temperature must be"),
     (["--seed", "-1"], "--seed must be"),
     (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
     (["--run", "no/such/run"], "no run folder"),
-    (["--candidates", "x.jsonl"], "--candidates needs"),
-    (["--policy", "run"], "--policy needs"),
+    (["--candidates", "x.jsonl"], "--candidates and --policy need"),
+    (["--policy", "run"], "--candidates and --policy need"),
 ])  # fmt: skip
 def test_bad_flags(flags, says):
     with pytest.raises(UserError, match=says):
