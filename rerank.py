@@ -411,9 +411,10 @@ def assess(candidates: Candidates, discriminator, policy_model, judges: dict, to
         natural = place_results(batch, truth, torch.arange(len(batch)) // candidates.n, readings, *how)
         rng, single = random.Random(f"broken {seed}"), {"count": 0}
         broken = reward.compare(tokenizer, data.tokenize(tokenizer, examples), [[] for _ in examples], PERTURBED_PER_EXPERT, rng)
-        if len(broken.negative):
-            said = signals(broken.negative, discriminator, policy_model, judges)
-            single = place_results(broken.negative, broken.negative_from, broken.pair, said, *how)
+        broken = broken[broken.kinds != reward.EXPERT]
+        if len(broken.kinds):
+            said = signals(broken.batch, discriminator, policy_model, judges)
+            single = place_results(broken.batch, broken.first, broken.family, said, *how)
         results["localise"] = {"natural": natural, "single": single}
     return results
 

@@ -303,7 +303,7 @@ class Run:
     def load_discriminator(self, trained: str | None = None) -> reward.Discriminator:
         """The discriminator on a reward model: the one to train, or what this run has trained."""
         s = self.s
-        kind = s.logit, s.granularity, s.interval, s.reward_clip
+        kind = s.logit, s.granularity, s.reward_clip
         return reward.make_discriminator(self.load_reward(trained), self.tokenizer, *kind)
 
     def save_model(self, model, name: str) -> None:

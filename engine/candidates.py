@@ -114,7 +114,7 @@ def signals(batch: Batch, discriminator, policy_model, judges: dict | None = Non
 def reward_ends(batch: Batch, discriminator: reward.Discriminator) -> torch.Tensor:
     """[B, T], 1 where the reward is read."""
     ends_step = discriminator.step_end_tokens.to(batch.tokens.device)
-    return reward.segment_ends(batch, discriminator.granularity, discriminator.interval, ends_step)
+    return reward.segment_ends(batch, discriminator.granularity, ends_step)
 
 
 def without_cut_off(reading: Reading, candidates: Candidates) -> Reading:

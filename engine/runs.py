@@ -81,5 +81,5 @@ def load_run(run: Path, device="cpu") -> tuple[reward.Discriminator, object, dic
     vocabulary = model.model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise UserError(f"the tokenizer in {run} has {len(tokenizer)} tokens, the reward only {vocabulary}")
-    kind = (settings[name] for name in ("logit", "granularity", "interval"))
+    kind = (settings[name] for name in ("logit", "granularity"))
     return reward.make_discriminator(model, tokenizer, *kind), tokenizer, settings

@@ -175,14 +175,15 @@ class Lecture(irl.IRL):
         after = self.measure(comparison)
 
         heading("2. DISCRIMINATOR", "irl.IRL.update_discriminator, discriminator_step")
-        shape("experts", comparison.expert.tokens, "the demonstrations: label 1")
+        is_expert = comparison.kinds == reward.EXPERT
+        shape("experts", comparison[is_expert].batch.tokens, "the demonstrations: label 1")
         n_sampled = sum(len(responses) for responses in samples)
-        n_broken = len(comparison.negative) - n_sampled
+        n_broken = int((~is_expert).sum()) - n_sampled
         note = (
             f"label 0: {n_sampled} samples of the policy, {n_broken} broken demonstrations "
             "(from the change on)"
         )
-        shape("negatives", comparison.negative.tokens, note)
+        shape("negatives", comparison[~is_expert].batch.tokens, note)
         logit = self.logit_column.replace("logit", "f")
         say(
             f"  f from {type(self.reward_model).__name__}.scores, logit D = {logit} "
@@ -226,7 +227,6 @@ class Lecture(irl.IRL):
         columns, score_mask = self.view(batch, rollout.logprobs)
         columns["r_t"] = rewards
         if s.policy_loss == "exact":
-
             columns["E_pi[r]"] = policy.in_chunks(
                 self.expected_reward, batch, s.micro_batch, 0, states
             )
@@ -247,16 +247,15 @@ class Lecture(irl.IRL):
                 "sums r_t over all actions"
             )
         shape("advantages", self.shown_advantages, note)
-        say(
-            f"  mean r_t {metrics['mean']:.4f}; mean over rows of the lowest r_t "
-            f"{metrics['lowest']:.4f}"
-        )
+        say(f"  mean r_t {metrics['mean']:.4f}")
         if s.granularity != "dense":
             say(
                 f"  {s.granularity}: f and log pi are a segment's, read on its last token; "
                 "elsewhere r_t is 0, shown as a dot"
             )
-        say(f"\n  Row {self.row}; the last line is the end token, which has a reward like any other")
+        say(
+            f"\n  Row {self.row}; the last line is the end token, which has a reward like any other"
+        )
         self.table(batch, self.row, columns, score_mask)
         return rewards, states, metrics
 
@@ -340,16 +339,10 @@ class Lecture(irl.IRL):
         mask = batch.response_mask
         weight, softcap = logprob.output_layer(self.policy_model)
         reward_weight, _ = logprob.output_layer(self.reward_model.model)
-        expected = logprob.expected_reward(
-            policy.hidden_states(self.policy_model, batch),
-            weight,
-            states[mask.bool()],
-            reward_weight,
-            s.entropy_coef,
-            s.temperature,
-            softcap,
-        )
-        return policy.spread(expected, mask)
+        hidden = policy.hidden_states(self.policy_model, batch)  # [N, H]
+        log_pi = logprob.all_logprobs(hidden, weight, s.temperature, softcap)  # [N, V]
+        f = logprob.all_logprobs(states[mask.bool()], reward_weight, 1.0, softcap)
+        return policy.spread(logprob.expectation(log_pi, f, s.entropy_coef), mask)
 
     @torch.no_grad()
     def all_logprobs(self, model, column: int, temperature: float) -> torch.Tensor:

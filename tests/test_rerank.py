@@ -367,7 +367,7 @@ def test_questions_not_traces_are_bootstrapped():
 
 def make_discriminator(model, tokenizer, granularity="dense"):
     ends_step = reward.find_step_end_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
-    return reward.Discriminator(reward.LikelihoodReward(model), "airl", granularity, 0, ends_step)
+    return reward.Discriminator(reward.LikelihoodReward(model), "airl", granularity, ends_step)
 
 
 def written(tokenizer, traces: list[tuple[str, str]], expert=("3*12=36\n14+36=50", "50")):
@@ -472,10 +472,11 @@ def test_broken_experts_differ_first_where_they_say(shipped):
     tokenizer = shipped[1]
     examples = data.tokenize(tokenizer, data.load_examples("words", "test", 5))
     broken = reward.compare(tokenizer, examples, [[] for _ in examples], rerank.PERTURBED_PER_EXPERT, random.Random(0))
-    assert len(broken.negative_from) == len(broken.negative) > 10
-    for row, place in enumerate(broken.negative_from.tolist()):
-        expert = demonstrations(tokenizer, [examples[broken.pair[row]]]).tokens[0].tolist()
-        tokens = broken.negative.tokens[row].tolist()
+    broken = broken[broken.kinds != reward.EXPERT]
+    assert len(broken.kinds) > 10
+    for row, place in enumerate(broken.first.tolist()):
+        expert = demonstrations(tokenizer, [examples[broken.family[row]]]).tokens[0].tolist()
+        tokens = broken.batch.tokens[row].tolist()
         assert tokens[:place] == expert[:place] and tokens[place] != expert[place]
 
 

@@ -473,7 +473,7 @@ def make_nan(patch, steps, stage="policy"):
     """Let the loss of these steps of IRL be NaN."""
     real_step, now = irl.IRL.step, []
     patch.setattr(irl.IRL, "step", lambda self: now.append(self.steps_done + 1) or real_step(self))
-    policy_losses = ((irl.IRL, "policy_loss"), (irl.IRL, "exact_loss"))
+    policy_losses = ((irl.IRL, "policy_loss"),)
     for owner, name in policy_losses if stage == "policy" else ((train.reward, "discriminator_loss"),):
         real = getattr(owner, name)
         patch.setattr(owner, name, lambda *args, real=real: real(*args) * (float("nan") if now and now[-1] in steps else 1.0))
