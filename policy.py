@@ -4,15 +4,14 @@ In Algorithm 1 this is the rollout (stage 1) and the policy's step (stage 4). en
 loads the model. Index t is the same everywhere: column t speaks of tokens[:, t], chosen after
 reading tokens[:, :t] (data.Batch).
 
-    1. sampling              `sample_plain` shows what `sample` does faster (engine/sampler.py)
-    2. log-probabilities     `token_logprobs_plain` shows what `token_logprobs` does with less
-                             memory (logprob.py)
+    1. sampling              what a token is drawn from; engine/sampler.py has the loop over t
+    2. log-probabilities     of given tokens, with little memory (logprob.py)
     3. returns, advantages   pure functions of rewards [B, T]
     4. losses                REINFORCE, PPO, KL to a reference: a value per token
     5. updates               the rate, one optimizer step
 
     equation                                        where               tests/test_policy.py
-    G_t = r_t + gamma G_{t+1} (2510.01857)          returns_to_go       returns_to_go_by_hand
+    G_t = r_t + gamma G_{t+1} (2510.01857 v1)       returns_to_go       returns_to_go_by_hand
     b_t, mean of the others (Kool et al. 2019)      group_baseline      the_group_baseline_is_..
     A / its root mean square over the batch         normalise           normalise_keeps_the_sign_..
     A / that over a question's samples              normalise_by_group  normalise_by_group_..
@@ -21,11 +20,7 @@ reading tokens[:, :t] (data.Batch).
     -min(rho A, clip(rho) A) (1707.06347, eq. 7)    ppo_loss            ppo_clips_where_the_..
     KL ~ e^d - d - 1, d = log pi_ref - log pi (k3)  kl_k3               k3_by_hand_and_unbiased
 
-What textbook PPO has and this has not: a learned critic and GAE (the group's other samples are the
-baseline), minibatches reshuffled within an epoch, an entropy bonus (alpha log pi is in the reward).
-
-Run `python policy.py` to sample the shipped base and see that its log-probabilities are those of
-a fresh forward pass.
+Run `python policy.py` to sample the shipped base.
 """
 
 import math
@@ -33,10 +28,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 
+import data
 import logprob
-from data import Batch, Example, make_batch
+from data import Batch, Example
 from engine import loading, memory, parallel, sampler
 from engine.errors import UserError
 
@@ -57,9 +52,6 @@ def choose(
 ) -> torch.Tensor:
     """One token per row: [B, V] log-probabilities -> [B]. Temperature 0 is greedy.
 
-    top_p < 1 keeps the smallest set of most likely tokens whose probability reaches top_p
-    (nucleus sampling, Holtzman et al. 2019).
-
     >>> logprobs = torch.tensor([[0.1, 0.6, 0.3]]).log()
     >>> choose(logprobs, 0.0, 1.0), choose(logprobs, 1.0, 0.5)
     (tensor([1]), tensor([1]))
@@ -67,43 +59,21 @@ def choose(
     if temperature == 0:
         return logprobs.argmax(-1)
     probabilities = logprobs.exp()  # [B, V]
+    # The nucleus (Holtzman et al. 2019): the smallest set of most likely tokens whose probability
+    # reaches top_p. A token stays if those before it have not reached it yet.
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)
-        mass_before = ordered.cumsum(-1) - ordered  # of all more likely tokens
+        mass_before = ordered.cumsum(-1) - ordered
         ordered = ordered.masked_fill(mass_before >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     # Inverse transform: with u uniform below the total mass, take the first token whose running
-    # total is above u.
+    # total is above u. The total is below 1 where the nucleus has cut tokens off.
     running_total = probabilities.cumsum(-1)  # [B, V]
-    total = running_total[:, -1:]  # [B, 1], below 1 after top_p
+    total = running_total[:, -1:]  # [B, 1]
     u = torch.rand(len(total), 1, generator=generator, device=total.device) * total
-    token = torch.searchsorted(running_total, u, right=True).squeeze(-1)
-    return token.clamp(max=logprobs.shape[1] - 1)  # rounding may put u at the very end
-
-
-@torch.no_grad()
-def sample_plain(
-    model,
-    prompt: list[int],
-    end_tokens: tuple[int, ...],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    generator=None,
-) -> tuple[list[int], list[float]]:
-    """One response and log pi of its tokens, a whole forward pass for each: `sample`, to be read."""
-    response = []
-    logprobs = []
-    while len(response) < max_new_tokens:
-        tokens = torch.tensor([prompt + response], device=model.device)  # [1, t]
-        logits = model(tokens).logits[:, -1].float()  # [1, V]
-        log_pi = (logits / (temperature or 1.0)).log_softmax(-1)
-        token = int(choose(log_pi, temperature, top_p, generator))
-        response.append(token)
-        logprobs.append(float(log_pi[0, token]))
-        if token in end_tokens:
-            break
-    return response, logprobs
+    # Rounding may put u at the very end, behind the last token.
+    last = logprobs.shape[1] - 1
+    return torch.searchsorted(running_total, u, right=True).squeeze(-1).clamp(max=last)
 
 
 @torch.no_grad()
@@ -118,45 +88,42 @@ def sample(
     generator: torch.Generator | None = None,
     rows: int = 512,
 ) -> Rollout:
-    """`group` responses to each prompt; row i*group + g is sample g of prompt i.
+    """`group` responses to each prompt, which end with the first of `end_tokens` that they draw.
 
-    A row ends with the first of `end_tokens` (data.end_tokens) that it draws. At most `rows` are
-    sampled at a time (memory), but one prompt's at least.
-
-    The log-probabilities are those of the policy that the temperature makes,
-    log softmax(logits / temperature); at temperature 0 those of the unchanged logits. top_p only
-    narrows the choice; it is not part of the policy's density.
+    Row i*group + g is sample g of prompt i. At most `rows` are sampled at a time (memory), but one
+    prompt's at least.
     """
+    # In short: at each t a forward pass, log pi = log softmax(z / temperature), one token from it;
+    # the end token is an action like any other, part of the response, trained and paid.
+    # (tests/test_policy.py has this as a plain loop.)
     model.eval()
-    prompts_at_once = max(1, rows // group)
     weight, softcap = logprob.output_layer(model)
-    matrix = weight.to(logprob.sum_type(weight))  # once, not at every token
+    matrix = logprob.widened(weight)  # once, not at every token
 
     def draw(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token of some rows and its log pi: [B', H] -> [B'], [B']."""
+        # The next token of some rows and its log pi: [B', H] -> [B'], [B'].
+        # The density is that of the policy at its temperature, log softmax(z / temperature).
+        # The nucleus only narrows the choice: a ratio of two policies would else be 0 / 0.
         log_pi = logprob.all_logprobs(hidden, matrix, temperature or 1.0, softcap)  # [B', V]
         token = choose(log_pi, temperature, top_p, generator)
         return token, log_pi.gather(-1, token[:, None]).squeeze(-1)
 
     responses = []  # B lists of tokens
     logprobs = []  # B tensors [response length]
-    for start in range(0, len(prompts), prompts_at_once):
-        some = prompts[start : start + prompts_at_once]
+    at_once = max(1, rows // group)
+    for start in range(0, len(prompts), at_once):
         with memory.half_precision(model.device):
             new_responses, new_logprobs = sampler.sample_chunk(
-                model, some, end_tokens, max_new_tokens, group, draw
+                model, prompts[start : start + at_once], end_tokens, max_new_tokens, group, draw
             )
         responses += new_responses
         logprobs += new_logprobs
 
     repeated = [prompt for prompt in prompts for _ in range(group)]
-    batch = make_batch(repeated, responses, model.device)
-    values = torch.zeros(batch.tokens.shape)
-    for row, prompt in enumerate(repeated):
-        start = len(prompt)
-        values[row, start : start + len(logprobs[row])] = logprobs[row]
+    batch = data.make_batch(repeated, responses, model.device)
     finished = torch.tensor([response[-1] in end_tokens for response in responses])
-    return Rollout(batch, values.to(model.device), finished.to(model.device))
+    values = spread(torch.cat(logprobs).to(model.device), batch.response_mask)
+    return Rollout(batch, values, finished.to(model.device))
 
 
 def rollout(
@@ -180,7 +147,7 @@ def rollout(
     metrics = {
         "length": float(mask.sum(1).mean()),
         "finished": float(sampled.finished.float().mean()),
-        # -E log pi of the sampled tokens estimates the policy's entropy per token
+        # -E log pi of the sampled tokens estimates the policy's entropy per token.
         "entropy": float(-sampled.logprobs.sum() / mask.sum()),
     }
     return sampled, metrics
@@ -189,28 +156,21 @@ def rollout(
 # 2. Log-probabilities of given tokens ---------------------------------------------------------
 
 
-def token_logprobs_plain(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-    """log pi(a_t | s_t) by one ordinary forward pass: `token_logprobs`, to be read. [B, T]"""
-    logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits.float()
-    log_pi = (logits / temperature).log_softmax(-1)  # [B, T, V]
-    # What was known before token t is in column t - 1.
-    chosen = log_pi[:, :-1].gather(-1, batch.tokens[:, 1:, None]).squeeze(-1)  # [B, T-1]
-    return pad(chosen, (1, 0)) * batch.response_mask
-
-
 def token_logprobs(model, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """log pi(a_t | s_t) for each response token: [B, T], 0 elsewhere."""
     return logprobs_of(model, hidden_states(model, batch), batch, temperature)
 
 
-def hidden_states(model, batch: Batch) -> torch.Tensor:
-    """The hidden state that chose each response token: [N, H], N response tokens, in row order.
-
-    Prompt and padding positions never meet the output matrix, which is where the memory goes
-    when V is 151,936.
-    """
+def hidden_states(model, batch: Batch, after: bool = False) -> torch.Tensor:
+    """The hidden state before each response token, or after it: [N, H], N tokens in row order."""
+    # Prompt and padding positions are left out here: they never meet the output matrix [V, H],
+    # which is where the memory goes when V is 151,936.
     states = sampler.response_hidden(model, batch)  # [B, 1 + R, H], R the longest response
-    return states[:, :-1][response_part(batch)]  # state t chose token t, and has not read it
+    lengths = batch.lengths - batch.prompt_lengths
+    is_token = torch.arange(states.shape[1] - 1, device=lengths.device) < lengths[:, None]  # [B, R]
+    # State 0 has read the prompt and chose response token 0; state 1 has read this token, too.
+    shifted = states[:, 1:] if after else states[:, :-1]
+    return shifted[is_token]
 
 
 def logprobs_of(
@@ -230,19 +190,11 @@ def token_entropies(model, batch: Batch) -> torch.Tensor:
     return spread(entropies, batch.response_mask)
 
 
-def response_part(batch: Batch) -> torch.Tensor:
-    """[B, R] bool: which columns of the responses, moved to the left edge, are tokens."""
-    lengths = batch.lengths - batch.prompt_lengths
-    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-
-
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Values of the masked positions, in row order, back to their places: [N, ..] -> [B, T, ..]."""
-    places = mask.bool()
     out = values.new_zeros(*mask.shape, *values.shape[1:])
-    if values.ndim == 1:
-        return out.masked_scatter(places, values)
-    return out.index_put((places,), values)
+    out[mask.bool()] = values
+    return out
 
 
 @torch.no_grad()
@@ -256,12 +208,11 @@ def in_chunks(
     """
     result = None
     for chosen in memory.micro_batches(batch.lengths, rows, tokens):
-        part = batch[chosen]
-        width = part.tokens.shape[1]  # of the longest of these rows
-        values = function(part, *(a[chosen, :width] for a in aligned))
+        part = batch[chosen]  # cut to the longest of these rows
+        values = function(part, *(a[chosen, : part.tokens.shape[1]] for a in aligned))
         if result is None:
             result = values.new_zeros(*batch.tokens.shape, *values.shape[2:])
-        result[chosen, :width] = values
+        result[chosen, : values.shape[1]] = values
     return result
 
 
@@ -271,51 +222,46 @@ def in_chunks(
 def returns_to_go(rewards: torch.Tensor, mask: torch.Tensor, gamma: float) -> torch.Tensor:
     """G_t = r_t + gamma G_{t+1} = sum_k gamma^k r_{t+k} over the response: [B, T] -> [B, T].
 
-    A loop from the end, not a division by gamma^t, which overflows float32 near t = 824 at
-    gamma = 0.9.
-
     >>> returns_to_go(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, 1.0]]), 0.5)
     tensor([[0., 2., 2.]])
     """
     returns = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])  # [B], G_{t+1}
+    # From the end. The paper's released code divides a running sum by gamma^t, which overflows
+    # float32 near t = 824 at gamma = 0.9.
     for t in range(rewards.shape[1] - 1, -1, -1):
         running = (rewards[:, t] + gamma * running) * mask[:, t]
         returns[:, t] = running
     return returns
 
 
-def shift_left(values: torch.Tensor) -> torch.Tensor:
-    """Column t gets what stands in column t + 1, the last one 0: [B, T] -> [B, T]."""
-    return pad(values[:, 1:], (0, 1))
-
-
 def group_baseline(returns: torch.Tensor, mask: torch.Tensor, group: int) -> torch.Tensor:
     """b_t: the mean return at t of the *other* samples of the question still writing at t.
 
-    [B, T] -> [B, T]. Rows i*group .. i*group + group - 1 share a prompt, so column t is the same
-    step for all of them. b_t is in the units of the return at t, not of the reward: a baseline of
-    another length of future would be a bias. The row itself is left out: then b_t does not depend
-    on a_t, and the gradient stays unbiased (Kool et al. 2019).
-
-    A row that is alone at t is compared with what the others' last tokens brought. Its own return
-    would be a baseline that knows a_t, and would drop the gradient; 0 would make the last tokens
-    of the longest trace pay for the level of all rewards.
+    [B, T] -> [B, T]. Rows i*group .. i*group + group - 1 share a prompt.
 
     >>> returns = torch.tensor([[1.0, 4.0], [3.0, 0.0]])
     >>> group_baseline(returns, torch.tensor([[1.0, 1.0], [1.0, 0.0]]), 2)
     tensor([[3., 3.],
             [1., 0.]])
     """
+    # Units: those of the return at t, the sum of what is still to come, since it is subtracted from
+    # it. Rows of a group share their prompt, so column t is the same step for all of them. (The
+    # released code subtracts the last token's mean from every token before it discounts: a bias
+    # that depends on how much is still to come.)
     T = returns.shape[1]
     G = (returns * mask).view(-1, group, T)  # [Q, group, T], Q questions
     alive = mask.view(-1, group, T)  # 1: still writing at t
-    others = G.sum(1, keepdim=True) - G  # sum over the other rows
+    # No bias: the row itself is left out, so b_t does not depend on a_t. Then E_{a~pi}[b_t grad
+    # log pi(a)] = b_t sum_a grad pi(a) = b_t grad 1 = 0 (Kool et al. 2019).
+    others = G.sum(1, keepdim=True) - G
     n_others = alive.sum(1, keepdim=True) - alive
 
-    # The return at each row's end token, for the rows that are alone.
+    # A row that is alone at t is compared with what the others' last tokens brought. Its own return
+    # would know a_t, and drop the gradient. 0 would make the last tokens of the longest trace pay
+    # for the level of all rewards.
     last_t = (alive * torch.arange(T, device=mask.device)).argmax(-1, keepdim=True)
-    last = G.gather(-1, last_t)  # [Q, group, 1]
+    last = G.gather(-1, last_t)  # [Q, group, 1], the return at each row's end token
     others_last = (last.sum(1, keepdim=True) - last) / (group - 1)
 
     baseline = torch.where(n_others > 0, others / n_others.clamp(min=1), others_last)
@@ -328,31 +274,27 @@ def normalise(
     """Divide by the batch's root mean square, so that the rate alone sets the step: [B, T].
 
     squares, tokens: the sum of A^2 and the number of response tokens of the whole batch.
-    The mean is left alone: the baseline has dealt with it, and a second centring would punish
-    long traces.
     """
+    # The mean is left alone: the baseline has dealt with it, and to subtract it once more would
+    # punish long traces.
     scale = (squares / max(1.0, tokens)) ** 0.5
     return advantages / max(1e-6, scale) * mask
 
 
 def normalise_by_group(advantages: torch.Tensor, mask: torch.Tensor, group: int) -> torch.Tensor:
-    """Divide by the root mean square over each question's G rows, as GRPO does: [B, T].
-
-    A question that is answered well once in a while then weighs more than its rewards say. That
-    is a bias (Liu et al. 2025, arXiv 2503.20783), and it keeps rare kinds of solutions alive.
-    """
-    tokens_of_group = group * mask.shape[1]
-    squares = (advantages**2 * mask).reshape(-1, tokens_of_group).sum(1)  # [Q]
-    tokens = mask.reshape(-1, tokens_of_group).sum(1)  # [Q]
-    scale = (squares / tokens.clamp(min=1)).sqrt()
-    scale = scale.clamp(min=1e-4)  # equal rewards differ by rounding, which is no unit
+    """Divide by the root mean square over each question's G rows, as GRPO does: [B, T]."""
+    # A question that is answered well once in a while then weighs more than its rewards say. That
+    # is a bias (Liu et al. 2025, arXiv 2503.20783), and it keeps rare kinds of solutions alive.
+    of_group = (-1, group * mask.shape[1])
+    squares = (advantages**2 * mask).reshape(of_group).sum(1)  # [Q]
+    tokens = mask.reshape(of_group).sum(1)  # [Q]
+    # Equal rewards differ by rounding, which is no unit: at least 1e-4.
+    scale = (squares / tokens).sqrt().clamp(min=1e-4)
     return advantages / scale.repeat_interleave(group)[:, None] * mask
 
 
 def grpo_advantages(outcomes: torch.Tensor, group: int) -> torch.Tensor:
     """A = (R - mean R) / std R over the G samples of a question (Shao et al. 2024, eq. 3): [B].
-
-    A group whose outcomes are all alike teaches nothing: its advantages are 0.
 
     >>> grpo_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2)
     tensor([ 1., -1.,  0.,  0.])
@@ -360,6 +302,7 @@ def grpo_advantages(outcomes: torch.Tensor, group: int) -> torch.Tensor:
     grouped = outcomes.view(-1, group)  # [Q, G]
     centred = grouped - grouped.mean(1, keepdim=True)
     deviation = grouped.std(1, unbiased=False, keepdim=True)
+    # A group whose outcomes are all alike teaches nothing: its advantages are 0, not 0 / 0.
     return (centred / deviation.clamp(min=1e-6)).flatten()
 
 
@@ -381,31 +324,37 @@ def ppo_loss(
 ) -> torch.Tensor:
     """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), ratio = pi / pi_old (1707.06347, eq. 7).
 
-    On the first epoch ratio = 1: the loss is -A, whose mean is 0 for centred advantages, yet the
-    gradient is REINFORCE's. A loss of zero is no sign of a dead run.
-
     >>> old, new = torch.tensor([0.25]).log(), torch.tensor([0.5]).log()
     >>> ppo_loss(new, old, torch.tensor([1.0]), 0.2)
     tensor([-1.2000])
     """
+    # Textbook PPO has, and this has not:
+    #     a learned critic with GAE    the question's other samples are the baseline, without a
+    #                                  second network that would have to be right first
+    #     reshuffled minibatches       one pass over a rollout (--epochs 1) is nearly on-policy
+    #     an entropy bonus             -alpha log pi is in the reward already
+    # On the first pass ratio = 1: the loss is -A, whose mean is 0 for centred advantages, yet the
+    # gradient is REINFORCE's. A loss of zero is no sign of a dead run.
     ratio = (logprobs - old_logprobs.detach()).exp()
-    advantages = advantages.detach()
     clipped = ratio.clamp(1 - clip, 1 + clip)
+    # The smaller of the two: a ratio that has gone far enough has no gradient, one that went the
+    # wrong way keeps it.
+    advantages = advantages.detach()
     return -torch.min(ratio * advantages, clipped * advantages)
 
 
 def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
     """KL(pi || pi_ref) per token from the sampled one: e^d - d - 1, d = log pi_ref - log pi.
 
-    Never negative, and unbiased for samples of pi (Schulman 2020, 'Approximating KL divergence',
-    k3). As a loss, which it is in GRPO too, its gradient on such samples is that of
-    KL(pi_ref || pi): E_pi[1 - pi_ref / pi] d log pi.
-
     >>> kl_k3(torch.tensor([0.0]), torch.tensor([0.0]))
     tensor([0.])
     """
+    # Never negative, and unbiased for samples of pi (Schulman 2020, 'Approximating KL divergence',
+    # k3). As a loss, which it is in GRPO too, its gradient on such samples is that of
+    # KL(pi_ref || pi): E_pi[1 - pi_ref / pi] d log pi.
     d = reference_logprobs - logprobs
-    return torch.expm1(d) - d  # e^d - 1 without the rounding of e^d near 1
+    # expm1(d) is e^d - 1 without the rounding of e^d near 1.
+    return torch.expm1(d) - d
 
 
 # 5. Updates -----------------------------------------------------------------------------------
@@ -413,18 +362,20 @@ def kl_k3(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Ten
 
 def make_optimizer(model, lr: float) -> torch.optim.Optimizer:
     """AdamW without weight decay: a policy that starts from a pretrained model stays near it."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    # betas: the customary 0.999 remembers 1,000 steps of squares, longer than a whole run.
     return parallel.make_optimizer(
-        torch.optim.AdamW, parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0
+        torch.optim.AdamW,
+        [p for p in model.parameters() if p.requires_grad],
+        lr=lr,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
     )
 
 
 def set_rate(optimizer, peak: float, steps_done: int, steps: int, warm_up: float = 0.1) -> None:
-    """Linear warm-up over the first tenth of `steps`, then linear decay to 0.
-
-    Without the decay a small policy ends wherever the last noisy step has left it: several
-    points lower.
-    """
+    """Linear warm-up over the first tenth of `steps`, then linear decay to 0."""
+    # Without the decay a small policy ends wherever the last noisy step has left it: several
+    # points lower.
     rise = (steps_done + 1) / max(1, warm_up * steps)
     fall = 1 - steps_done / steps
     set_constant_rate(optimizer, peak * max(0.0, min(1.0, rise, fall)))
@@ -437,18 +388,17 @@ def set_constant_rate(optimizer, rate: float) -> None:
 
 
 def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
-    """Sum the gradients of all processes, clip their norm, step, clear.
+    """Sum the gradients of all processes, clip their norm, step, clear. loss: of all processes.
 
-    loss: that of all processes. If it or the gradient is not finite, nobody steps: one NaN in
-    AdamW's averages would stay there for ever. Returns {"loss", "grad_norm" (before clipping),
-    "skipped" (steps left out since the optimizer was made; train.py stops when three in a row
-    are)}.
+    Returns {"loss", "grad_norm" (before clipping), "skipped" (steps left out since the optimizer
+    was made; train.py stops when three in a row are)}.
     """
     first = optimizer.param_groups[0]
     first.setdefault("skipped", 0)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parallel.sum_gradients(parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    # One NaN in AdamW's averages would stay there for ever: then nobody steps.
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
     else:
@@ -461,15 +411,16 @@ def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
 def divide_logits(model, divisor: float) -> None:
     """Change the weights so that all logits come out divided: a policy at a temperature, for good.
 
-    Logits are linear in what the last norm scales (unless they are capped), so it is the weight w
-    of that norm that is divided. Gemma's norms scale by 1 + w: there w becomes
-    (1 + w) / divisor - 1. UserError, and the weights as before, if neither divides the logits.
+    UserError, and the weights as before, if that cannot be.
     """
     tokens = loading.ordinary_tokens(model)  # [1, n]
     before = model(tokens).logits.float()  # [1, n, V]
     norm = getattr(model.get_decoder(), "norm", None)
-    if norm is not None and before.norm() > 0:  # of logits that are all 0 nothing could be seen
+    # Of logits that are all 0 nothing could be seen.
+    if norm is not None and before.norm() > 0:
         weight = norm.weight.clone()
+        # Logits are linear in what the last norm scales (unless they are capped), so its weight w
+        # is divided. Gemma's norms scale by 1 + w: there w becomes (1 + w) / divisor - 1.
         for offset in (0.0, 1.0):
             norm.weight.copy_((offset + weight) / divisor - offset)
             after = model(tokens).logits.float()
@@ -482,8 +433,6 @@ def divide_logits(model, divisor: float) -> None:
 
 
 def main() -> None:
-    import data
-
     loading.quiet()
     model, tokenizer = loading.load_policy(loading.BASE)
     (example,) = data.tokenize(tokenizer, data.load_examples("words", "test", 1))
@@ -492,12 +441,9 @@ def main() -> None:
     sampled = sample(model, [example.prompt], end_tokens, 64, group=4, generator=generator)
     print(example.question, "\n")
     for row in range(4):
-        text = data.decode(tokenizer, sampled.batch.response(row))
-        verdict = "right" if data.is_correct(example, text) else ""
-        log_pi = float(sampled.logprobs[row].sum())
-        print(f"{text.replace(chr(10), ' ')}   log pi = {log_pi:.2f} {verdict}")
-    with torch.no_grad():
-        again = token_logprobs_plain(model, sampled.batch)
+        text = data.decode(tokenizer, sampled.batch.response(row)).replace("\n", " ")
+        print(f"{text}   log pi = {float(sampled.logprobs[row].sum()):.2f}")
+    again = token_logprobs(model, sampled.batch).detach()
     difference = float((again - sampled.logprobs).abs().max())
     print(f"\nlargest difference from a fresh forward pass: {difference:.1e}")
 

@@ -398,9 +398,10 @@ def assess(
         none_sampled: list[list] = [[] for _ in experts]
         rng = random.Random(f"broken {seed}")
         broken = reward.compare(tokenizer, experts, none_sampled, PERTURBED_PER_EXPERT, rng)
-        readings = signals(broken.negative, discriminator, policy_model, judges)
+        broken = broken[broken.kinds != reward.EXPERT]
+        readings = signals(broken.batch, discriminator, policy_model, judges)
         single = place_results(
-            broken.negative, broken.negative_from, broken.pair, readings, likelihood, seed
+            broken.batch, broken.first, broken.family, readings, likelihood, seed
         )
         results["localise"] = {"natural": natural, "single": single}
     return results

@@ -1,4 +1,4 @@
-"""The reward: a discriminator that tells expert traces from the policy's, read as a reward per token.
+"""The reward: a discriminator tells expert traces from the policy's; its score pays each token.
 
 In Algorithm 1 this is the discriminator (stage 2) and the reward (stage 3). f is `scores`, the
 reward model's own opinion of each token. D = sigmoid(logit) is the probability that a token is the
@@ -7,36 +7,24 @@ expert's. One update (irl.IRL.discriminator_step) descends on
     L = c_D (1/2 mean_expert BCE(logit, 1) + 1/2 mean_negative BCE(logit, 0))
         - c_L mean_expert log p_phi(a|s)
 
-Each mean is over a trace's counted tokens, then over the traces. c_D is --discriminator-coef. The
-last term, the likelihood of the demonstrations, is ours, and for a likelihood alone (c_L,
---reward-nll). A negative is a sample, an older sample, or an expert's trace with something wrong
+Each mean is over a trace's counted tokens, then over the traces. c_D is 1, or 0 for --method
+likelihood. The last term, the likelihood of the demonstrations, is ours, and for a likelihood alone
+(c_L, --reward-nll). A negative is a sample of the policy, or an expert's trace with something wrong
 (negatives.py), which counts from the first changed token on (`compare`).
 
-    equation                                      where                        tests/test_reward.py
-    D = e^f / (e^f + pi): logit f - log pi, AIRL  discriminator_logits         airl_discriminator_by_hand
-    logit = f (GAIL; 2510.01857's released code)  discriminator_logits         airl_discriminator_by_hand
-    BCE, smoothed labels (released code)          bce_loss                     bce_by_hand
-    half experts, half negatives (released code)  comparison_weights           comparison_loss_by_hand
-    r = log D - log(1-D) (AIRL), f - alpha log pi  Discriminator.token_rewards  rewards_are_clipped_..
-    a trace that was cut off (ours)               worst_if_cut_off             a_trace_that_was_cut_off_..
-    sparse, interval, dense (2510.01857)          segment_ends, segment_sums   segment_ends, segment_sums_..
-    f = log p_phi (ours)                          LikelihoodReward             a_likelihood_is_..
-    f = w . h + b (2510.01857)                    HeadReward                   a_head_reads_..
-    where a negative begins to count (ours)       compare                      the_prefix_shared_..
+    equation                                  where                        tests/test_reward.py
+    D = e^f / (e^f + pi) (1710.11248; v1, v2)  discriminator_logits         airl_discriminator_..
+    logit = f (1606.03476; released code)     discriminator_logits         airl_discriminator_..
+    BCE, smoothed labels (released code)      bce_loss                     bce_by_hand
+    half experts, half negatives (code)       comparison_weights           comparison_loss_by_hand
+    r = log D - log(1-D) (v1, v2), or sharper  Discriminator.token_rewards  rewards_are_clipped_..
+    a trace that was cut off (ours)           worst_if_cut_off             a_trace_that_was_cut_..
+    sparse, interval, dense (v2)              segment_ends, segment_sums   segment_ends, segment_..
+    f = log p_phi (ours)                      LikelihoodReward             a_likelihood_is_..
+    f = w . h + b (v1, v2)                    HeadReward                   a_head_reads_..
+    where a negative begins to count (ours)   compare                      the_prefix_shared_..
 
-Subtracting log pi buys this: at the optimum f is the expert's log-density, whatever the policy
-was; nearly so with smoothed labels, and as far as the negatives are the policy's own. With
-logit = f it is the log-ratio expert / policy, and is worth nothing once the policy has moved on.
-
-But not all negatives are the policy's own: broken copies and old samples are not drawn from pi. A
-policy that starts at the reward is sharp, pi ~ exp(f / alpha). Of nearly all tokens it is sure, so
-f - log pi lies a hair below 0, for experts and samples alike: D = 0.496, and whether D > 1/2 says
-nothing. To the wrong token of a broken copy it gives a log pi far below f, so there D lies near 1,
-until f falls too. In the demo D of experts and of samples are 0.50, of broken copies 0.62. We left
--log pi out for copies (logit = f), and we took the density of a mixture, half pi, half even over
-the vocabulary: two seeds each, 300 validation questions. Accuracy 0.961 as it is, 0.965, 0.956;
-AUROC of f 0.984, 0.988, 0.987. Neither is clearly better, so AIRL's logit stays, and the metrics
-tell the kinds of negatives apart (`discriminator_metrics`).
+v1 and v2 are versions of arXiv 2510.01857; the code is the one that its authors released.
 
 Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every
 token of two traces.
@@ -44,18 +32,17 @@ token of two traces.
 
 import math
 import random
-from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, pad
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForTokenClassification
 
 import data
 import policy
 from data import Batch, Example
-from engine import loading, memory, sampler
+from engine import loading
 from negatives import perturbed_negatives
 
 # 1. Equations ---------------------------------------------------------------------------------
@@ -70,7 +57,16 @@ def discriminator_logits(
     >>> discriminator_logits(f, log_pi, "airl").sigmoid()  # 0.2 / (0.2 + 0.6)
     tensor([0.2500])
     """
+    # What -log pi buys: at the optimum f is the expert's log-density, whatever the policy was
+    # (nearly so with smoothed labels). With logit = f, f is the log-ratio expert / policy, and is
+    # worth nothing once the policy has moved on. The paper says AIRL; its released code trains f.
     if kind == "airl":
+        # This holds as far as the negatives are the policy's own. Broken copies are not: a policy
+        # that starts at the reward is sharp, so log pi of their wrong token is far below f, and D
+        # lies near 1 there until f falls, too. In the demo D of experts and samples is 0.50, of
+        # broken copies 0.62. Tried instead, 2 seeds, 300 validation questions: logit = f for
+        # copies, and the density of a mixture, half pi, half even over the vocabulary. Accuracy
+        # 0.961 as it is, 0.965, 0.956; AUROC of f 0.984, 0.988, 0.987: neither is clearly better.
         return scores - policy_logprobs
     return scores
 
@@ -78,35 +74,32 @@ def discriminator_logits(
 def bce_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
     """Binary cross-entropy per token; label 1: expert, 0: policy. Both labels move towards 1/2.
 
-    Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where
-    nothing overlaps.
-
     >>> bce_loss(torch.tensor([0.0]), torch.tensor([1.0]), 0.1)  # log 2, whatever the label
     tensor([0.6931])
     """
+    # Smoothing 0.1 asks for D = 0.95 and 0.05: the logit, which is the reward, stays finite where
+    # nothing overlaps.
     targets = labels * (1 - smoothing) + smoothing / 2
     return binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def trace_weights(counted: torch.Tensor, n_traces: float | None = None) -> torch.Tensor:
+def trace_weights(counted: torch.Tensor, n_traces: float) -> torch.Tensor:
     """Weights [B, T]: the mean over each trace's counted tokens, then over `n_traces` traces.
 
-    counted: [B, T], 1 on the tokens that count. n_traces: by default B; more where these rows are
-    a part of a whole. The weights of a whole sum to 1.
+    counted: [B, T], 1 on the tokens that count. These rows may be a part of the n_traces.
 
-    >>> trace_weights(torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]))
+    >>> trace_weights(torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]), 2)
     tensor([[0.0000, 0.2500, 0.2500],
             [0.0000, 0.5000, 0.0000]])
     """
-    if n_traces is None:
-        n_traces = len(counted)
+    # A long trace weighs as much as a short one: else length would tell experts from the policy.
     tokens = counted.sum(1, keepdim=True).clamp(min=1)
     return counted / tokens / max(1, n_traces)
 
 
-# What a trace of a comparison is: the expert's (label 1), or a negative (label 0): a sample of the
-# policy, one of an earlier policy, the expert's with something wrong. Tensors hold indices.
-KINDS = ("expert", "sample", "old", "broken")
+# What a trace of a comparison is: the expert's (label 1); or a negative (label 0), a sample of the
+# policy, now or earlier, or the expert's with something wrong. Tensors hold indices into this.
+KINDS = ("expert", "sample", "broken")
 EXPERT = 0
 
 
@@ -118,9 +111,10 @@ def comparison_weights(
     counted: [B, T], 1 on the tokens that count; kinds: [B], indices into KINDS; n_experts,
     n_negatives: the numbers of traces of the whole comparison, of which these rows may be a part.
 
-    >>> comparison_weights(torch.ones(3, 1), torch.tensor([0, 1, 3]), 1, 2).flatten()
+    >>> comparison_weights(torch.ones(3, 1), torch.tensor([0, 1, 2]), 1, 2).flatten()
     tensor([0.5000, 0.2500, 0.2500])
     """
+    # A demonstration has several negatives. Weighed one by one they would move D below 1/2.
     of_experts = trace_weights(counted, n_experts)
     of_negatives = trace_weights(counted, n_negatives)
     return 0.5 * torch.where(kinds[:, None] == EXPERT, of_experts, of_negatives)
@@ -129,10 +123,7 @@ def comparison_weights(
 def discriminator_loss(
     logits: torch.Tensor, kinds: torch.Tensor, weights: torch.Tensor, smoothing: float
 ) -> torch.Tensor:
-    """sum_t w_t BCE(logit_t, label) over rows [B, T]: a number.
-
-    The weights are those of the whole comparison: the losses of its parts add up to its loss.
-    """
+    """sum_t w_t BCE(logit_t, label) over rows [B, T]: a number. Those of parts add up."""
     labels = (kinds == EXPERT).float()[:, None].expand_as(logits)
     return (weights * bce_loss(logits, labels, smoothing)).sum()
 
@@ -141,62 +132,51 @@ def discriminator_loss(
 def discriminator_sums(
     logits: torch.Tensor, kinds: torch.Tensor, weights: torch.Tensor
 ) -> dict[str, float]:
-    """Of each kind of trace the sums of weights, of weighted D, and of weights where D is right.
+    """Of each kind of trace the sums of weights and of weighted D, and the weight where D is right.
 
-    They add up over parts and processes. A token of an expert is right at D > 1/2, one of a
-    negative at D < 1/2; D = 1/2, where AIRL starts, is half right.
+    They add up over parts and processes.
     """
-    sums = {}
+    # An expert's token is right at D > 1/2, a negative's at D < 1/2. D = 1/2, where AIRL starts, is
+    # half right.
+    side = torch.where(kinds[:, None] == EXPERT, 1.0, -1.0)
+    sums = {"right": float((weights * (1 + side * logits.sign())).sum() / 2)}
     for index, kind in enumerate(KINDS):
-        rows = kinds == index
-        w = weights[rows]
-        side = 1.0 if index == EXPERT else -1.0
+        w = weights[kinds == index]
         sums[f"weight_{kind}"] = float(w.sum())
-        sums[f"d_{kind}"] = float((w * logits[rows].sigmoid()).sum())
-        sums[f"right_{kind}"] = float((w * (1 + side * logits[rows].sign())).sum() / 2)
+        sums[f"d_{kind}"] = float((w * logits[kinds == index].sigmoid()).sum())
     return sums
 
 
 def discriminator_metrics(sums: dict[str, float]) -> dict[str, float]:
     """What is logged, from `discriminator_sums` of a whole comparison.
 
-    By kind, of those that there are, mean D ("d_expert", "d_sample", ..) and the share of tokens
-    that D is right on ("accuracy_expert", ..); "d_negative" of all negatives; "accuracy" of both
-    sides.
+    Mean D of each kind that there is ("d_expert", "d_sample", ..) and of all negatives
+    ("d_negative"); "accuracy", the share of both sides' tokens that D is right on.
     """
-    metrics = {}
-    d_negative = 0.0
-    accuracy = 0.0
-    for kind in KINDS:
-        weight = sums[f"weight_{kind}"]
-        if weight:
-            metrics[f"d_{kind}"] = sums[f"d_{kind}"] / weight
-            metrics[f"accuracy_{kind}"] = sums[f"right_{kind}"] / weight
-        if kind != "expert":
-            d_negative += 2 * sums[f"d_{kind}"]  # the weights of all negatives sum to 1/2
-        accuracy += sums[f"right_{kind}"]
-    return metrics | {"d_negative": d_negative, "accuracy": accuracy}
+    there = [kind for kind in KINDS if sums[f"weight_{kind}"]]
+    metrics = {f"d_{kind}": sums[f"d_{kind}"] / sums[f"weight_{kind}"] for kind in there}
+    # The weights of all negatives sum to 1/2.
+    d_negative = 2 * (sums["d_sample"] + sums["d_broken"])
+    # An accuracy near 1 with a score per token says that something other than errors gives the
+    # policy away, such as length or format; most tokens of a wrong trace are right. What to turn:
+    # --reward likelihood for the head, more --demonstrations, a lower --reward-lr, broken copies
+    # alone (--rollouts-per-expert 0 --perturbed 4). With a score per trace 0.8 and more is healthy.
+    return metrics | {"d_negative": d_negative, "accuracy": sums["right"]}
 
 
-def segment_ends(
-    batch: Batch, granularity: str, interval: int, step_end_tokens: torch.Tensor
-) -> torch.Tensor:
-    """[B, T], 1 on the tokens where a score is read.
+def segment_ends(batch: Batch, granularity: str, step_end_tokens: torch.Tensor) -> torch.Tensor:
+    """[B, T], 1 on the tokens where a score is read. step_end_tokens: [V] bool, a step's last ones.
 
-    dense: every response token. sparse: the last one. interval: the last token of each step
-    (step_end_tokens [V] bool: it holds a newline), or every `interval` tokens if interval > 0;
-    the last token always.
+    dense: every response token. sparse: the last one. interval: the last one of each step, and the
+    last one. (The paper's intervals are steps or 15 tokens.)
     """
-    mask = batch.response_mask
     if granularity == "dense":
-        return mask
-    positions = torch.arange(mask.shape[1], device=mask.device)
+        return batch.response_mask
+    positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     ends = positions == batch.lengths[:, None] - 1
-    if granularity == "interval" and interval > 0:
-        ends = ends | ((positions - batch.prompt_lengths[:, None] + 1) % interval == 0)
-    elif granularity == "interval":
+    if granularity == "interval":
         ends = ends | step_end_tokens[batch.tokens]
-    return mask * ends
+    return batch.response_mask * ends
 
 
 def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -206,14 +186,9 @@ def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -
     >>> segment_sums(torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3), ends)
     tensor([[0., 3., 3.]])
     """
-    total = (values * mask).cumsum(1)
-    # The running total at the previous segment's end, carried forward.
-    columns = torch.arange(values.shape[1], device=values.device)
-    end_columns = torch.where(ends.bool(), columns, -1)
-    last_end = pad(end_columns.cummax(1).values[:, :-1], (1, 0), value=-1)  # -1: none before
-    before = total.gather(1, last_end.clamp(min=0))
-    before = torch.where(last_end >= 0, before, torch.zeros_like(total))
-    return (total - before) * ends
+    segment = (ends.cumsum(1) - ends).long()  # [B, T], how many segments ended before t
+    sums = torch.zeros_like(values).scatter_add(1, segment, values * mask)  # [B, segment]
+    return sums.gather(1, segment) * ends
 
 
 # 2. Two reward models -------------------------------------------------------------------------
@@ -222,11 +197,10 @@ def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -
 class LikelihoodReward(torch.nn.Module):
     """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart.
 
-    It starts as a copy of the base, so all that the base knows is in f from the start. Where the
-    policy is the base too, f - log pi = 0 and D = 1/2 everywhere, at temperature 1. It scores
-    every token of the vocabulary at once.
+    Ours. It starts as a copy of the base, so all that the base knows is in f from the start.
     """
 
+    # f of all V actions is there at once: the exact expectation sums them.
     scores_all_actions = True
 
     def __init__(self, model):
@@ -234,24 +208,20 @@ class LikelihoodReward(torch.nn.Module):
         self.model = model
 
     def states(self, batch: Batch) -> torch.Tensor:
-        """What f(s_t, .) is read off: the hidden state *before* token t. [B, T, H]"""
-        hidden = policy.hidden_states(self.model, batch)  # [N, H]
-        return policy.spread(hidden, batch.response_mask)
+        # What f(s_t, .) is read off: the hidden state *before* token t. [B, T, H]
+        return policy.spread(policy.hidden_states(self.model, batch), batch.response_mask)
 
     def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
         if states is None:
             states = self.states(batch)
-        hidden = states[batch.response_mask.bool()]  # [N, H]
-        return policy.logprobs_of(self.model, hidden, batch)
+        # f, at temperature 1 whatever the policy samples at. Where the policy is the base, too,
+        # f - log pi = 0 and D = 1/2 everywhere at the start.
+        return policy.logprobs_of(self.model, states[batch.response_mask.bool()], batch)
 
 
 class HeadReward(torch.nn.Module):
-    """f(s,a) = w . h + b on the hidden state that has read a: the paper's linear head.
-
-    It starts at f = 0, and easily learns which prompts go with which traces, rather than which
-    steps are right.
-    """
+    """f(s,a) = w . h + b on the hidden state that has read a: the paper's linear head."""
 
     scores_all_actions = False
 
@@ -261,37 +231,35 @@ class HeadReward(torch.nn.Module):
         self.model = model
 
     def states(self, batch: Batch) -> torch.Tensor:
-        """What f(s_t, a_t) is read off: the hidden state *after* token t. [B, T, H]"""
-        hidden = sampler.response_hidden(self.model, batch)[:, 1:]  # [B, R, H]
-        return policy.spread(hidden[policy.response_part(batch)], batch.response_mask)
+        # What f(s_t, a_t) is read off: the hidden state *after* token t. [B, T, H]
+        hidden = policy.hidden_states(self.model, batch, after=True)
+        return policy.spread(hidden, batch.response_mask)
 
     def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
         """f(s_t, a_t): [B, T], 0 outside the response."""
         if states is None:
             states = self.states(batch)
-        head = self.model.score  # a linear layer, H -> 1
-        f = head(states.to(head.weight.dtype)).squeeze(-1).float()
+        # f. It starts at 0, and easily learns which prompts go with which traces, rather than
+        # which steps are right.
+        f = self.model.score(states.to(self.model.score.weight.dtype)).squeeze(-1).float()
         return f * batch.response_mask
 
 
 def load_reward(
     kind: str, path: str, device="cpu", dtype=torch.float32
 ) -> LikelihoodReward | HeadReward:
-    """A reward model from a folder or hub name: `kind` 'likelihood', 'head' or 'random'.
-
-    A head that is not in the checkpoint (the base has none) starts at zero, a random one anywhere.
-    """
+    """A reward model from a folder or hub name: `kind` 'likelihood', 'head' or 'random'."""
     if kind == "likelihood":
         return LikelihoodReward(loading.load_causal(path, device, dtype))
     model, info = loading.load_model(
         path, AutoModelForTokenClassification, dtype, num_labels=1, output_loading_info=True
     )
+    # A head that is not in the checkpoint (the base has none) starts at 0, a random one anywhere.
     if any("score" in key for key in info["missing_keys"]):
+        torch.nn.init.zeros_(model.score.weight)
+        torch.nn.init.zeros_(model.score.bias)
         if kind == "random":
             torch.nn.init.normal_(model.score.weight)
-        else:
-            torch.nn.init.zeros_(model.score.weight)
-        torch.nn.init.zeros_(model.score.bias)
     return HeadReward(model.to(device))
 
 
@@ -305,31 +273,26 @@ class Discriminator:
     reward_model: LikelihoodReward | HeadReward
     logit: str  # airl or gail
     granularity: str  # dense, interval or sparse
-    interval: int  # tokens per segment; 0: the trace's own steps
     step_end_tokens: torch.Tensor  # [V] bool, the tokens that end a step
     clip: float = 0.0  # rewards are held within [-clip, clip]; 0: they are not
 
     def score_mask(self, batch: Batch) -> torch.Tensor:
-        """[B, T], 1 where a score is read."""
-        return segment_ends(batch, self.granularity, self.interval, self.step_end_tokens)
+        # [B, T], 1 where a score is read.
+        return segment_ends(batch, self.granularity, self.step_end_tokens)
 
     def segments(
         self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(f, log pi, score mask) per segment, each [B, T], on the segment's last token.
-
-        A segment's log pi is the sum over its tokens, and so is a likelihood's f. A head's f is
-        read at the segment's end.
-        """
+        """(f, log pi, score mask) per segment, each [B, T], on the segment's last token."""
         score_mask = self.score_mask(batch)
-        if self.granularity == "dense":
-            return scores, policy_logprobs, score_mask
-        mask = batch.response_mask
+        # The probability of a segment is the product of its tokens': log pi is their sum, and so is
+        # a likelihood's f. A head's f is what it says once it has read the segment. Where the score
+        # is dense, each token is a segment.
+        log_pi = segment_sums(policy_logprobs, batch.response_mask, score_mask)
+        f = scores * score_mask
         if self.reward_model.scores_all_actions:
-            f = segment_sums(scores, mask, score_mask)
-        else:
-            f = scores * score_mask
-        return f, segment_sums(policy_logprobs, mask, score_mask), score_mask
+            f = segment_sums(scores, batch.response_mask, score_mask)
+        return f, log_pi, score_mask
 
     def logits(
         self, batch: Batch, scores: torch.Tensor, policy_logprobs: torch.Tensor
@@ -345,29 +308,23 @@ class Discriminator:
         policy_logprobs: torch.Tensor,
         entropy_coef: float = 1.0,
     ) -> torch.Tensor:
-        """r_t from f and log pi of the tokens, each [B, T]: what the policy is trained on.
-
-        airl: f - alpha log pi. alpha = entropy_coef = 1 is AIRL's log D - log(1-D). Less of it
-        sharpens: E[f - alpha log pi] is greatest at pi ~ exp(f / alpha). gail: f, which is a
-        log-ratio of expert and policy already.
-        """
+        """r_t from f and log pi of the tokens, each [B, T]: what the policy is trained on."""
         f, log_pi, score_mask = self.segments(batch, scores, policy_logprobs)
+        # r, with GAIL's logit: f is a log-ratio of expert and policy already.
+        rewards = f
         if self.logit == "airl":
+            # r, with AIRL's: alpha = entropy_coef = 1 is its log D - log(1-D) = f - log pi, and
+            # imitates. Less sharpens: E[f - alpha log pi] is greatest at pi ~ exp(f / alpha).
             rewards = f - entropy_coef * log_pi
-        else:
-            rewards = f
-        rewards = rewards * score_mask
-        if self.clip:
-            rewards = rewards.clamp(-self.clip, self.clip)
-        return rewards
+        # Two or three tokens with a huge r would else make the whole gradient (released code: 5).
+        limit = self.clip or math.inf
+        return (rewards * score_mask).clamp(-limit, limit)
 
 
 def lowest_finished(
     rewards: torch.Tensor, mask: torch.Tensor, finished: torch.Tensor, gamma: float
 ) -> float:
-    """The lowest return-to-go G_t of any token of a trace that ended by itself.
-
-    rewards, mask: [B, T]; finished: [B] bool. inf if none of these rows ended.
+    """The lowest return-to-go G_t of any token of a trace that ended by itself, inf if none did.
 
     >>> rewards, mask = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2)
     >>> lowest_finished(rewards, mask, torch.tensor([True, False]), gamma=1.0)
@@ -386,31 +343,22 @@ def worst_if_cut_off(
     lowest: float,
     margin: float = 1.0,
 ) -> torch.Tensor:
-    """A trace that ran into the length limit is worth less than every one that ended: [B, T].
+    """Rewards [B, T] by which a trace that ran into the length limit is worth W = lowest - margin.
 
-    Its own scores mislead. A score per trace is learnt, and read, at the end token: without one,
-    whatever was written last would be read. And where later rewards count (gamma > 0), a trace
-    that goes on collects more of them for ever. So its scores are replaced: its return-to-go is
-    W = lowest - margin at each of its tokens, which
-
-        r_t = (1 - gamma) W before its last token,  r_t = W on it
-
-    brings about, since (1 - gamma) W + gamma W = W.
-
-    rewards, mask: [B, T]; finished: [B] bool. lowest: `lowest_finished` of the whole batch, over
-    all processes. It is inf if no trace ended: then W = 0 for all, and none is better than
-    another. margin: in the rewards' own unit, logits of D; 1 is a factor of e in the odds. Where
-    rewards are clipped, the clip stands for it: a cut-off trace is then as far below the lowest
-    score as this is below 0, and does not drown the others.
+    finished: [B] bool. lowest: `lowest_finished` of the whole batch, over all processes. margin: in
+    the rewards' own unit, logits of D; 1 is a factor of e in the odds.
 
     >>> rewards, mask = torch.tensor([[0.0, 3.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]] * 2)
     >>> worst_if_cut_off(rewards, mask, torch.tensor([False, True]), gamma=1.0, lowest=1.0)
     tensor([[0., 0.],
             [0., 1.]])
     """
-    worst = 0.0
-    if math.isfinite(lowest):
-        worst = lowest - margin
+    # Ours, since its own scores mislead: a score per trace is learnt, and read, at the end token,
+    # and where later rewards count a trace that goes on collects more of them for ever. (A policy
+    # found out: docs/collapses.md.) If no trace ended, all are alike: W = 0.
+    worst = lowest - margin if math.isfinite(lowest) else 0.0
+    # r_t = W on its last token and (1 - gamma) W before it make G_t = W at each of its tokens,
+    # since (1 - gamma) W + gamma W = W.
     tokens_left = mask.flip(1).cumsum(1).flip(1)  # [B, T], of the response, from t on
     constant = torch.where(tokens_left == 1, worst, (1 - gamma) * worst) * mask
     return torch.where(finished[:, None], rewards, constant)
@@ -418,10 +366,10 @@ def worst_if_cut_off(
 
 def find_step_end_tokens(tokenizer, size: int) -> torch.Tensor:
     """[V] bool: which tokens hold a newline, that is, end a step of a trace."""
-    is_end = torch.zeros(size, dtype=torch.bool)
-    for token in range(min(size, len(tokenizer))):
-        is_end[token] = "\n" in tokenizer.decode([token])
-    return is_end
+    # The model's matrix may have more rows than the tokenizer has tokens: padding.
+    ids = range(min(size, len(tokenizer)))
+    is_end = ["\n" in tokenizer.decode([token]) for token in ids]
+    return torch.tensor(is_end + [False] * (size - len(ids)))
 
 
 def make_discriminator(
@@ -429,14 +377,12 @@ def make_discriminator(
     tokenizer,
     logit: str = "airl",
     granularity: str = "dense",
-    interval: int = 0,
     clip: float = 0.0,
 ) -> Discriminator:
     """A discriminator on a reward model; steps end where this tokenizer writes a newline."""
     model = reward_model.model
-    vocabulary = model.get_input_embeddings().num_embeddings
-    step_end_tokens = find_step_end_tokens(tokenizer, vocabulary).to(model.device)
-    return Discriminator(reward_model, logit, granularity, interval, step_end_tokens, clip)
+    step_end_tokens = find_step_end_tokens(tokenizer, model.get_input_embeddings().num_embeddings)
+    return Discriminator(reward_model, logit, granularity, step_end_tokens.to(model.device), clip)
 
 
 # 4. Experts and their negatives ---------------------------------------------------------------
@@ -444,74 +390,47 @@ def make_discriminator(
 
 @dataclass
 class Comparison:
-    """What one discriminator update sees: experts, and negatives for the same questions."""
+    """What one discriminator update sees: experts' traces, each with its negatives below it."""
 
-    expert: Batch  # E rows
-    negative: Batch  # M rows
-    pair: torch.Tensor  # [M], the expert row that answers the same question as each negative
-    # [M], the first column that counts: of a sample, that of its first token; of a broken copy,
-    # that of the first changed token
-    negative_from: torch.Tensor
-    negative_kind: torch.Tensor  # [M], what each negative is: an index into KINDS
+    batch: Batch  # B rows
+    kinds: torch.Tensor  # [B], what each row is: an index into KINDS
+    family: torch.Tensor  # [B], the number of the demonstration whose question each row answers
+    first: torch.Tensor  # [B], the first column that counts
 
-    def kinds(self) -> torch.Tensor:
-        """[E + M], what each row is: experts above, negatives below."""
-        experts = torch.full((len(self.expert),), EXPERT, device=self.pair.device)
-        return torch.cat([experts, self.negative_kind])
+    def __getitem__(self, rows: torch.Tensor) -> "Comparison":
+        # Some of the rows: indices or a mask.
+        return Comparison(self.batch[rows], self.kinds[rows], self.family[rows], self.first[rows])
 
-    def from_change_on(self, batch: Batch) -> torch.Tensor:
-        """[E + M, T], 1 from the first column that counts on. batch: experts above negatives."""
-        of_experts = torch.zeros(len(self.expert), dtype=torch.long, device=self.pair.device)
-        first = torch.cat([of_experts, self.negative_from])  # [E + M]
-        columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-        return (columns >= first[:, None]).float()
-
-    def parts(self, micro_batch: int, micro_tokens: int) -> Iterator["Comparison"]:
-        """Some experts at a time, with all their negatives: micro-batches of at most `micro_batch`
-        rows, or `micro_tokens` tokens (memory.micro_batches), but of one such family at least."""
-        n_rows = len(self.expert) + len(self.negative)
-        experts_at_once = max(1, micro_batch * len(self.expert) // n_rows)
-        family_size = 1  # rows: an expert and its negatives
-        if len(self.pair):
-            family_size += int(self.pair.bincount().max())
-        longest = self.expert.lengths.scatter_reduce(
-            0, self.pair, self.negative.lengths, "amax"
-        )  # [E], of each family
-        for rows in memory.micro_batches(family_size * longest, experts_at_once, micro_tokens):
-            chosen = torch.isin(self.pair, rows).nonzero().squeeze(-1)
-            yield Comparison(
-                self.expert[rows],
-                self.negative[chosen],
-                self.pair[chosen],
-                self.negative_from[chosen],
-                self.negative_kind[chosen],
-            )
+    def counted(self) -> torch.Tensor:
+        """[B, T], 1 on the response tokens from the first that counts on."""
+        columns = torch.arange(self.batch.tokens.shape[1], device=self.first.device)
+        return self.batch.response_mask * (columns >= self.first[:, None])
 
 
 class Replay:
-    """Old rollouts, a few per question: the policy shall not come back to errors that it has
-    given up. (AIRL, section 5, mixes in the last 20 iterations.)"""
+    """The latest responses to each question."""
+
+    # The policy shall not come back to errors that it has given up. (AIRL mixes in samples of the
+    # last 20 iterations; the released code keeps 100.)
 
     def __init__(self, per_question: int):
-        self.past: dict[str, deque] = defaultdict(lambda: deque(maxlen=per_question))
+        self.per_question = per_question
+        self.past = {}
 
     def add(self, question: str, responses: list[list[int]]) -> None:
-        self.past[question].extend(responses)
+        latest = deque(self.past.get(question, []) + responses, self.per_question)
+        self.past[question] = list(latest)
 
     def draw(self, question: str, count: int, rng: random.Random) -> list[list[int]]:
-        """At most `count` old responses to this question."""
-        past = list(self.past[question])
+        # `count` of them at most.
+        past = self.past.get(question, [])
         return rng.sample(past, min(count, len(past)))
 
     def state_dict(self) -> dict:
-        """For a checkpoint."""
-        return {question: list(past) for question, past in self.past.items()}
+        return self.past
 
     def load_state_dict(self, state: dict) -> None:
-        """What a checkpoint kept."""
-        self.past.clear()
-        for question, past in state.items():
-            self.add(question, past)
+        self.past = state
 
 
 def compare(
@@ -522,38 +441,31 @@ def compare(
     rng: random.Random,
     device="cpu",
     wrong: str = "broken",
-    old_samples: list[list[list[int]]] | None = None,
 ) -> Comparison:
     """Experts beside negatives for the same questions.
 
-    examples: E tokenised demonstrations. samples[i], old_samples[i]: responses (token lists) to
-    examples[i].question that the policy wrote, and an earlier one. n_broken: copies of each
-    expert's trace with something wrong, at most; `wrong` says what (negatives.perturb).
+    examples: tokenised demonstrations. samples[i]: responses (token lists) to examples[i].question
+    that the policy wrote. n_broken: copies of each expert's trace with something wrong, at most;
+    `wrong` says what (negatives.perturb).
     """
     prompts = []
     responses = []
-    pair = []
-    negative_from = []
-    kinds = []
+    rows = []  # (kind, family, first)
     for i, example in enumerate(examples):
-        negatives = {"sample": [(response, 0) for response in samples[i]]}
-        if old_samples is not None:
-            negatives["old"] = [(response, 0) for response in old_samples[i]]
-        negatives["broken"] = perturbed_negatives(tokenizer, example, n_broken, rng, wrong)
-        for kind, of_this_kind in negatives.items():
-            for response, first_changed in of_this_kind:
-                prompts.append(example.prompt)
-                responses.append(response)
-                pair.append(i)
-                negative_from.append(len(example.prompt) + first_changed)
-                kinds.append(KINDS.index(kind))
-    return Comparison(
-        data.demonstration_batch(examples, device),
-        data.make_batch(prompts, responses, device),
-        torch.tensor(pair, dtype=torch.long, device=device),
-        torch.tensor(negative_from, dtype=torch.long, device=device),
-        torch.tensor(kinds, dtype=torch.long, device=device),
-    )
+        traces = [("expert", example.response, 0)]
+        for response in samples[i]:
+            traces.append(("sample", response, 0))
+        # A broken copy is the expert's own up to its first changed token: to call that prefix a
+        # negative would contradict the label above. (The released code does, pairs copies with
+        # other questions' prompts, and keeps copies that changed nothing.)
+        for response, changed in perturbed_negatives(tokenizer, example, n_broken, rng, wrong):
+            traces.append(("broken", response, changed))
+        for kind, response, first in traces:
+            prompts.append(example.prompt)
+            responses.append(response)
+            rows.append((KINDS.index(kind), i, len(example.prompt) + first))
+    kinds, family, first = torch.tensor(rows, device=device).unbind(1)
+    return Comparison(data.make_batch(prompts, responses, device), kinds, family, first)
 
 
 # A log-probability below this is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation.
@@ -561,56 +473,38 @@ SUSPICIOUS = -1.0
 
 
 def main() -> None:
-    """Learn a reward from 64 demonstrations in some seconds, and show what it makes of a pupil's
-    mistake."""
+    # Learn a reward from 64 demonstrations in some seconds, and show a mistake in its eyes.
     loading.quiet()
     base, tokenizer = loading.load_policy("base")
     discriminator = make_discriminator(load_reward("likelihood", "base"), tokenizer)
     optimizer = policy.make_optimizer(discriminator.reward_model, 3e-4)
     experts = data.tokenize(tokenizer, data.load_examples("words", "train", 64))
-    end_tokens = data.end_tokens(tokenizer, base)
     rng = random.Random(0)
     for update in range(1, 21):
-        examples = rng.sample(experts, 16)
-        prompts = [example.prompt for example in examples]
-        sampled = policy.sample(base, prompts, end_tokens, 64, group=2).batch
-        samples = [[sampled.response(2 * i), sampled.response(2 * i + 1)] for i in range(16)]
-        comparison = compare(tokenizer, examples, samples, 2, rng)
-
-        # irl.IRL.discriminator_step does the same in micro-batches, on several processes.
-        batch = data.cat_batches(comparison.expert, comparison.negative)
-        kinds = comparison.kinds()
-        f = discriminator.reward_model.scores(batch)
-        with torch.no_grad():
-            log_pi = policy.token_logprobs(base, batch)
-        logits = discriminator.logits(batch, f, log_pi)
-        counted = discriminator.score_mask(batch) * comparison.from_change_on(batch)
-        n_negatives = len(comparison.negative)
-        weights = comparison_weights(counted, kinds, len(examples), n_negatives)
-        loss = discriminator_loss(logits, kinds, weights, smoothing=0.1)
-        experts_mask = batch.response_mask[: len(examples)]
-        likelihood = (trace_weights(experts_mask) * f[: len(examples)]).sum()
-        loss = loss - likelihood
+        # irl.IRL.discriminator_step does the same in micro-batches, on several processes, and with
+        # samples of the policy. Here all negatives are broken copies, two of each demonstration.
+        part = compare(tokenizer, rng.sample(experts, 16), [[]] * 16, 2, rng)
+        f = discriminator.reward_model.scores(part.batch)
+        log_pi = policy.token_logprobs(base, part.batch).detach()
+        logits = discriminator.logits(part.batch, f, log_pi)
+        weights = comparison_weights(part.counted(), part.kinds, 16, len(part.kinds) - 16)
+        loss = discriminator_loss(logits, part.kinds, weights, smoothing=0.1)
         loss.backward()
         policy.optimizer_step(optimizer, float(loss.detach()))
-        if update % 10 == 0:
-            metrics = discriminator_metrics(discriminator_sums(logits, kinds, weights))
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            print(f"discriminator update {update}: loss {float(loss.detach()):.3f}, {shown}")
+        metrics = discriminator_metrics(discriminator_sums(logits, part.kinds, weights))
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        print(f"discriminator update {update}: {shown}")
 
     question = "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"
-    right = Example(question, "3*12=36\n24+36=60\n60-9=51", "51")
     wrong = Example(question, "3+12=15\n24+15=39\n39-9=30", "30")
-    for example in data.tokenize(tokenizer, [right, wrong]):
-        batch = data.demonstration_batch([example])
-        with torch.no_grad():
-            f = discriminator.reward_model.scores(batch)
-            log_pi = policy.token_logprobs(base, batch)
-        D = discriminator.logits(batch, f, log_pi).sigmoid()
-        print(f"\n{question}\n{'token':>10s}{'log pi':>10s}{'f':>10s}{'D':>10s}")
-        for t in range(len(example.prompt), int(batch.lengths[0])):
-            token = tokenizer.decode([int(batch.tokens[0, t])])
-            print(f"{token!r:>10s}{log_pi[0, t]:10.3f}{f[0, t]:10.3f}{D[0, t]:10.3f}")
+    batch = data.demonstration_batch(data.tokenize(tokenizer, [wrong]))
+    f = discriminator.reward_model.scores(batch)
+    log_pi = policy.token_logprobs(base, batch)
+    D = discriminator.logits(batch, f, log_pi).sigmoid()
+    print(f"\n{question}\n{'token':>10s}{'log pi':>10s}{'f':>10s}{'D':>10s}")
+    for t in range(int(batch.prompt_lengths), int(batch.lengths)):
+        token = tokenizer.decode([int(batch.tokens[0, t])])
+        print(f"{token!r:>10s}{log_pi[0, t]:10.3f}{f[0, t]:10.3f}{D[0, t]:10.3f}")
 
 
 if __name__ == "__main__":

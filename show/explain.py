@@ -150,8 +150,7 @@ class Lecture(irl.IRL):
         say(
             f"  r_t = {formula}; return G_t = r_t + {s.gamma:g} G_(t+1); advantage: the return, or "
             "with the exact loss what follows r_t, less that of the question's other samples",
-            f"  mean r_t {metrics['mean']:.4f}; mean over rows of the lowest r_t "
-            f"{metrics['lowest']:.4f}",
+            f"  mean r_t {metrics['mean']:.4f}",
             f"\n  Row {self.row}; its last token is the end token, with a reward like any other",
         )
         self.table(batch, self.row, columns)

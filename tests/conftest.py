@@ -3,6 +3,7 @@
 import itertools
 import os
 from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,7 +16,7 @@ import irl
 import policy
 from engine import loading
 from engine.loading import BASE
-from engine.settings import parse_settings
+from engine.settings import Settings, parse_settings
 
 collect_ignore = ["runner.py"]  # a program that test_survive.py starts, no test
 SHARED = Path(__file__).parents[2] / "shared"  # real data beside the project, where there is any
@@ -132,9 +133,19 @@ def true_gradient(theta, rewards, gamma=1.0):
     return torch.stack([gradient(gamma)[0], gradient(1.0)[1]])
 
 
+def changed(settings, **changes):
+    """Settings with other values; those that have no flag (temperature, ppo_clip, ..) change, too."""
+    fields = Settings.__dataclass_fields__
+    changed = replace(settings, **{name: x for name, x in changes.items() if name in fields})
+    constants = {name: x for name, x in changes.items() if name not in fields}
+    # They are attributes of the class: these settings get a class of their own.
+    changed.__class__ = type("Changed", (Settings,), constants)
+    return changed
+
+
 @pytest.fixture
 def settings():
-    """Settings small enough for a test: change with dataclasses.replace."""
+    """Settings small enough for a test: change with `changed`."""
     flags = "--demonstrations 16 --extra-questions 0 --questions 4 --group 4 --eval-questions 8 "
     flags += "--max-steps 2 --grpo-steps 2 --sft-steps 4 --warm-up 2"
     return parse_settings(flags.split())

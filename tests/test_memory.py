@@ -118,15 +118,12 @@ def test_a_budget_of_tokens_changes_no_discriminator_gradient(shipped, tokens):
     experts = examples_of(tokenizer, "words", "train", 5)
     rollouts = [[data.response_ids(tokenizer, "1+1=2\n" * (1 + i + g)) for g in range(2)] for i in range(5)]
     comparison = reward.compare(tokenizer, experts, rollouts, 1, random.Random(0))
-    parts = list(comparison.parts(8, tokens))
-    prompts = [part.expert.tokens[row].tolist() for part in parts for row in range(len(part.expert))]
-    assert len(parts) > 1 and len(prompts) == 5
-    assert sum(len(part.negative) for part in parts) == len(comparison.negative)
+    assert len(memory.micro_batches(comparison.batch.lengths, 8, tokens)) > 1
     results = []
     for micro_tokens in (0, tokens):
         reward_model = reward.load_reward("likelihood", loading.BASE)
         ends = reward.find_step_end_tokens(tokenizer, len(tokenizer))
-        discriminator = reward.Discriminator(reward_model, "airl", "dense", 0, ends)
+        discriminator = reward.Discriminator(reward_model, "airl", "dense", ends)
         optimizer = torch.optim.SGD(reward_model.parameters(), lr=1.0)
         metrics = discriminator_update(discriminator, optimizer, model, comparison, 0.1, 0.5, micro_batch=1000,
                                 micro_tokens=micro_tokens)  # fmt: skip

@@ -68,7 +68,7 @@ def step(questions: list[int], kind: str) -> dict:
     model, tokenizer = loading.load_policy("base")
     reward_model = reward.load_reward("likelihood", "base")
     ends = reward.find_step_end_tokens(tokenizer, len(tokenizer))
-    discriminator = reward.Discriminator(reward_model, "airl", "dense", 0, ends)
+    discriminator = reward.Discriminator(reward_model, "airl", "dense", ends)
     examples = [examples_of(tokenizer, "words", "train", 4)[i] for i in questions]
     loop = irl.IRL(s, tokenizer, model, discriminator, examples)
     if kind != "adamw":  # Adam's first step is the gradient's sign, and rounding decides where it is near 0

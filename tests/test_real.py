@@ -86,7 +86,7 @@ def test_an_experts_pair():
 def test_a_head_with_gails_logit_asks_no_policy(shipped):
     tokenizer, example = shipped[1], data.load_examples("words", "train", 1)[0]
     head = reward.load_reward("head", "base")
-    discriminator = reward.Discriminator(head, "gail", "sparse", 0, reward.find_step_end_tokens(tokenizer, len(tokenizer)))
+    discriminator = reward.Discriminator(head, "gail", "sparse", reward.find_step_end_tokens(tokenizer, len(tokenizer)))
     pool = [{"sft": [data.response_ids(tokenizer, "7")]}]
     flags = "--questions 1 --perturbed 1 --warm-up-lr 1e-3 --reward head --logit gail --granularity sparse"
     settings = parse_settings(flags.split())

@@ -480,10 +480,11 @@ def test_broken_experts_differ_first_where_they_say(shipped):
     broken = reward.compare(
         tokenizer, examples, [[] for _ in examples], rerank.PERTURBED_PER_EXPERT, random.Random(0)
     )
-    assert len(broken.negative_from) == len(broken.negative) > 10
-    for row, place in enumerate(broken.negative_from.tolist()):
-        expert = demonstrations(tokenizer, [examples[broken.pair[row]]]).tokens[0].tolist()
-        tokens = broken.negative.tokens[row].tolist()
+    broken = broken[broken.kinds != reward.EXPERT]
+    assert len(broken.kinds) > 10
+    for row, place in enumerate(broken.first.tolist()):
+        expert = demonstrations(tokenizer, [examples[broken.family[row]]]).tokens[0].tolist()
+        tokens = broken.batch.tokens[row].tolist()
         assert tokens[:place] == expert[:place] and tokens[place] != expert[place]
 
 
