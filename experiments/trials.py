@@ -1,233 +1,181 @@
-"""The trials behind the README's tables: what is changed in each, as flags of train.py.
+"""The trials behind every number of the results: each is a train.py command with a name and a seed.
 
-    main        SFT, fair SFT, likelihood and IRL with 64, 256 and 1,024 demonstrations, five seeds
-    grpo        GRPO on the true answers: no demonstrations, the same seeds and questions
-    own_grade   countdown: IRL's policy on the base's own grade in place of a reward that was learnt
-    variants    IRL otherwise: from the base, from SFT, without extra questions, a reward per step
-    ablations   one setting changed at a time, three seeds, with a policy that starts at the base
-    traces      countdown: one setting of a reward per trace changed at a time, three seeds
-    chosen      countdown: how IRL's reward was chosen, on validation questions
-    (variants and ablations are of words alone)
+words-.., countdown-..   the main tables: main, fair-greedy, likelihood, broken, base-sharpened,
+                         own-grade, grpo; and inference, which reranks with main's models
+ablations-..             words: one setting changed at a time, in a policy that starts at the base
+traces-..                countdown: one setting of a reward per trace changed at a time
+chosen-..                countdown: how IRL's reward was chosen, on validation questions
+tune-..                  how SFT, fair SFT and GRPO were tuned, on validation questions
 """
 
-from dataclasses import dataclass
+import itertools
 
-from experiments import choose
+SIZES = (256, 64)  # demonstrations
+# (first seed, how many at most) by what a name begins with. countdown's settings were found with
+# the demonstrations of seed 0: it begins at 1. Nothing is chosen with a seed that is tested on.
+SEEDS = {
+    "words": (0, 10),
+    "countdown": (1, 10),
+    "ablations": (0, 3),
+    "traces": (1, 3),
+    "chosen": (100, 3),
+    "tune": (100, 1),
+}
 
-SIZES = (64, 256, 1024)  # demonstrations, of words
+# --- tuning ---
 
-# PPO is the policy loss that takes every reward.
-PPO = "--policy-loss ppo --gamma 0.9"
-# IRL on countdown: GRPO's steps and rate (experiments/choose.py).
-LONG = "--max-steps 800 --policy-lr 4e-4"
-# countdown's reward is a head, which has no likelihood term: there the likelihood alone is a run of its own.
-LIKELIHOOD = (
-    "--method likelihood --reward likelihood --logit airl --granularity dense "
-    "--start reward --policy-loss exact --gamma 0 --reward-clip 0 --reward-lr 1e-5 "
-    "--reward-average 0.5 --warm-up-lr 3e-4 --policy-lr 3e-5 --max-steps 100"
-)
-# The control of the discriminator: no expert is told from the policy, as it sees no trace of the policy.
-BROKEN = f"--method irl --rollouts-per-expert 0 {LONG}"
+VALIDATION = "--eval-questions 500 --test-split validation"
+# SFT gets what IRL's default gets, so that a difference is no trick that only one of them has: its
+# weights may be averaged with the base (shares), its logits divided (temperatures).
+UPDATES = (15, 30, 60, 120, 240, 480)
+RATES = (3e-4, 6e-4)
+SHARES = (0.0, 0.25, 0.5, 0.75)
+TEMPERATURES = (1.0, 0.2)
+PLAIN = "--fair-average 0.0 --fair-temperature 1.0"  # SFT as it is known
+GRPO_TRIED = {
+    "words": ((400, 2e-4), (400, 4e-4), (400, 8e-4), (800, 4e-4)),
+    "countdown": ((400, 4e-4), (400, 8e-4), (800, 4e-4)),
+}
+# What was best there; a test holds these against the stored rows. SFT, best at temperature 1:
+SFT = {
+    "words-64": "--sft-steps 120 --sft-lr 0.0003",
+    "words-256": "--sft-steps 480 --sft-lr 0.0006",
+    "countdown-64": "--sft-steps 15 --sft-lr 0.0006",
+    "countdown-256": "--sft-steps 120 --sft-lr 0.0006",
+}
+# Fair SFT, best at temperature 1, and best greedy:
+FAIR = {
+    "words-64": "--fair-steps 60 --fair-lr 0.0006 --fair-average 0.5 --fair-temperature 0.2",
+    "words-256": "--fair-steps 120 --fair-lr 0.0003 --fair-average 0.5 --fair-temperature 0.2",
+    "countdown-64": "--fair-steps 120 --fair-lr 0.0006 --fair-average 0.5 --fair-temperature 0.2",
+    "countdown-256": "--fair-steps 120 --fair-lr 0.0006 --fair-average 0.0 --fair-temperature 0.2",
+}
+FAIR_GREEDY = {
+    "words-64": "--fair-steps 120 --fair-lr 0.0006 --fair-average 0.75 --fair-temperature 0.2",
+    "words-256": "--fair-steps 120 --fair-lr 0.0006 --fair-average 0.75 --fair-temperature 0.2",
+    "countdown-64": "--fair-steps 120 --fair-lr 0.0006 --fair-average 0.75 --fair-temperature 0.2",
+    "countdown-256": "--fair-steps 120 --fair-lr 0.0006 --fair-average 0.0 --fair-temperature 0.2",
+}
+GRPO = "--grpo-steps 800 --grpo-lr 0.0004"  # of both tasks
+
+# --- the main tables ---
+
+TEST = "--eval-questions 1000"
+LONG = "--max-steps 800 --policy-lr 4e-4"  # countdown's IRL takes GRPO's steps and rate
+MAIN = {
+    "words": "--method sft,sft_fair,likelihood,irl",
+    "countdown": f"--method sft,sft_fair,irl {LONG}",
+}
 # What IRL's temperature alone does for the base: fair SFT with nothing learnt.
-SHARPENED = (
-    "--method sft_fair --fair-steps 1 --fair-lr 0 --fair-average 1 --fair-temperature 0.2"
+SHARPENED = "--method sft_fair --fair-steps 1 --fair-lr 0 --fair-average 1 --fair-temperature 0.2"
+# The control of the discriminator: no expert is told from the policy, as it sees no trace of it.
+BROKEN = f"--method irl {LONG} --rollouts-per-expert 0"
+# The strongest rival without demonstrations, where the base has read grades: the policy practises
+# on the base's own grade, which learns nothing (run.save_own_grade).
+OWN_GRADE = f"--method irl {LONG} --reward-model runs/own-grade --warm-up 0 --reward-average 0"
+# countdown's reward is a head, which has no likelihood term: the likelihood alone is another run.
+LIKELIHOOD = (
+    "--method likelihood --reward likelihood --logit airl --granularity dense --start reward "
+    "--policy-loss exact --gamma 0 --reward-clip 0 --reward-lr 1e-5 --reward-average 0.5 "
+    "--warm-up-lr 3e-4 --policy-lr 3e-5 --max-steps 100"
 )
-# The strongest rival without demonstrations, where the base has read grades: it practises on its own.
-OWN_GRADE = f"{LONG} --reward-model runs/own-grade --warm-up 0 --reward-average 0"
 
-# How the reward that IRL practises on was chosen on countdown: each choice undone.
-NONE_OF_THREE = "--reward-clip 0 --reward-average 0 --reward-lr 1e-5"
-CHOICES = {
-    "averaged, standing still, clipped": "",
-    "advantages scaled over the batch": "--advantage-scale batch",
-    "not clipped": "--reward-clip 0",
-    "not averaged": "--reward-average 0",
-    "not standing still": "--reward-lr 1e-5",
-    "none of the three": NONE_OF_THREE,
-}
-CHOICE_SEEDS = (100, 101, 102)
+# --- one thing changed at a time; the first of each part is the default ---
 
-BASE = "--start base --policy-lr 4e-4 --max-steps 200"  # with all the way to go: more steps
-# What a linear head needs: found on validation questions of seed 100.
-SLOW_HEAD = "--reward head --warm-up 300 --entropy-coef 0 --policy-lr 1e-4"
-VARIANTS = {
-    "start at the base": "--start base --policy-lr 4e-4 --max-steps 400",
-    "start at SFT": "--start sft --max-steps 200",
-    "no extra questions": "--extra-questions 0",
-    "reward not averaged": "--reward-average 0",
-    "the start alone": "--max-steps 1 --policy-lr 1e-9",
-    "from the base, PPO, a reward per step": f"{PPO} {BASE} --granularity interval",
-    "from the base, PPO, a reward per trace": f"{PPO} {BASE} --granularity sparse --gamma 1",
+# With all the way to go, the policy needs more steps.
+FROM_BASE = "--start base --policy-lr 4e-4 --max-steps 200"
+PPO = "--policy-loss ppo --gamma 0.9"  # the policy loss that takes every reward
+CHANGES = {
+    "ablations": {
+        "default": "",
+        "linear-head": f"{PPO} --reward head",
+        "random-reward": f"{PPO} --reward random",
+        "no-likelihood-term": "--reward-nll 0",
+        "reward-not-averaged": "--reward-average 0",
+        "REINFORCE": "--policy-loss reinforce",
+        "frozen-after-warm-up": "--reward-lr 0",
+        "no-perturbed-negatives": "--perturbed 0",
+        "perturbed-negatives-alone": "--rollouts-per-expert 0",
+    },
+    "traces": {
+        "default": "",
+        "no-perturbed-negatives": "--perturbed 0",
+        "perturbed-negatives-alone": "--rollouts-per-expert 0",
+        "random-head": "--reward random",
+        "AIRL-logit": "--logit airl --reward-clip 0",
+        "a-score-per-step": "--granularity interval",
+        "a-score-per-token": "--granularity dense --gamma 1",
+        "start-at-SFT": f"--start sft {SFT['countdown-64']}",
+    },
+    "chosen": {
+        "default": "",
+        "advantages-scaled-over-the-batch": "--advantage-scale batch",
+        "not-clipped": "--reward-clip 0",
+        "not-averaged": "--reward-average 0",
+        "not-standing-still": "--reward-lr 1e-5",
+        "none-of-the-three": "--reward-clip 0 --reward-average 0 --reward-lr 1e-5",
+    },
 }
-ABLATIONS = {
-    "default": BASE,
-    "linear head, PPO": f"{PPO} {BASE} --reward head",
-    "linear head, PPO, warm-up 300": f"{PPO} {BASE} --reward head --warm-up 300",
-    "linear head, PPO, slow, alpha 0, KL 0.3": f"{PPO} {BASE} {SLOW_HEAD} --kl-coef 0.3",
-    "linear head, PPO, slow, alpha 0, KL 1": f"{PPO} {BASE} {SLOW_HEAD} --kl-coef 1",
-    "likelihood, PPO": f"{PPO} {BASE}",
-    # f <= 0, so D <= 1/2: this is not GAIL's discriminator
-    "likelihood, logit f, PPO": f"{PPO} {BASE} --logit gail",
-    "random reward, PPO": f"{PPO} {BASE} --reward random",
-    "no likelihood term": f"{BASE} --reward-nll 0",
-    "reward not averaged": f"{BASE} --reward-average 0",
-    "discriminator 30 x faster": f"{BASE} --reward-lr 3e-4",
-    "frozen after warm-up": f"{BASE} --reward-lr 0",
-    "warm-up 15": f"{BASE} --warm-up 15",
-    "alpha 1": f"{BASE} --entropy-coef 1",
-    "alpha 0.05": f"{BASE} --entropy-coef 0.05",
-    "REINFORCE": f"{BASE} --policy-loss reinforce",
-    "policy rate x 3": f"{BASE} --policy-lr 1.2e-3",
-    "gamma 0.9": f"{BASE} --gamma 0.9",
-    "perturbed 0": f"{BASE} --perturbed 0",
-    "no replay": f"{BASE} --replay 0",
-    "group 2": f"{BASE} --group 2 --questions 32",
-    "group 16": f"{BASE} --group 16 --questions 4",
-    "perturbed negatives alone": f"{BASE} --rollouts-per-expert 0",
+COMMON = {
+    "ablations": f"--method irl --data words --demonstrations 256 {TEST} {FROM_BASE}",
+    "traces": f"--method irl --data countdown --demonstrations 64 {TEST}",
+    "chosen": f"--method irl --data countdown --demonstrations 64 {VALIDATION} {LONG}",
 }
 
-# IRL on countdown, one thing changed: what a reward per trace needs, and how it goes wrong.
-TRACES = {
-    "default": "",
-    "KL 0.05": "--kl-coef 0.05",
-    "no perturbed negatives": "--perturbed 0",
-    "perturbed negatives alone": "--rollouts-per-expert 0",
-    "a random head": "--reward random",
-    "start at SFT": "--start sft",
-    "AIRL logit": "--logit airl --reward-clip 0",
-    "a score per step": "--granularity interval",
-    "a score per token": "--granularity dense --gamma 1",
-    "likelihood, per trace": "--reward likelihood --logit airl --reward-clip 0",
-    "likelihood, per token, exact": (
-        "--reward likelihood --logit airl --granularity dense --policy-loss exact --gamma 0 "
-        "--reward-lr 1e-5 --reward-clip 0"
-    ),
-    "16 demonstrations": "--demonstrations 16",
-}
-CHANGES = {"variants": VARIANTS, "ablations": ABLATIONS, "traces": TRACES}
+
+def all_trials(seeds: int) -> dict[tuple[str, int], str]:
+    """{(name, seed): command}, as many seeds of each as are given, or as SEEDS has."""
+    found = {}
+    for name, flags in (main_commands() | changed_commands() | tuning_commands()).items():
+        first, most = SEEDS[name.split("-")[0]]
+        for seed in range(first, first + min(seeds, most)):
+            found[name, seed] = f"train.py --seed {seed} {flags}"
+    return found
 
 
-@dataclass
-class Trial:
-    """A run of train.py: its name, its seed and its flags."""
-
-    name: str
-    seed: int
-    flags: str
-
-    @property
-    def run_name(self) -> str:
-        """Its folder in runs/."""
-        return f"x-{self.name}-{self.seed}"
-
-
-def plain(label: str) -> str:
-    """A label as part of a trial's name.
-
-    >>> plain("2 discriminator updates"), plain("dense, PPO")
-    ('2-discriminator-updates', 'dense-PPO')
-    """
-    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in label).split())
-
-
-def seeds_of(data: str, count: int) -> range:
-    """countdown's settings were found with the demonstrations of seed 0: it begins at 1."""
-    first = 1 if data == "countdown" else 0
-    return range(first, first + count)
+def main_commands() -> dict[str, str]:
+    """{name: flags} of what the main tables show."""
+    found = {}
+    for task, main in MAIN.items():
+        flags = f"--data {task} {TEST} --demonstrations"
+        for size in SIZES:
+            key = f"{task}-{size}"
+            found[f"{task}-main-{size}"] = f"{flags} {size} {main} {SFT[key]} {FAIR[key]}"
+            # fair SFT is trained again as it was best greedy
+            fair = f"--method sft_fair {FAIR_GREEDY[key]}"
+            found[f"{task}-fair-greedy-{size}"] = f"{flags} {size} {fair}"
+            if task == "countdown":
+                found[f"{task}-likelihood-{size}"] = f"{flags} {size} {LIKELIHOOD}"
+                found[f"{task}-broken-{size}"] = f"{flags} {size} {BROKEN}"
+        # No demonstrations, so once for both sizes. GRPO's questions are those of 256
+        # demonstrations and the extra ones.
+        found[f"{task}-base-sharpened"] = f"{flags} 256 {SHARPENED}"
+        found[f"{task}-grpo"] = f"{flags} 256 --method grpo {GRPO}"
+    found["countdown-own-grade"] = f"{flags} 256 {OWN_GRADE}"
+    return found
 
 
-def main_trials(data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
-    """Fair SFT is trained twice: as it was best at temperature 1, and as it was best greedy."""
-    trials = []
-    for seed in seeds_of(data, seeds):
-
-        def trial(name: str, size: int, more: str, seed: int = seed) -> Trial:
-            flags = f"--data {data} --model {model} --demonstrations {size} --seed {seed}"
-            flags += " --eval-questions 1000"
-            return Trial(f"{data}-{name}", seed, f"{flags} {more}")
-
-        trials.append(trial("base-sharpened", 256, SHARPENED))
-        for size in sorted(sizes, key=(256).__ne__):  # 256 first: the part `inference` needs it
-            methods = "sft,sft_fair,irl"
-            if data == "words":
-                methods = "sft,sft_fair,likelihood,irl"
-            main = f"--method {methods}"
-            main += f" {choose.sft_flags(data, size)} {choose.fair_flags(data, size)}"
-            if data == "countdown":
-                main += f" {LONG}"
-            trials.append(trial(f"main-{size}", size, main))
-            greedy = f"--method sft_fair {choose.fair_flags(data, size, 'greedy')}"
-            trials.append(trial(f"fair-greedy-{size}", size, greedy))
-            if data == "countdown":
-                trials.append(trial(f"likelihood-{size}", size, LIKELIHOOD))
-                trials.append(trial(f"broken-{size}", size, BROKEN))
-    return trials
+def changed_commands() -> dict[str, str]:
+    """{name: flags} of one thing changed at a time."""
+    found = {}
+    for part, changes in CHANGES.items():
+        for label, change in changes.items():
+            found[f"{part}-{label}"] = f"{COMMON[part]} {change}".strip()
+    return found
 
 
-def chosen_trials() -> list[Trial]:
-    """IRL's reward on countdown, on validation questions as choose.py has them for SFT and GRPO.
-
-    Three sets of demonstrations, as it differs more between them.
-    """
-    flags = "--data countdown --demonstrations 64 --test-split validation --eval-questions 500"
-    flags += f" --method irl {LONG}"
-    return [
-        Trial(f"chosen-{plain(label)}", seed, f"{flags} --seed {seed} {change}".strip())
-        for seed in CHOICE_SEEDS
-        for label, change in CHOICES.items()
-    ]
-
-
-def grpo_trials(data: str, model: str, seeds: int) -> list[Trial]:
-    """GRPO learns from answers, not from demonstrations: once per seed.
-
-    Its questions are those of the 256 demonstrations and the extra ones.
-    """
-    flags = f"--data {data} --model {model} --demonstrations 256 --eval-questions 1000"
-    flags += " --method grpo"
-    return [
-        Trial(f"{data}-grpo", seed, f"{flags} --seed {seed} {choose.grpo_flags(data)}")
-        for seed in seeds_of(data, seeds)
-    ]
-
-
-def own_grade_trials(seeds: int) -> list[Trial]:
-    """IRL's policy on the base's own grade (inference.save_own_grade): no demonstrations."""
-    flags = "--data countdown --demonstrations 256 --eval-questions 1000"
-    flags += " --method irl"
-    return [
-        Trial("countdown-own-grade", seed, f"{flags} --seed {seed} {OWN_GRADE}")
-        for seed in seeds_of("countdown", seeds)
-    ]
-
-
-def changed_trials(part: str, seeds: int) -> list[Trial]:
-    """One thing changed: words with 256 demonstrations, countdown with 64."""
-    data = "countdown" if part == "traces" else "words"
-    size = 64 if part == "traces" else 256
-    flags = f"--data {data} --method irl --demonstrations {size} --eval-questions 1000"
-    flags += f" {choose.sft_flags(data, size)}"
-    return [
-        Trial(f"{part}-{plain(label)}", seed, f"{flags} --seed {seed} {change}")
-        for seed in seeds_of(data, seeds)
-        for label, change in CHANGES[part].items()
-    ]
-
-
-def all_trials(parts: list[str], data: str, model: str, sizes: tuple, seeds: int) -> list[Trial]:
-    """In the order in which they are worth having."""
-    trials = []
-    if "choose" in parts and data == "countdown":
-        trials += chosen_trials()
-    if "main" in parts:
-        trials += main_trials(data, model, sizes, seeds)
-    if "grpo" in parts:
-        trials += grpo_trials(data, model, seeds)
-    if "own_grade" in parts:
-        trials += own_grade_trials(seeds)
-    if "variants" in parts:
-        trials += changed_trials("variants", seeds)
-    for part in ("ablations", "traces"):
-        if part in parts:
-            trials += changed_trials(part, min(seeds, 3))
-    return trials
+def tuning_commands() -> dict[str, str]:
+    """{name: flags} of SFT's updates, rates, shares, temperatures; of GRPO's steps, rates."""
+    found = {}
+    for task in MAIN:
+        flags = f"--data {task} {VALIDATION} --demonstrations"
+        for size, *values in itertools.product(SIZES, UPDATES, RATES, SHARES, TEMPERATURES):
+            steps, rate, share, temperature = values
+            name = f"tune-{task}-{size}-{steps}-{rate}-{share}-{temperature}"
+            fair = f"--fair-average {share} --fair-temperature {temperature}"
+            fair = f"--method sft_fair --fair-steps {steps} --fair-lr {rate} {fair}"
+            found[name] = f"{flags} {size} {fair}"
+        for steps, rate in GRPO_TRIED[task]:
+            grpo = f"--method grpo --grpo-steps {steps} --grpo-lr {rate}"
+            found[f"tune-{task}-grpo-{steps}-{rate}"] = f"{flags} 256 {grpo}"
+    return found

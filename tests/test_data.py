@@ -19,7 +19,7 @@ from engine.errors import UserError
 from engine.settings import BASES
 from tasks import records, words
 from tasks.answers import extract_answer
-from tasks.common import first_difference, split_of
+from tasks.common import split_of
 
 EXPERT = Example(
     "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", "3*12=36\n24+36=60\n60-9=51", "51", task="words"

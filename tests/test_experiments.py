@@ -7,10 +7,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 
 from engine.errors import UserError
-from experiments import choose, inference, run, store, tables, trials
+from engine.settings import parse_settings
+from experiments import run, store, tables, trials
 
 FOLDER = Path(store.__file__).parent
 
@@ -40,14 +42,16 @@ def test_no_module_imports_in_a_circle():
     assert not any("run" in imported for imported in imports.values())
 
 
+# --- what is kept ---
+
+
 def test_rows_of_a_trial_replace_what_it_had(results):
     store.add("trials", "a", 0, [{"method": "irl", "t1": 0.5}, {"method": "base", "t1": 1 / 3}])
-    store.add("trials", "a", 1, [{"command": "python train.py", "error": "error: no, not so"}])
-    assert store.finished("a", 0) and not store.finished("a", 1) and not store.finished("b", 0)
+    store.add("trials", "a", 1, [{"method": "irl", "t1": 0.75}])
     store.add("trials", "a", 1, [{"method": "irl", "t1": 0.25}])
-    found = store.read("trials")
-    assert found[["seed", "method"]].values.tolist() == [[0, "irl"], [0, "base"], [1, "irl"]]
-    assert found["t1"].tolist() == [0.5, 0.333333333, 0.25] and store.finished("a", 1)
+    kept = store.read("trials")
+    assert kept[["seed", "method"]].values.tolist() == [[0, "irl"], [0, "base"], [1, "irl"]]
+    assert kept["t1"].tolist() == [0.5, 0.333333333, 0.25]
     before = (results / "trials.csv").read_bytes()
     store.add("trials", "a", 1, [{"method": "irl", "t1": 0.25}])
     assert (results / "trials.csv").read_bytes() == before
@@ -62,170 +66,164 @@ def test_every_table_is_read_as_it_was_kept(results, table):
 
 
 RESULTS = {
-    "settings": {
-        "data": "countdown",
-        "test_split": "test",
-        "eval_questions": 1000,
-        "eval_samples": 4,
-        "seed": 0,
-    },
+    "counts": {"test": 515},
     "methods": {
-        "base": {"t1": 0.25, "greedy": 0.5, "pass@k": {"1": 0.25}},
+        "base": {"t1": 0.25, "greedy": 0.5, "pass@k": {"1": 0.25, "2": 0.3, "4": 0.4}},
         "irl": {"t1": 0.75, "greedy": 0.5, "pass@k": {"1": 0.25, "4": 0.8}, "seconds": 60.0},
     },
     "reward": {"auroc": 0.9},
-    "distributions": {"right": [1.0, 2.0], "wrong": []},
     "rerank": {"4": {"reward": [0.7, 0.6, 0.8]}, "auroc": {"reward": 0.9}},
+    "localise": {"natural": {"hit0": {"reward_first": [0.6, 0.5, 0.7]}}, "single": {"count": 0}},
 }
 METRICS = [
-    {"method": "warm-up", "step": 9, "discriminator/accuracy": 0.5},
     {"method": "warm-up", "step": 10, "discriminator/accuracy": 0.75},
-    {"method": "sft", "step": 10, "validation/t1": 0.5},
     {"method": "irl", "step": 10, "policy/loss": 1.0},
     {"method": "irl", "step": 20, "validation/t1": 0.5, "reward/mean": 0.25},
 ]
 
 
-def test_a_trial_is_kept_once_and_tried_again_if_it_failed(results, monkeypatch):
-    """train.py is played here: it fails, is killed, then ends; a trial that has ended is not run."""
+def test_a_trial_is_kept_once_and_tried_again_if_it_failed(results, monkeypatch, capsys):
+    """train.py is played here: it fails, then ends; a trial that has ended is not run again."""
     monkeypatch.setattr(store, "ROOT", results)
-    trial = trials.Trial("countdown-main-64", 0, "--data countdown")
-    folder = results / "runs" / "x-countdown-main-64-0"
+    monkeypatch.setattr(run, "save_own_grade", Path.mkdir)
+    (results / "runs").mkdir()
+    name = f"{results.name}-countdown-main-64-1"
+    folder = results / "runs" / name
+    wanted = {("countdown-main-64", 1): "train.py --data countdown"}
     commands = []
-    codes = [2, -9, 0]
 
     def played(command, **unused):
-        commands.append(command[2:])
-        folder.mkdir(parents=True, exist_ok=True)
+        commands.append(command[1:])
+        folder.mkdir(exist_ok=True)
         (folder / "settings.json").write_text("{}")
         (folder / "results.json").write_text(json.dumps(RESULTS))
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, METRICS)))
-        return SimpleNamespace(returncode=codes[len(commands) - 1], stderr="error: no\n")
+        return SimpleNamespace(returncode=2 if len(commands) == 1 else 0, stderr="error: no\n")
 
     monkeypatch.setattr(subprocess, "run", played)
-    assert not run.run_trial(trial, quick=False)
-    failed = store.read("trials").iloc[0]
-    assert failed["error"] == "error: no" and failed["command"] == "python train.py --data countdown"
-    tables.write()
-    assert "Failed: countdown-main-64-0" in (results / "tables.md").read_text()
-    assert not run.run_trial(trial, quick=False)  # killed: what it said before stands
-    assert store.read("trials")["error"].tolist() == ["error: no"]
-    assert run.run_trial(trial, quick=False) and not folder.exists()
+    with pytest.raises(UserError, match="1 trials failed"):
+        run.run_all(wanted, jobs=1)
+    assert "error: no" in capsys.readouterr().out and store.read("trials").empty
+    (results / "runs" / "own-grade").rmdir()
+    run.run_all(wanted, jobs=1)
+    assert not folder.exists()
     kept = store.read("trials")
-    assert kept["method"].tolist() == ["base", "irl"] and kept["error"].isna().all()
-    # 1,000 were asked for; there are 515
-    assert kept["questions"].tolist() == [515, 515] and kept["pass@4"].tolist()[1] == 0.8
-    assert kept[["auroc", "f right", "f right deviation"]].values.tolist()[1] == [0.9, 1.5, 0.5]
-    assert store.read("curves")[["method", "step"]].values.tolist() == [["warm-up", 10], ["irl", 20]]
-    assert store.read("scores")["value"].tolist() == [0.7, 0.9]
-    assert run.run_trial(trial, quick=False) and len(commands) == 3
-    name = ["--name", "x-countdown-main-64-0"]
-    assert commands[0] == ["--data", "countdown", "--device", "cpu", *name]
-    assert commands[1] == commands[2] == ["--resume", *name]
+    assert kept["method"].tolist() == ["base", "irl"]
+    assert set(kept["command"]) == {"python train.py --data countdown"}
+    assert kept["questions"].tolist() == [515, 515] and kept["samples"].tolist() == [4, 4]
+    assert kept["pass@4"].tolist() == [0.4, 0.8] and kept["auroc"].tolist()[1] == 0.9
+    assert store.read("curves")[["method", "step"]].values.tolist() == [["irl", 20]]
+    assert store.read("scores")["value"].tolist() == [0.7, 0.9, 0.6]
+    (results / "runs" / "own-grade").rmdir()
+    run.run_all(wanted, jobs=1)
+    rest = ["--name", name, "--device", "cpu"]
+    assert commands == [
+        ["train.py", "--data", "countdown", *rest],
+        ["train.py", "--resume", *rest],
+    ]
 
 
-def keep_cell(method: str, size: int, steps: int, looks: list[tuple]) -> None:
-    """A training of tuning.csv: (share, temperature, t1, greedy) of each look."""
-    cell = choose.Cell("words", "base", method, size, steps, 3e-4)
-    names = ("share", "temperature", "t1", "greedy")
-    about = {name: value for name, value in vars(cell).items() if name != "model"}
-    store.add("tuning", cell.name, choose.SEED, [about | dict(zip(names, look)) for look in looks])
-
-
-def test_the_best_on_validation_is_chosen(results):
-    with pytest.raises(UserError, match="--only choose"):
-        choose.sft_flags("words", 64)
-    half = [(0.5, 1.0, 0.5, 0.81), (0.5, 0.2, 0.8, 0.81)]
-    keep_cell("sft", 64, 30, [(0.0, 1.0, 0.6, 0.7), (0.0, 0.2, 0.7, 0.7), *half])
-    half = [(0.5, 1.0, 0.5, 0.9), (0.5, 0.2, 0.75, 0.9)]
-    keep_cell("sft", 64, 120, [(0.0, 1.0, 0.65, 0.7), (0.0, 0.2, 0.7, 0.7), *half])
-    keep_cell("grpo", 256, 400, [(0.0, 1.0, 0.9, 0.9)])
-    assert choose.sft_flags("words", 64) == "--sft-steps 120 --sft-lr 0.0003"
-    fair = "--fair-steps 30 --fair-lr 0.0003 --fair-average 0.5 --fair-temperature 0.2"
-    assert choose.fair_flags("words", 64) == fair
-    greedy = "--fair-steps 120 --fair-lr 0.0003 --fair-average 0.5 --fair-temperature 0.2"
-    assert choose.fair_flags("words", 64, "greedy") == greedy
-    assert choose.grpo_flags("words") == "--grpo-steps 400 --grpo-lr 0.0003"
-    flags = {trial.name: trial.flags for trial in trials.main_trials("words", "base", (64,), 1)}
-    assert set(flags) == {"words-base-sharpened", "words-main-64", "words-fair-greedy-64"}
-    assert greedy in flags["words-fair-greedy-64"]
-    assert "--method sft,sft_fair,likelihood,irl " in flags["words-main-64"]
-    shown = "".join(tables.choice_tables(tables.Measured()))
-    assert "120 at 0.0003 | 65.0 / 70.0 | 75.0 / 90.0 (0.5, 0.2) |" in shown
+# --- what is run ---
 
 
 def test_the_commands_are_those_that_made_the_results(monkeypatch):
-    """Trials that are made today have the flags that stand beside their numbers.
-
-    (Variants and ablations were run before SFT was tuned with more updates: only one starts there.)
-    """
-    parts = ["choose", "main", "grpo", "own_grade", "traces"]
+    """Every row that is kept stands beside the command that today's trials have."""
     monkeypatch.delenv("IRL_RESULTS", raising=False)
     kept = store.read("trials")
-    commands = dict(zip(zip(kept["trial"], kept["seed"]), kept["command"]))
-    made = trials.all_trials(parts, "words", "base", trials.SIZES, 5)
-    made += trials.all_trials(parts, "countdown", "countdown-base", (64, 256), 5)
-    same = 0
-    for trial in made:
-        if (trial.name, trial.seed) in commands:
-            command = commands[trial.name, trial.seed].removeprefix("python train.py ")
-            # in which order methods are named changes nothing
-            given, today = (set(flags.replace(",", " ").split()) for flags in (command, trial.flags))
-            assert today == given, trial.name
-            same += 1
-    assert same > 140
+    known = trials.all_trials(10)
+    for name, seed, command in zip(kept["trial"], kept["seed"], kept["command"]):
+        assert command == f"python {known[name, seed]}", name
+    assert len(kept) > 700
 
 
-def test_the_summary_has_every_method_by_data_and_size(results):
-    shares = {"t1": 0.5, "greedy": 0.6, "pass@4": 0.7, "questions": 100}
-    methods = ("base", "sft", "sft_fair", "likelihood", "irl", "grpo")
-    kept = []
-    scores = []
-    for data, sizes in (("words", (64, 256, 1024)), ("countdown", (64, 256))):
-        names = [f"{data}-{kind}-{size}" for size in sizes for kind in ("main", "fair-greedy")]
-        names += [f"{data}-grpo", f"{data}-base-sharpened"]
-        if data == "countdown":
-            names += [f"countdown-{kind}-{size}" for size in sizes for kind in ("broken", "likelihood")]
-            names.append("countdown-own-grade")
-        ways = {rule: [0.4, 0.3, 0.5] for rule in tables.RULES}
-        hits = {signal: [0.4, 0.3, 0.5] for signal in tables.SIGNALS.values()}
-        assessed = {"rerank": {n: ways for n in ("4", "8", "16")}}
-        assessed["rerank"]["auroc"] = {"longest": 0.9, "reward": 0.9}
-        if data == "words":
-            places = dict.fromkeys(("hit0", "hit1", "step"), hits)
-            assessed["localise"] = {"natural": places, "single": places}
-        for name in names:
-            for seed in (0, 1):
-                about = {"trial": name, "seed": seed}
-                kept += [about | {"method": method} | shares for method in methods]
-                if "-main-" in name:
-                    scores += [about | row for row in inference.score_rows(assessed, "base")]
-    for table, rows in (("trials", kept), ("scores", scores)):
-        text = tables.pandas.DataFrame(rows, columns=store.COLUMNS[table]).to_csv(index=False)
-        store.keep(store.file_of(table), text)
-    summary = tables.main_summary(tables.Measured())
-    assert list(summary)[:2] == ["words", "countdown"]
-    assert summary["seeds"] == 2 and summary["collapses"] == 0 and summary["runs"] == 10
-    for data, sizes in (("words", ["64", "256", "1024"]), ("countdown", ["64", "256"])):
-        main = summary[data]["main"]
-        assert list(main) == sizes
-        for methods in main.values():
-            assert list(methods) == list(tables.NAMES)
-            for name, shares in methods.items():
-                if data != "words" or name not in ("broken_only", "own_grade"):
-                    means = [value[0] for value in shares.values()]
-                    assert means == [0.5, 0.6, 0.7], name
-        rules = {"longest", "shortest", "sft_fair_logprob", "reward", "oracle"}
-        assert rules <= set(summary[data]["rerank"]["16"])
-        assert summary[data]["auroc"]["longest"][0] == 0.9
-    assert summary["words"]["localise"]["natural"]["hit0"]["sft_fair_logprob"][0] == 0.4
-    assert summary["countdown"]["localise"] == {}
-    tables.write()
-    assert "### countdown, 64 demonstrations" in (results / "tables.md").read_text()
-    assert all(name in tables.full_tables(summary) for name in tables.NAMES.values())
-    small = "".join(tables.readme_tables(summary).values())
-    assert all(name in small for name in tables.README_METHODS.values())
-    columns = [f"{task} {size}, 2 seeds, 100 questions" for task in ("words", "countdown") for size in (64, 256)]
-    assert f"| % right: T=1 / greedy | {' | '.join(columns)} |" in small
-    assert "| base's own grade |" not in small  # of best of 8: there are no grades here
-    assert set(tables.readme_tables({}).values()) == {tables.NOTHING_YET}
+def test_train_takes_every_command():
+    few = {
+        name.rstrip("-.0123456789"): command for (name, _), command in trials.all_trials(1).items()
+    }
+    assert len(few) > 30
+    for name, command in few.items():
+        settings = parse_settings(command.split()[1:])
+        tested = settings.test_split == "test"
+        assert tested == (not name.startswith(("chosen", "tune"))), name
+
+
+def test_what_was_best_on_validation_questions_is_used(monkeypatch):
+    monkeypatch.delenv("IRL_RESULTS", raising=False)
+    best = tables.chosen(store.read("trials"))["flags"]
+    for key in trials.SFT:
+        assert best[key, "best at T = 1"] == trials.FAIR[key]
+        assert best[key, "best greedy"] == trials.FAIR_GREEDY[key]
+        plain = trials.SFT[key].replace("sft", "fair")
+        assert best[key, "plain"] == f"{plain} {trials.PLAIN}"
+    for task in trials.MAIN:
+        assert best[f"{task}-grpo", "plain"] == trials.GRPO
+
+
+# --- tables ---
+
+
+def trained(*rows: tuple) -> pandas.DataFrame:
+    """Rows of trials.csv from (trial, seed, method, t1, greedy)."""
+    frame = pandas.DataFrame(rows, columns=["trial", "seed", "method", "t1", "greedy"])
+    return frame.assign(questions=1000, auroc=0.5)
+
+
+def test_fair_sft_stands_in_each_column_as_it_was_best_for_it():
+    rows = trained(
+        ("words-main-64", 0, "sft_fair", 0.9, 0.8),
+        ("words-main-64", 1, "sft_fair", 0.9, 0.8),
+        ("words-fair-greedy-64", 0, "sft_fair", 0.7, 0.95),
+        ("words-main-64", 0, "irl", 0.5, 0.6),
+        ("words-main-256", 0, "irl", 0.6, 0.7),
+        ("words-grpo", 0, "grpo", 0.3, 0.4),
+        ("words-fair-greedy-64", 0, "base", 0.1, 0.1),
+    )
+    assert tables.main_table(rows, tables.METHODS).splitlines() == [
+        "| % right: T=1 / greedy | words 64, 1 seeds, 1,000 questions "
+        "| words 256, 1 seeds, 1,000 questions |",
+        "| --- | --- | --- |",
+        "| fair SFT | 90.0±0.0 / 95.0 | – |",
+        "| **IRL** | 50.0 / 60.0 | 60.0 / 70.0 |",
+        "| GRPO, true answers | 30.0 / 40.0 | 30.0 / 40.0 |",
+    ]
+
+
+def test_a_change_is_compared_with_the_same_seed():
+    rows = trained(
+        ("ablations-default", 0, "irl", 0.1, 0.5),
+        ("ablations-default", 1, "irl", 0.9, 0.5),
+        ("ablations-REINFORCE", 1, "irl", 0.8, 0.5),
+        ("ablations-REINFORCE", 0, "irl", 0.0, 0.5),
+        ("ablations-REINFORCE", 0, "base", 0.7, 0.7),
+    )
+    last = tables.changed_table(rows, "ablations").splitlines()[-1]
+    cells = "40.0±508.2 | 50.0±0.0 | -10.0±0.0 | 0.0±0.0 | 50.0±0.0 | 2"
+    assert last == f"| REINFORCE `--policy-loss reinforce` | {cells} |"
+
+
+def test_choices_are_those_of_256_demonstrations(results):
+    for trial, by, value in (
+        ("words-main-256", "reward", 0.9),
+        ("words-main-64", "reward", 0.1),
+        ("words-main-256", "random", 0.2),
+        ("countdown-broken-256", "reward", 0.7),
+        ("countdown-broken-256", "random", 0.3),
+        ("countdown-own-grade", "reward", 0.6),
+    ):
+        row = {"samples": "base", "quantity": "best of 8", "by": by, "value": value}
+        there = store.read("scores")
+        before = there[there["trial"] == trial].to_dict("records")
+        store.add("scores", trial, 0, [*before, row])
+    shown = tables.score_table("by", tables.README_CHOICES, {"best of 8": ""})
+    assert shown.splitlines()[2:] == [
+        "| at random | 20.0 | – |",
+        "| base's own grade | – | 60.0 |",
+        "| **learned reward** | 90.0 | – |",
+        "| sparse, broken copies | – | 70.0 |",
+    ]
+
+
+def test_tables_without_results_are_empty(results):
+    for parts in tables.pages().values():
+        for part in parts.values():
+            assert len(part.splitlines()) == 2

@@ -3,8 +3,8 @@
 import copy
 
 import pytest
-from conftest import demonstrations, sft_loss
 import torch
+from conftest import demonstrations, sft_loss
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification

@@ -4,8 +4,8 @@ import copy
 import random
 
 import pytest
-from conftest import demonstrations, discriminator_update, examples_of, sft_loss
 import torch
+from conftest import demonstrations, discriminator_update, examples_of, sft_loss
 from torch.testing import assert_close
 
 import data

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import discriminator_update, examples_of
 import torch
+from conftest import discriminator_update, examples_of
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
