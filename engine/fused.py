@@ -1,9 +1,10 @@
 """log pi of given tokens as fused CUDA kernels (Triton): a tile of logits lives in a multiprocessor
 and never reaches memory.
 
-`--fused` takes `token_logprobs` in place of logprob.py's, which it equals: log pi(a) = z_a - lse(z),
-and d log pi(a) / dz_v = 1[v = a] - pi(v). Importing this module takes Triton, which has no build for
-Windows, macOS and most CPUs. The tests run the kernels in Triton's interpreter, on a CPU;
+`--fused` takes `token_logprobs` in place of logprob.py's, which it equals:
+log pi(a) = z_a - lse(z), and d log pi(a) / dz_v = 1[v = a] - pi(v). Importing this module takes
+Triton, which has no build for Windows, macOS and most CPUs. The tests run the kernels in Triton's
+interpreter, on a CPU;
 `python -m experiments.bench` runs them on a card, and says whether they pay there.
 """
 
@@ -15,14 +16,21 @@ from torch.autograd.function import once_differentiable
 
 @triton.jit
 def _tile(
-    hidden, weight, rows, columns, N, V, softcap, temperature,
-    H: tl.constexpr, CAPPED: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """z [BN, BV] of some rows and columns, 0 beyond N and V.
-
-    bf16 products are exact in the float32 they are added in. float32 inputs are rounded to TF32, as
-    logprob.float32_products has it.
-    """
+    hidden,
+    weight,
+    rows,
+    columns,
+    N,
+    V,
+    softcap,
+    temperature,
+    H: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """z [BN, BV] of some rows and columns, 0 beyond N and V."""
+    # bf16 products are exact in the float32 they are added in. float32 inputs are rounded to TF32,
+    # as logprob.float32_products has it.
     x = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for start in range(0, H, BH):
         k = start + tl.arange(0, BH)
@@ -36,15 +44,26 @@ def _tile(
 
 @triton.jit
 def _forward_kernel(
-    hidden, weight, tokens, lse, chosen, N, V, softcap, temperature, per_split,
-    H: tl.constexpr, CAPPED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """Program (i, s): rows i*BN.., column blocks s*per_split... Writes log-sum-exp and z of the token,
-    [S, N], of its own columns.
-
-    One pass: sums are relative to the largest z so far, and shrink when a larger one turns up
-    (Milakov & Gimelshein 2018, arXiv 1805.02867).
-    """
+    hidden,
+    weight,
+    tokens,
+    lse,
+    chosen,
+    N,
+    V,
+    softcap,
+    temperature,
+    per_split,
+    H: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Program (i, s): rows i*BN.., column blocks s*per_split... Writes log-sum-exp and z of the
+    token, [S, N], of its own columns."""
+    # One pass: sums are relative to the largest z so far, and shrink when a larger one turns up
+    # (Milakov & Gimelshein 2018, arXiv 1805.02867).
     rows = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     token = tl.load(tokens + rows, rows < N, -1)
     largest = tl.full([BN], float("-inf"), tl.float32)
@@ -68,16 +87,28 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    hidden, weight, tokens, lse, grad_logprob, grad, N, V, softcap, temperature, per_split,
-    H: tl.constexpr, OWN_ROWS: tl.constexpr, CAPPED: tl.constexpr,
-    BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """Program (i, s) owns block i of the rows (of grad hidden) or of the columns (of grad weight), goes
-    through its share s of the other's blocks, multiplies each tile again, and adds to grad
-    [S, N or V, H], where nobody else writes.
-
-    No atomics, so the result is the same every time. The price: two launches, each with its own tiles.
-    """
+    hidden,
+    weight,
+    tokens,
+    lse,
+    grad_logprob,
+    grad,
+    N,
+    V,
+    softcap,
+    temperature,
+    per_split,
+    H: tl.constexpr,
+    OWN_ROWS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Program (i, s) owns block i of the rows (of grad hidden) or of the columns (of grad weight),
+    goes through its share s of the other's blocks, and adds to grad [S, N or V, H]."""
+    # Each tile is multiplied again, and nobody else writes where this program does: no atomics, so
+    # the result is the same every time. The price: two launches, each with its own tiles.
     own = tl.program_id(0)
     block = tl.program_id(1) * per_split
     stop = tl.minimum(block + per_split, tl.cdiv(V, BV) if OWN_ROWS else tl.cdiv(N, BN))
@@ -126,8 +157,7 @@ class _Logprobs(torch.autograd.Function):
         ctx.row_blocks = triton.cdiv(N, 64)
         ctx.column_blocks = triton.cdiv(V, BV)
         # A GPU wants hundreds of programs: where there are few rows, several share a row's columns.
-        wanted = programs // max(1, ctx.row_blocks)
-        splits = max(1, min(wanted, ctx.column_blocks))
+        splits = max(1, min(programs // max(1, ctx.row_blocks), ctx.column_blocks))
         ctx.per_split = triton.cdiv(ctx.column_blocks, splits)
         ctx.splits = triton.cdiv(ctx.column_blocks, ctx.per_split)
         lse, chosen = torch.empty(2, ctx.splits, N, device=hidden.device)
@@ -144,14 +174,12 @@ class _Logprobs(torch.autograd.Function):
     def backward(ctx, grad_logprob):
         hidden, weight, tokens, lse = ctx.saved_tensors
         inputs = (hidden, weight, tokens, lse, grad_logprob.contiguous())
-        grad_hidden = None
+        grad = hidden.new_zeros(ctx.splits, *hidden.shape, dtype=torch.float32)
+        _backward_kernel[ctx.row_blocks, ctx.splits](
+            *inputs, grad, *ctx.numbers, ctx.per_split, OWN_ROWS=True, **ctx.blocks
+        )
+        grad_hidden = grad.sum(0).to(hidden.dtype)
         grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad = hidden.new_zeros(ctx.splits, *hidden.shape, dtype=torch.float32)
-            _backward_kernel[ctx.row_blocks, ctx.splits](
-                *inputs, grad, *ctx.numbers, ctx.per_split, OWN_ROWS=True, **ctx.blocks
-            )
-            grad_hidden = grad.sum(0).to(hidden.dtype)
         if ctx.needs_input_grad[1]:
             grad = torch.zeros_like(weight, dtype=torch.float32)
             _backward_kernel[ctx.column_blocks, 1](

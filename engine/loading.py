@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, from safetensors only; what cannot work is refused while it is loaded."""
+"""Models and tokenizers by name, from safetensors only; what cannot work is refused at once."""
 
 import json
 import os.path
@@ -12,39 +12,91 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from engine.errors import UserError, nearest
 
 TASKS = Path(__file__).parents[1] / "tasks"
-# the small bases that ship with this repository, for words and for countdown (tasks/pretrain.py made them)
+# The small bases that ship with this repository (tasks/pretrain.py made them).
 SHIPPED = {"base": str(TASKS / "words-base"), "countdown-base": str(TASKS / "countdown-base")}
 BASE = SHIPPED["base"]
-_QWEN25 = [f"Qwen2.5-{size}{kind}" for size in ("0.5B", "1.5B", "3B", "7B", "14B") for kind in ("", "-Instruct")]
-_QWEN3 = [f"Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B")]
-_LLAMA = [f"Llama-{size}{kind}" for size in ("3.2-1B", "3.2-3B", "3.1-8B") for kind in ("", "-Instruct")]
-SHORT_NAMES = {name: f"Qwen/{name}" for name in _QWEN25 + _QWEN3} | {name: f"meta-llama/{name}" for name in _LLAMA}
+OWNERS = {  # on the hub: of the paper's models and their neighbours
+    "Qwen": "Qwen2.5-0.5B Qwen2.5-1.5B Qwen2.5-3B Qwen2.5-7B Qwen2.5-14B Qwen2.5-0.5B-Instruct "
+    "Qwen2.5-1.5B-Instruct Qwen2.5-3B-Instruct Qwen2.5-7B-Instruct Qwen2.5-14B-Instruct "
+    "Qwen3-0.6B Qwen3-1.7B Qwen3-4B Qwen3-8B",
+    "meta-llama": "Llama-3.2-1B Llama-3.2-3B Llama-3.1-8B Llama-3.2-1B-Instruct "
+    "Llama-3.2-3B-Instruct Llama-3.1-8B-Instruct",
+}
+SHORT_NAMES = {name: f"{owner}/{name}" for owner in OWNERS for name in OWNERS[owner].split()}
+
+# Names --------------------------------------------------------------------------------------------
 
 
 def resolve_model(name: str) -> str:
-    """'base' and 'countdown-base' ship here, a short name gets its owner, a folder or an owner/name for the hub stays."""
+    """'base' and 'countdown-base' ship here, a short name gets its owner, a folder or an owner/name
+    for the hub stays."""
     if name in SHIPPED:
         return SHIPPED[name]
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name that no folder can have
         if not (Path(name) / "config.json").exists():
             raise UserError(f"folder {name} holds no model: config.json is missing")
         return name
-    if name in SHORT_NAMES:
-        return SHORT_NAMES[name]
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    raise UserError(f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, or one of "
-                    + ", ".join(SHORT_NAMES))  # fmt: skip
+    if name not in SHORT_NAMES:
+        raise UserError(
+            f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, "
+            f"or one of {', '.join(SHORT_NAMES)}"
+        )
+    return SHORT_NAMES[name]
+
+
+@contextmanager
+def in_one_line(name: str):
+    """Whatever goes wrong while loading `name` becomes one line that says how to mend it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # OSError, ValueError, SafetensorError; tokenizers raises bare ones
+        why = str(error).strip().split("\n")[0]
+        if not os.path.isdir(resolve_model(name)):
+            why += ". Without a network, give a folder: --model DIR"
+        raise UserError(f"cannot load model '{name}': {why}") from None
+
+
+# Tokenizers ---------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """What tokenizer.json says. AutoTokenizer would give any Qwen2 model, ours included, the
+    pre-tokenizer of Qwen2."""
+    with in_one_line(name):
+        return PreTrainedTokenizerFast.from_pretrained(resolve_model(name))
+
+
+def check_same_tokenizer(tokenizer, other: str) -> None:
+    """The reward scores the very token ids that the policy sampled: text that is tokenised anew
+    shifts by a token."""
+    if load_tokenizer(other).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"the tokenizer of '{other}' differs from that of the model it is to work with: policy "
+            "and reward must be of one family. What another model wrote can be judged as text: "
+            "rerank.py --candidates FILE"
+        )
+
+
+# Models -------------------------------------------------------------------------------------------
 
 
 def load_policy(name: str, device="cpu", dtype=torch.float32):
-    """(model, tokenizer). Weights come from safetensors files only, and no code of the model's author is run. Refused is
-    what would go wrong silently later: no end token, tokens without an embedding, an output layer that we do not know."""
-    model, tokenizer = load_causal(name, device, dtype), load_tokenizer(name)
+    """(model, tokenizer). Refused is what would go wrong silently later."""
+    model = load_causal(name, device, dtype)
+    tokenizer = load_tokenizer(name)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop")
-    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-        raise UserError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model only {rows} embeddings")
+        raise UserError(
+            f"the tokenizer of '{name}' has no end token (eos_token): a policy could never stop"
+        )
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, but its model {rows} embeddings"
+        )
     return model, tokenizer
 
 
@@ -56,79 +108,56 @@ def load_causal(name: str, device="cpu", dtype=torch.float32):
 
 
 def load_model(name: str, kind: type, dtype=torch.float32, **options):
-    """What kind.from_pretrained makes of a folder or hub name. Without dropout (eval). UserError if a weight is not finite:
-    else the run would say so at its end."""
+    """What kind.from_pretrained makes of a folder or hub name, without dropout (eval).
+
+    Weights come from safetensors files only, and no code of the model's author is run.
+    """
     path = resolve_model(name)
     with in_one_line(name):
         check_weights(path)
-        loaded = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info: (model, info)
-        check_finite(model, name)
-        return loaded
+        loaded = kind.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+        )
+    # With output_loading_info: (model, info).
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    # One NaN makes every number of a run NaN, which the run would say at its end.
+    for tensor_name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"the weights of '{name}' are damaged: {tensor_name} holds NaN or infinity. Fetch "
+                "or save that model anew"
+            )
+    return loaded
 
 
 def check_weights(folder: str) -> None:
-    """Refuse a folder (not a hub's name) whose weights are not safetensors: a pickle (.bin, .pt) can run code when it is
-    opened. An index is read too, since transformers opens whatever file it names."""
-    index, weights = (Path(folder, f"model.safetensors{ending}") for ending in (".index.json", ""))
-    if os.path.isfile(index):
+    """Refuse a folder (not a hub's name) whose weights are not safetensors: a pickle (.bin, .pt)
+    can run code when it is opened."""
+    index = Path(folder, "model.safetensors.index.json")
+    if os.path.isfile(index):  # transformers opens whatever file an index names
         for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
             if not str(file).endswith(".safetensors") or os.path.basename(file) != file:
-                raise UserError(f"{index} names {file!r}: weights must be .safetensors files beside it")
-    elif os.path.isdir(folder) and not weights.is_file():
-        raise UserError(f"folder {folder} holds no model.safetensors: other weights (.bin, .pt) are not opened, they can run "
-                        "code. Save them anew with transformers: save_pretrained")  # fmt: skip
-
-
-@torch.no_grad()
-def check_finite(model, name: str) -> None:
-    """UserError that names the first tensor with a NaN or an infinity in it: in a sum over a tensor both stay."""
-    for tensor_name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        total = tensor.sum(dtype=torch.float32)
-        if not total.isfinite() and not tensor.isfinite().all():  # the sum of large finite ones may overflow
-            raise UserError(f"the weights of '{name}' are damaged: {tensor_name} holds NaN or infinity. Fetch or save that "
-                            "model anew")  # fmt: skip
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """What tokenizer.json says. AutoTokenizer would give any Qwen2 model, ours included, the pre-tokenizer of Qwen2."""
-    with in_one_line(name):
-        return PreTrainedTokenizerFast.from_pretrained(resolve_model(name))
-
-
-@contextmanager
-def in_one_line(name: str):
-    """Whatever goes wrong while loading `name` becomes one line that says how to mend it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # OSError, ValueError, SafetensorError; tokenizers raises bare ones
-        first_line = str(error).strip().split("\n")[0]
-        hint = "" if os.path.isdir(resolve_model(name)) else ". Without a network, give a folder: --model DIR"
-        raise UserError(f"cannot load model '{name}': {first_line}{hint}") from None
-
-
-def check_same_tokenizer(tokenizer, other: str) -> None:
-    """The reward scores the very token ids that the policy sampled: text that is tokenised anew shifts by a token."""
-    vocabulary = load_tokenizer(other).get_vocab()
-    if vocabulary != tokenizer.get_vocab():
-        raise UserError(f"the tokenizer of '{other}' differs from that of the model it is to work with ({len(vocabulary)} and "
-                        f"{len(tokenizer.get_vocab())} tokens): policy and reward must be of one family. What another model "
-                        "wrote can be judged as text: rerank.py --candidates FILE")  # fmt: skip
+                raise UserError(
+                    f"{index} names {file!r}: weights must be .safetensors files beside it"
+                )
+    elif os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, "model.safetensors")):
+        raise UserError(
+            f"folder {folder} holds no model.safetensors: other weights (.bin, .pt) are not "
+            "opened, they can run code. Save them anew with transformers: save_pretrained"
+        )
 
 
 def output_layer(model) -> tuple[torch.Tensor, float]:
-    """(output matrix W [V, H], softcap): logits are softcap * tanh(W h / softcap), or W h where softcap is 0."""
-    return model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None) or 0.0
+    """(output matrix W [V, H], softcap): logits are softcap * tanh(W h / softcap), or W h where
+    softcap is 0."""
+    softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
+    return model.get_output_embeddings().weight, softcap
 
 
 @torch.no_grad()
 def check_output_layer(model, name: str) -> None:
-    """Refuse a model whose logits are not softcap(W h), which is all that logprob.py knows: a bias or a scale after W
-    would make every log-probability wrong, silently."""
+    """Refuse a model whose logits are not softcap(W h), which is all that logprob.py knows: a bias
+    or a scale after W would make every log-probability wrong, silently."""
     tokens = ordinary_tokens(model)  # [1, n]
     weight, softcap = output_layer(model)
     logits = model.get_decoder()(tokens).last_hidden_state.float() @ weight.float().T  # [1, n, V]
@@ -136,21 +165,21 @@ def check_output_layer(model, name: str) -> None:
         logits = softcap * torch.tanh(logits / softcap)
     expected = model(tokens).logits.float()
     if not expected.norm() > 0:  # NaN is not, either
-        raise UserError(f"'{name}' gives the same logit, 0, to every token: its weights are empty or damaged")
+        raise UserError(
+            f"'{name}' gives the same logit, 0, to every token: its weights are empty or damaged"
+        )
     if logits.shape != expected.shape or (logits - expected).norm() > 0.05 * expected.norm():
-        raise UserError(f"the output layer of '{name}' is not of the kind known here, a matrix without bias or scale")
+        raise UserError(
+            f"the output layer of '{name}' is not of the kind known here, a matrix without bias or "
+            "scale"
+        )
 
 
 def ordinary_tokens(model, count: int = 16) -> torch.Tensor:
-    """[1, count] token ids, spread over the vocabulary, none of them special: what a model does to padding, whose
-    embedding may be 0, shows nothing."""
-    special = set()
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        listed = getattr(model.config, name, None)
-        special |= set(listed if isinstance(listed, list) else [listed])
-    ordinary = [token for token in range(model.get_input_embeddings().num_embeddings) if token not in special]
-    places = torch.linspace(0, len(ordinary) - 1, count + 2)[1:-1].long()  # without the ends
-    return torch.tensor(ordinary, device=model.device)[places.to(model.device)][None]
+    """[1, count] token ids, spread over the vocabulary: at both its ends are special tokens, and
+    padding, whose embedding may be 0, shows nothing."""
+    last = model.get_input_embeddings().num_embeddings - 1
+    return torch.linspace(0, last, count + 2, device=model.device)[1:-1].long()[None]
 
 
 def context_length(model) -> int:
@@ -158,15 +187,20 @@ def context_length(model) -> int:
     return int(getattr(model.config, "max_position_embeddings", 1 << 30))
 
 
+# Devices and lines --------------------------------------------------------------------------------
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """'auto' is CUDA where there is one, else Apple's MPS, else the CPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"device '{name}' cannot be used here ({why}): --device auto takes what there is") from None
+        raise UserError(
+            f"device '{name}' cannot be used here ({why}): --device auto takes what there is"
+        ) from None
     return torch.device(name)
 
 

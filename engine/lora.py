@@ -1,7 +1,7 @@
 """Low-rank adapters: one frozen base serves as policy, as reward and as reference (LoRA, Hu et al.
 2021, arXiv 2106.09685).
 
-    1. LoRALinear          W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
+    1. LoRALinear          W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] train
     2. adapt, trained      a model with an adapter of its own, whose frozen weights are the base's
     3. average             the mean of what was learnt with its start
     4. with_head           the paper's reward head on a base, sharing it too
@@ -52,7 +52,7 @@ class LoRALinear(nn.Module):
 
 
 def adapt(base: nn.Module, rank: int, alpha: float, generator=None) -> nn.Module:
-    """A model that computes what `base` computes, plus an adapter on every attention and MLP matrix.
+    """A model that computes what `base` computes, plus an adapter on every matrix of its layers.
 
     All that is frozen is `base`'s own tensors, not copies: it freezes `base`. Embeddings and output
     matrix, often one, have no adapter. A head (with_head) is trained in full, in float32.
@@ -68,7 +68,7 @@ def adapt(base: nn.Module, rank: int, alpha: float, generator=None) -> nn.Module
         del norm.weight
         norm.register_buffer("weight", weight)
     if hasattr(model, "score"):
-        model.score.float().requires_grad_(True).register_forward_pre_hook(_in_float32)
+        model.score.float().requires_grad_(True)
     modules = list(model.base_model.named_modules())
     matrices = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
     if not matrices:
@@ -81,13 +81,8 @@ def adapt(base: nn.Module, rank: int, alpha: float, generator=None) -> nn.Module
     return model
 
 
-def _in_float32(module: nn.Module, inputs: tuple[torch.Tensor, ...]):
-    """A forward hook: the head's input, whatever the base is."""
-    return (inputs[0].float(),)
-
-
 def share(model: nn.Module) -> nn.Module:
-    """A copy of the tree of modules around the very same frozen parameters; what trains is copied."""
+    """A copy of the tree of modules around the same frozen parameters; what trains is copied."""
     frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, frozen)  # its memo, {id: copy}: these are their own copies
 

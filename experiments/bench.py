@@ -53,6 +53,7 @@ FLAGS = (
 )
 SIZES = "--questions 32 --group 8"  # of a step on the shipped base
 LARGE_SIZES = "--questions 3 --group 8 --max-new-tokens 128"  # on another model
+SMALL = dict(N=512, V=32_768, H=256)
 PARTS = ("right", "run", "logprob", "sample", "step", "memory")
 
 # Rounds and ratios --------------------------------------------------------------------------------
@@ -416,7 +417,6 @@ def turn_on(results: dict) -> list[str]:
 
 def parts(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], dict]]:
     """{part: what measures it}, of all parts that can run here."""
-    small = dict(N=512, V=32_768, H=256)
     large = dict(N=4096 if device.type == "cuda" else 512, V=V, H=896)
     sizes = SIZES if args.model == "base" else LARGE_SIZES
     s = parse_settings(f"{FLAGS} {sizes} --model {args.model}".split())
@@ -434,9 +434,9 @@ def parts(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[
         return run_some_steps(loop, 3 if args.quick else 20)
 
     measures = {
-        "right": partial(right, device, small),
+        "right": partial(right, device, SMALL),
         "run": run,
-        "logprob": partial(time_logprobs, device, small if args.quick else large, args.rounds),
+        "logprob": partial(time_logprobs, device, SMALL if args.quick else large, args.rounds),
         "sample": partial(time_sampling, s, load(), tokenizer, examples, args.rounds),
         "memory": partial(measure_memory, tokenizer, device),
     }

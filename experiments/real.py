@@ -44,8 +44,8 @@ import data
 import policy
 import rerank
 import train
-from engine import checkpoint, loading, lora
 from candidates import collect, from_texts, without_cut_off
+from engine import checkpoint, loading, lora
 from engine.chat import chat_text, prompt_tokens, set_date, token_ids
 from engine.errors import Parser, UserError, exit_status
 from engine.settings import parse_settings
