@@ -23,7 +23,7 @@ own.
     one thing broken              perturb               perturbations_change_something_and_are_wrong
     a copy that is still right    meaning               a_copy_that_is_still_right_is_none
     an error that is carried on   carry_error           every_equation_of_a_carried_copy_is_true
-    what is an old result         Values                later_uses_are_replaced_and_nothing_else
+    what is an old result         carry_on              later_uses_are_replaced_and_nothing_else
     the first changed token       perturbed_negatives   perturbed_negatives_count_from_the_first_..
 
 Run `python negatives.py` to see one example of each kind. Numbers and equations are read in
@@ -86,11 +86,8 @@ def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Examp
     """
     if kind == "both":
         kind = rng.choice(("broken", "carried"))
-    kinds = [kind]
-    if kind in ("broken", "carried"):
-        kinds = rng.sample(list(BROKEN), len(BROKEN))
-    if kind == "carried":
-        kinds.insert(0, kind)
+    shuffled = rng.sample(list(BROKEN), len(BROKEN))
+    kinds = {"broken": shuffled, "carried": ["carried", *shuffled]}.get(kind, [kind])
     for one in kinds:
         # Nearly always the first attempt will do. Others put 7/1 in the place of 7*1.
         for _ in range(ATTEMPTS):
@@ -139,11 +136,6 @@ def break_operator(example: Example, rng: random.Random) -> tuple[str, str] | No
     if not places:
         return None
     at = rng.choice(places)
-    # x*1 and x/1 come to the same, and x+0 and x-0, whether a result is written or not
-    if re.match(
-        r"(?:[-+] ?\$?0|[*/×÷] ?\$?1)(?:\.0{1,6})?(?![0-9]|[.,][0-9])", trace[at : at + 20]
-    ):
-        return trace, example.answer
     return trace[:at] + INVERSE[trace[at]] + trace[at + 1 :], example.answer
 
 
@@ -229,30 +221,14 @@ BROKEN = {
 LABEL = r"(?m:^)[ \t]{0,8}[0-9]{1,9}[.):](?=\s)|(?i:step|stage|part|no\.|#) ?[0-9]{1,9}"
 ALONE = rf"(?<!\w)(?<!\w[-–:/.,])(?<![-–]){NUMBER}(?! ?%|\w|[:/.,]\w|[-–][0-9])"
 MARK = "<<[^<>]{0,200}>>"
+ABSURD = 10  # how many times the largest number of an example a copy's may be
 PART = re.compile(
     rf"(?P<equation>{MARK}[ $€£]{{0,3}}{NUMBER}|{EQUATION})|{LABEL}|(?P<number>{ALONE})"
 )
 CALCULATION = re.compile(
-    rf"(?:<<)?(?P<expression>{EXPRESSION})=(?:[^<>]{{0,200}}>>)?"
-    rf"[ $€£]{{0,3}}(?P<result>{NUMBER})[) ]{{0,4}}"
+    rf"(?P<mark><<)?(?P<expression>{EXPRESSION})"
+    rf"(?P<equals>=(?:[^<>]{{0,200}}>>)?[ $€£]{{0,3}})(?P<result>{NUMBER})(?P<end>[) ]{{0,4}})"
 )
-
-# Values that words bring in: nobody can tell a result of 2 from "both".
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-WORD_VALUES = {word: value for value, word in enumerate(WORDS)} | {
-    "half": 2,
-    "twice": 2,
-    "double": 2,
-    "both": 2,
-    "third": 3,
-    "triple": 3,
-    "quarter": 4,
-    "dozen": 12,
-    "percent": 100,
-    "%": 100,
-}
-
-ABSURD = 10  # a carried number may be this times the largest one of question and trace
 
 
 def carry_error(example: Example, rng: random.Random) -> tuple[str, str] | None:
@@ -279,17 +255,18 @@ def carry_error(example: Example, rng: random.Random) -> tuple[str, str] | None:
     # The answer is the result of the last calculation that has its value.
     while calculations and read_number(parts[calculations[-1]]["result"]) != answer:
         calculations.pop()
+    limit = ABSURD * max(map(read_number, re.findall(NUMBER, text)), default=0)
     for _ in range(ATTEMPTS * bool(calculations)):
-        values = Values(text)
         try:
-            changes = draw_change(text, parts, rng.choice(calculations), values, rng)
-            changed = carry_on(text, parts, changes, values)
-            result = values.write(values.new[answer], numbers[0])
-        # ValueError: nobody can tell what would have to follow, or something absurd would.
+            changes = draw_change(text, parts, rng.choice(calculations), rng)
+            changed, values = carry_on(text, parts, changes)
+            result = write_number(values[answer], numbers[0])
+        # ValueError: nobody can tell what would have to follow, or it cannot be written.
         # KeyError: the answer is what it was.
         except (ValueError, KeyError):
             continue
-        return re.sub(MARK, "", changed[begin:]), example.answer.replace(numbers[0], result)
+        if max(values.values()) <= limit:
+            return re.sub(MARK, "", changed[begin:]), example.answer.replace(numbers[0], result)
     return None
 
 
@@ -315,59 +292,16 @@ def read_parts(text: str) -> list[re.Match]:
     parts = []
     for part in PART.finditer(text):
         calculation = CALCULATION.fullmatch(text, *part.span())
-        true = calculation and evaluate(calculation["expression"]) == read_number(calculation[2])
-        if true:
+        if calculation and evaluate(calculation["expression"]) == read_number(
+            calculation["result"]
+        ):
             parts.append(calculation)
         elif part.lastgroup:
             parts.append(part)
     return parts
 
 
-class Values:
-    """Which value has become which, while a text is read from left to right.
-
-    A later number is an old result if it has exactly its value, and this is not the value of
-    another number too: of one that a word brings in, or that stood there before.
-    """
-
-    def __init__(self, text: str):
-        words = re.findall("[a-z]{3,7}|%", text.lower())
-        numbers = re.findall(NUMBER, text)
-        self.new: dict[Fraction, Fraction] = {}  # value of an old result -> that of the new one
-        self.known = {WORD_VALUES[word] for word in words if word in WORD_VALUES}
-        self.limit = ABSURD * max(map(read_number, numbers))
-
-    def follow(self, number: re.Match) -> str:
-        """What has to stand in the place of a number."""
-        value = read_number(number[0])
-        if value not in self.new:
-            self.known.add(value)
-            return number[0]
-        if value in self.known:
-            raise ValueError("another number has the same value")
-        return self.write(self.new[value], number[0])
-
-    def learn(self, old: Fraction, result: Fraction) -> None:
-        """A calculation with the result `old` now has this one."""
-        if result == old or self.new.get(old, result) != result:
-            self.known.add(old)  # this one is no old result, or there are two that differ
-        if result != old or old in self.new:
-            self.new[old] = result
-
-    def write(self, value: Fraction, like: str) -> str:
-        """A number in the place of an old one. What its looks would give away is refused: negative,
-        zero, far larger than all others, broken where the expert's is whole."""
-        if value == read_number(like):
-            return like
-        text = write_number(value, like)
-        if text is None or not 0 < value <= self.limit:
-            raise ValueError("it is absurd here")
-        return text
-
-
-def draw_change(
-    text: str, parts: list[re.Match], index: int, values: Values, rng: random.Random
-) -> dict[int, str]:
+def draw_change(text: str, parts: list[re.Match], index: int, rng: random.Random) -> dict[int, str]:
     """Another operand or operator in one calculation: {index of a part: its new number or
     expression}."""
     expression = parts[index]["expression"]
@@ -377,15 +311,15 @@ def draw_change(
         new = INVERSE[old[0]]
     else:
         # With equal chance a number that stands before it, or its own digits changed.
-        new = change_digits(old[0], digit_spans(old[0])[0], rng)
+        other = change_digits(old[0], digit_spans(old[0])[0], rng)
         before = re.findall(NUMBER, text[: parts[index].start()])
         if before and rng.random() < 0.5:
-            new = rng.choice(before)
-        new = values.write(read_number(new), old[0])
+            other = rng.choice(before)
+        new = write_number(read_number(other), old[0])
         # "At $5 a bid there were 50/5 bids": where the words tell the operand, it changes, too.
         for i in words_with(text, parts, index, read_number(old[0])):
-            changes[i] = values.write(read_number(new), parts[i][0])
-    if parts[index][0].startswith("<<") and not changes:
+            changes[i] = write_number(read_number(other), parts[i][0])
+    if parts[index]["mark"] and not changes:
         raise ValueError("the change would stand in the mark alone")
     changes[index] = expression[: old.start()] + new + expression[old.end() :]
     return changes
@@ -402,33 +336,54 @@ def words_with(text: str, parts: list[re.Match], index: int, value: Fraction) ->
     ]
 
 
-def carry_on(text: str, parts: list[re.Match], changes: dict[int, str], values: Values) -> str:
-    """The text after some changes, and after all that follows from them."""
+def carry_on(
+    text: str, parts: list[re.Match], changes: dict[int, str]
+) -> tuple[str, dict[Fraction, Fraction]]:
+    """(the text after some changes and all that follows from them, {value of an old result: that of
+    the new one}).
+
+    A later number is an old result if it has exactly its value, and this is not the value of
+    another number that stood there before.
+    """
+    new: dict[Fraction, Fraction] = {}
+    others: set[Fraction] = set()  # values of numbers that are no old result
+
+    def follow(number: re.Match) -> str:
+        """What has to stand in the place of a number."""
+        value = read_number(number[0])
+        if value not in new:
+            others.add(value)
+            return number[0]
+        if value in others:
+            raise ValueError("another number has the same value")
+        return write_number(new[value], number[0])
+
     pieces = []
     behind = 0
     for i, part in enumerate(parts):
         pieces.append(text[behind : part.start()])
         behind = part.end()
-        if part.re is CALCULATION:
-            expression = re.sub(NUMBER, values.follow, part["expression"])
-            expression = changes.get(i, expression)
-            result = evaluate(expression)
-            old = read_number(part["result"])
-            if result is None or (result != old and words_with(text, parts, i, old)):
-                raise ValueError("it divides by zero, or the words tell it before it is calculated")
-            values.learn(old, result)
-            pieces.append(text[part.start() : part.start("expression")])
-            pieces.append(expression)
-            pieces.append(text[part.end("expression") : part.start("result")])
-            pieces.append(values.write(result, part["result"]))
-            pieces.append(text[part.end("result") : part.end()])
-        else:
-            new = re.sub(NUMBER, values.follow, part[0])
-            if part["equation"] and new != part[0]:
+        if part.re is not CALCULATION:
+            followed = re.sub(NUMBER, follow, part[0])
+            if part["equation"] and followed != part[0]:
                 raise ValueError("an equation that is no exact calculation uses it")  # 10/3 = 3.33
-            pieces.append(changes.get(i, new))
+            pieces.append(changes.get(i, followed))
+            continue
+        expression = re.sub(NUMBER, follow, part["expression"])
+        expression = changes.get(i, expression)
+        old = read_number(part["result"])
+        value = evaluate(expression)
+        result = part["result"]
+        if value == old or new.get(old, value) != value:
+            others.add(old)  # it is no old result, or there are two that differ
+        if value != old or old in new:
+            result = write_number(value, result)
+            new[old] = value
+            if words_with(text, parts, i, old):
+                raise ValueError("the words tell it before it is calculated")
+        pieces.append(f"{part['mark'] or ''}{expression}{part['equals']}{result}{part['end']}")
     pieces.append(text[behind:])
-    return "".join(pieces)
+    return "".join(pieces), new
 
 
 CHANGES = BROKEN | {"carried": carry_error}
