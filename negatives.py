@@ -1,29 +1,22 @@
 """Negatives that cost no sampling: an expert's own trace with something wrong in it.
 
 The discriminator of Algorithm 1 (arXiv 2510.01857) learns from experts and negatives. Most
-negatives are samples of the policy; the paper adds perturbed experts. They are written in the
-expert's own style, so that style tells nothing, and nobody has to say which trace is right: an
-expert's trace in which something was changed is wrong.
+negatives are samples of the policy; the paper adds perturbed experts. Nobody has to say which trace
+is right: an expert's trace in which something was changed is wrong.
 
-    broken    one thing changes, everything else stays:      one thing is enough to see it, and
-              a number, an operator, the answer, a swap      all that follows contradicts it
-    carried   one calculation changes, its result is         every equation is true, only the
-              computed anew, and all that used it follows,   reasoning is wrong: so are a model's
-              to the answer                                  own errors
+    expert             broken             carried
+    3*12=36            3*12=36            3*14=42        the error
+    24+36=60           24-36=60           24+42=66
+    60-9=51  -> 51     60-9=51  -> 51     66-9=57  -> 57
 
-              expert             broken             carried
-              3*12=36            3*12=36            3*14=42
-              24+36=60           24-36=60           24+42=66
-              60-9=51  -> 51     60-9=51  -> 51     66-9=57  -> 57
-
-Negative is only what follows from the first changed token on: what stands before it is the expert's
-own.
+broken: one thing changes, everything else stays. carried: one calculation changes, its result is
+computed anew, and all that used it follows, to the answer.
 
     what                          where                 test, in tests/test_negatives.py
     one thing broken              perturb               perturbations_change_something_and_are_wrong
     a copy that is still right    meaning               a_copy_that_is_still_right_is_none
     an error that is carried on   carry_error           every_equation_of_a_carried_copy_is_true
-    what is an old result         Values                later_uses_are_replaced_and_nothing_else
+    what is an old result         carry_on              later_uses_are_replaced_and_nothing_else
     the first changed token       perturbed_negatives   perturbed_negatives_count_from_the_first_..
 
 Run `python negatives.py` to see one example of each kind. Numbers and equations are read in
@@ -67,10 +60,13 @@ INVERSE = {
     "–": "+",
 }
 
-ATTEMPTS = 20  # at a change that makes a trace wrong
+# How often one kind of change is tried before the next kind's turn comes.
+ATTEMPTS = 20
 
 
 # 1. One thing broken ------------------------------------------------------------------------------
+# Copies are written in the expert's own style, so that style tells the discriminator nothing. One
+# thing is enough to see that a broken copy is wrong, and all that follows contradicts it.
 
 
 def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Example | None:
@@ -86,20 +82,19 @@ def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Examp
     """
     if kind == "both":
         kind = rng.choice(("broken", "carried"))
-    kinds = [kind]
-    if kind in ("broken", "carried"):
-        kinds = rng.sample(list(BROKEN), len(BROKEN))
-    if kind == "carried":
-        kinds.insert(0, kind)
+    # The kinds to try, in this order: a trace without an operator still has numbers.
+    shuffled = rng.sample(list(BROKEN), len(BROKEN))
+    kinds = {"broken": shuffled, "carried": ["carried", *shuffled]}.get(kind, [kind])
     for one in kinds:
-        # Nearly always the first attempt will do. Others put 7/1 in the place of 7*1.
+        # Nearly always the first attempt will do. Some put 7/1 in the place of 7*1, or swap the
+        # numbers of 3+4=7: what they say is as right as before, so it is no negative.
         for _ in range(ATTEMPTS):
             changed = CHANGES[one](example, rng)
             if changed is None:
                 break
             trace, answer = changed
             if answer != example.answer or meaning(trace) != meaning(example.trace):
-                # The expert's tokens, and its marks, tell of the old trace.
+                # The prompt stays. The expert's response tokens and marks tell of the old trace.
                 return replace(example, trace=trace, answer=answer, marks=(), response=[])
     return None
 
@@ -121,7 +116,8 @@ def meaning(trace: str) -> str:
     return re.sub(EQUATION, shortened, trace)
 
 
-# Each of the four returns the copy's trace and answer; None where there is nothing of its kind.
+# Each of the four returns the copy's trace and answer; None where there is nothing of its kind. An
+# attempt that fails returns the expert's own, and `perturb` tries again.
 
 
 def break_number(example: Example, rng: random.Random) -> tuple[str, str] | None:
@@ -139,11 +135,6 @@ def break_operator(example: Example, rng: random.Random) -> tuple[str, str] | No
     if not places:
         return None
     at = rng.choice(places)
-    # x*1 and x/1 come to the same, and x+0 and x-0, whether a result is written or not
-    if re.match(
-        r"(?:[-+] ?\$?0|[*/×÷] ?\$?1)(?:\.0{1,6})?(?![0-9]|[.,][0-9])", trace[at : at + 20]
-    ):
-        return trace, example.answer
     return trace[:at] + INVERSE[trace[at]] + trace[at + 1 :], example.answer
 
 
@@ -158,7 +149,9 @@ def break_answer(example: Example, rng: random.Random) -> tuple[str, str] | None
     if others:
         other = rng.choice(others)
         letter = re.fullmatch(r"\(?([A-Za-z])[.):]?", answer)
-        if letter and right is not None and answer not in options:  # and it stays a letter
+        # A letter stays one: "(b)" becomes "(c)", not the third option's text. With the options
+        # B12, C and D an answer "C" is the vitamin.
+        if letter and right is not None and answer not in options:
             shifted = chr(ord(letter[1]) + options.index(other) - right)
             other = answer.replace(letter[1], shifted)
         return example.trace, other
@@ -175,7 +168,8 @@ def swap_numbers(example: Example, rng: random.Random) -> tuple[str, str] | None
         return None
     (a, b), (c, d) = sorted(rng.sample(spans, 2))
     equal = trace[a:b].lstrip("0") == trace[c:d].lstrip("0")  # 7 and 07
-    # All that stands between is of a sum, or of a product, whether its result is written or not.
+    # In a sum, and in a product, nothing changes (and where no result is written, `meaning` sees no
+    # equation). The pattern skips a few pairs too many: those of 21 and 5 in "=21\n5*6".
     commutes = re.fullmatch(r"([\s\d]*\+)+\s*|([\s\d]*[*×])+\s*", trace[b:c])
     if equal or commutes:
         return trace, example.answer
@@ -184,6 +178,7 @@ def swap_numbers(example: Example, rng: random.Random) -> tuple[str, str] | None
 
 def digit_spans(text: str) -> list[tuple[int, int]]:
     """Where the whole numbers of a text begin and end; 2.50 is two."""
+    # ASCII alone: \d would match the digits of every script.
     return [match.span() for match in re.finditer("[0-9]+", text)]
 
 
@@ -193,7 +188,8 @@ def change_digits(text: str, span: tuple[int, int], rng: random.Random) -> str:
     start, end = span
     digits = text[start:end]
     changed = digits
-    # Compared as text: Python makes no integer of more than 4,300 digits.
+    # Compared as text: Python makes no integer of more than 4,300 digits. A number that gets a
+    # leading zero would be known by its looks.
     while changed == digits or (changed[0] == "0" and digits[0] != "0" and len(digits) > 1):
         if rng.random() < 0.5:
             place = rng.randrange(len(digits))
@@ -213,46 +209,37 @@ BROKEN = {
 
 
 # 2. An error that is carried on -------------------------------------------------------------------
-# From the demonstration alone: `a op b = c` as it stands in the text; and where a data set marks
-# its calculations (GSM8K's <<48/2=24>>, which tasks/records.py keeps) those told in words, too.
+# Every equation of such a copy is true, only the reasoning is wrong. So are a model's own errors:
+# arithmetic alone does not find them. It is made from the demonstration alone: from `a op b = c` as
+# it stands in the text, and, where a data set marks its calculations (GSM8K's <<48/2=24>>, which
+# tasks/records.py keeps), from those told in words, too.
 #
-#     48/2 = 24 in May.               84/2 = 42 in May.
-#     Twice the 24 is <<24*2=48>>48   Twice the 42 is <<42*2=84>>84
+#     48/2 = 24 in May.                   84/2 = 42 in May.
+#     Twice the 24 is <<24*2=48>>48.      Twice the 42 is <<42*2=84>>84.
 #
 # Question and trace are read once from left to right, part by part. Where 48 becomes 84 in one
 # calculation, its result 24 becomes 42; from there on each 24 becomes 42, and what uses it is
-# computed anew.
+# computed anew. Where nobody can tell whether a 24 is that result or another number, the change is
+# given up, and another one is tried.
 
 # A number of a sentence that counts or measures something. Not what is part of a date, a time, a
-# fraction, an ordinal, a range or a name (5/24, 24:00, 24th, B12); nor, read first and left alone,
-# the label of a list or of a step.
-LABEL = r"(?m:^)[ \t]{0,8}[0-9]{1,9}[.):](?=\s)|(?i:step|stage|part|no\.|#) ?[0-9]{1,9}"
+# fraction, an ordinal, a range or a name: 5/24, 24:00, 24th, 20-24, B12.
 ALONE = rf"(?<!\w)(?<!\w[-–:/.,])(?<![-–]){NUMBER}(?! ?%|\w|[:/.,]\w|[-–][0-9])"
+# The label of a list or of a step, "2. Then", "in step 2", is read before ALONE is tried, and left
+# as it is.
+LABEL = r"(?m:^)[ \t]{0,8}[0-9]{1,9}[.):](?=\s)|(?i:step|stage|part|no\.|#) ?[0-9]{1,9}"
 MARK = "<<[^<>]{0,200}>>"
 PART = re.compile(
     rf"(?P<equation>{MARK}[ $€£]{{0,3}}{NUMBER}|{EQUATION})|{LABEL}|(?P<number>{ALONE})"
 )
+# Written, 48/2 = $24, or marked, <<48/2=24>>$24. Its groups are the whole of it.
 CALCULATION = re.compile(
-    rf"(?:<<)?(?P<expression>{EXPRESSION})=(?:[^<>]{{0,200}}>>)?"
-    rf"[ $€£]{{0,3}}(?P<result>{NUMBER})[) ]{{0,4}}"
+    rf"(?P<mark><<)?(?P<expression>{EXPRESSION})"
+    rf"(?P<equals>=(?:[^<>]{{0,200}}>>)?[ $€£]{{0,3}})(?P<result>{NUMBER})(?P<end>[) ]{{0,4}})"
 )
 
-# Values that words bring in: nobody can tell a result of 2 from "both".
-WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-WORD_VALUES = {word: value for value, word in enumerate(WORDS)} | {
-    "half": 2,
-    "twice": 2,
-    "double": 2,
-    "both": 2,
-    "third": 3,
-    "triple": 3,
-    "quarter": 4,
-    "dozen": 12,
-    "percent": 100,
-    "%": 100,
-}
-
-ABSURD = 10  # a carried number may be this times the largest one of question and trace
+# A copy's numbers may be this times the largest of the example: size alone shall not tell it.
+ABSURD = 10
 
 
 def carry_error(example: Example, rng: random.Random) -> tuple[str, str] | None:
@@ -266,6 +253,7 @@ def carry_error(example: Example, rng: random.Random) -> tuple[str, str] | None:
     >>> carry_error(expert, random.Random(1))
     ('3*3=9\\n24+9=33\\nSo she has 33 pens.', '33 pens')
     """
+    # An answer without a number, or with two of them, is no result of a calculation.
     numbers = re.findall(NUMBER, example.answer)
     if len(numbers) != 1:
         return None
@@ -276,31 +264,35 @@ def carry_error(example: Example, rng: random.Random) -> tuple[str, str] | None:
     calculations = [
         i for i, part in enumerate(parts) if part.re is CALCULATION and part.start() >= begin
     ]
-    # The answer is the result of the last calculation that has its value.
+    # The answer comes from the last calculation with its value. A change behind it reaches nothing.
     while calculations and read_number(parts[calculations[-1]]["result"]) != answer:
         calculations.pop()
+    limit = ABSURD * max(map(read_number, re.findall(NUMBER, text)), default=0)
+    # Some changes cannot be carried on, such as 48/5 in the place of 48/2: 24 was whole, 9.6 is not.
     for _ in range(ATTEMPTS * bool(calculations)):
-        values = Values(text)
         try:
-            changes = draw_change(text, parts, rng.choice(calculations), values, rng)
-            changed = carry_on(text, parts, changes, values)
-            result = values.write(values.new[answer], numbers[0])
-        # ValueError: nobody can tell what would have to follow, or something absurd would.
-        # KeyError: the answer is what it was.
+            changes = draw_change(text, parts, rng.choice(calculations), rng)
+            changed, values = carry_on(text, parts, changes)
+            result = write_number(values[answer], numbers[0])
+        # ValueError: nobody can tell what would have to follow, or a number cannot be written.
+        # KeyError: the answer's value has not become another one.
         except (ValueError, KeyError):
             continue
-        return re.sub(MARK, "", changed[begin:]), example.answer.replace(numbers[0], result)
+        if values[answer] != answer and max(values.values()) <= limit:
+            return re.sub(MARK, "", changed[begin:]), example.answer.replace(numbers[0], result)
     return None
 
 
 def whole_text(example: Example) -> str:
-    """Question and trace, with the marks in their places again, but for those of a calculation that
-    is written out anyway."""
+    """Question and trace, with the marks in their places again."""
+    # Where the calculation is written out in the trace, its mark would say the same once more, and
+    # tear it in two: 48/2 = <<48/2=24>>24.
     text = f"{example.question}\n{example.trace}"
     written: set[int] = set()
     for part in read_parts(text):
         if part.lastgroup != "number" and re.search(OPERATOR, part[0]):
             written.update(range(*part.span()))
+    # From the last mark to the first: the places of the others stay what they are.
     for place, mark in sorted(example.marks, reverse=True):
         start = len(example.question) + 1 + place
         if start not in written:
@@ -314,60 +306,19 @@ def read_parts(text: str) -> list[re.Match]:
     else has an equals sign (with a group "equation"), in their order."""
     parts = []
     for part in PART.finditer(text):
+        # Calculations that are rounded or wrong, and equations with several signs, remain what PART
+        # says: an "equation".
         calculation = CALCULATION.fullmatch(text, *part.span())
-        true = calculation and evaluate(calculation["expression"]) == read_number(calculation[2])
-        if true:
+        if calculation and evaluate(calculation["expression"]) == read_number(
+            calculation["result"]
+        ):
             parts.append(calculation)
         elif part.lastgroup:
             parts.append(part)
     return parts
 
 
-class Values:
-    """Which value has become which, while a text is read from left to right.
-
-    A later number is an old result if it has exactly its value, and this is not the value of
-    another number too: of one that a word brings in, or that stood there before.
-    """
-
-    def __init__(self, text: str):
-        words = re.findall("[a-z]{3,7}|%", text.lower())
-        numbers = re.findall(NUMBER, text)
-        self.new: dict[Fraction, Fraction] = {}  # value of an old result -> that of the new one
-        self.known = {WORD_VALUES[word] for word in words if word in WORD_VALUES}
-        self.limit = ABSURD * max(map(read_number, numbers))
-
-    def follow(self, number: re.Match) -> str:
-        """What has to stand in the place of a number."""
-        value = read_number(number[0])
-        if value not in self.new:
-            self.known.add(value)
-            return number[0]
-        if value in self.known:
-            raise ValueError("another number has the same value")
-        return self.write(self.new[value], number[0])
-
-    def learn(self, old: Fraction, result: Fraction) -> None:
-        """A calculation with the result `old` now has this one."""
-        if result == old or self.new.get(old, result) != result:
-            self.known.add(old)  # this one is no old result, or there are two that differ
-        if result != old or old in self.new:
-            self.new[old] = result
-
-    def write(self, value: Fraction, like: str) -> str:
-        """A number in the place of an old one. What its looks would give away is refused: negative,
-        zero, far larger than all others, broken where the expert's is whole."""
-        if value == read_number(like):
-            return like
-        text = write_number(value, like)
-        if text is None or not 0 < value <= self.limit:
-            raise ValueError("it is absurd here")
-        return text
-
-
-def draw_change(
-    text: str, parts: list[re.Match], index: int, values: Values, rng: random.Random
-) -> dict[int, str]:
+def draw_change(text: str, parts: list[re.Match], index: int, rng: random.Random) -> dict[int, str]:
     """Another operand or operator in one calculation: {index of a part: its new number or
     expression}."""
     expression = parts[index]["expression"]
@@ -376,16 +327,19 @@ def draw_change(
     if old[0] in INVERSE:
         new = INVERSE[old[0]]
     else:
-        # With equal chance a number that stands before it, or its own digits changed.
-        new = change_digits(old[0], digit_spans(old[0])[0], rng)
+        # With equal chance a number of the question or of the trace so far (the wrong one of those
+        # at hand is a model's usual error), or its own digits changed.
+        other = change_digits(old[0], digit_spans(old[0])[0], rng)
         before = re.findall(NUMBER, text[: parts[index].start()])
         if before and rng.random() < 0.5:
-            new = rng.choice(before)
-        new = values.write(read_number(new), old[0])
-        # "At $5 a bid there were 50/5 bids": where the words tell the operand, it changes, too.
+            other = rng.choice(before)
+        new = write_number(read_number(other), old[0])
+        # "At $5 a bid there were 50/5 bids": where the words tell the operand, it changes, too. A
+        # mark's operands stand nowhere else.
         for i in words_with(text, parts, index, read_number(old[0])):
-            changes[i] = values.write(read_number(new), parts[i][0])
-    if parts[index][0].startswith("<<") and not changes:
+            changes[i] = write_number(read_number(other), parts[i][0])
+    # Else a reader would see another result and no reason for it.
+    if parts[index]["mark"] and not changes:
         raise ValueError("the change would stand in the mark alone")
     changes[index] = expression[: old.start()] + new + expression[old.end() :]
     return changes
@@ -402,33 +356,60 @@ def words_with(text: str, parts: list[re.Match], index: int, value: Fraction) ->
     ]
 
 
-def carry_on(text: str, parts: list[re.Match], changes: dict[int, str], values: Values) -> str:
-    """The text after some changes, and after all that follows from them."""
+def carry_on(
+    text: str, parts: list[re.Match], changes: dict[int, str]
+) -> tuple[str, dict[Fraction, Fraction]]:
+    """(the text after some changes and all that follows from them, {value of an old result: that of
+    the new one}).
+
+    A later number is an old result if it has exactly its value, and this is not the value of
+    another number that stood there before.
+    """
+    new: dict[Fraction, Fraction] = {}
+    # Values of numbers that are no old result: of a given 24, for example. Up to the change `new` is
+    # empty, so that every number is one of these.
+    others: set[Fraction] = set()
+
+    def follow(number: re.Match) -> str:
+        """What has to stand in the place of a number."""
+        value = read_number(number[0])
+        if value not in new:
+            others.add(value)
+            return number[0]
+        if value in others:
+            raise ValueError("another number has the same value")
+        return write_number(new[value], number[0])
+
     pieces = []
     behind = 0
     for i, part in enumerate(parts):
         pieces.append(text[behind : part.start()])
         behind = part.end()
-        if part.re is CALCULATION:
-            expression = re.sub(NUMBER, values.follow, part["expression"])
-            expression = changes.get(i, expression)
-            result = evaluate(expression)
-            old = read_number(part["result"])
-            if result is None or (result != old and words_with(text, parts, i, old)):
-                raise ValueError("it divides by zero, or the words tell it before it is calculated")
-            values.learn(old, result)
-            pieces.append(text[part.start() : part.start("expression")])
-            pieces.append(expression)
-            pieces.append(text[part.end("expression") : part.start("result")])
-            pieces.append(values.write(result, part["result"]))
-            pieces.append(text[part.end("result") : part.end()])
-        else:
-            new = re.sub(NUMBER, values.follow, part[0])
-            if part["equation"] and new != part[0]:
-                raise ValueError("an equation that is no exact calculation uses it")  # 10/3 = 3.33
-            pieces.append(changes.get(i, new))
+        if part.re is not CALCULATION:
+            followed = re.sub(NUMBER, follow, part[0])
+            # 10/3 = 3.33 is rounded, 2*3+4 = 6+4 = 10 has a result within: neither can follow.
+            if part["equation"] and followed != part[0]:
+                raise ValueError("an equation that is no exact calculation uses it")
+            pieces.append(changes.get(i, followed))
+            continue
+        # A calculation: first its operands follow, then its result.
+        expression = re.sub(NUMBER, follow, part["expression"])
+        expression = changes.get(i, expression)
+        old = read_number(part["result"])
+        value = evaluate(expression)
+        result = part["result"]
+        if value == old or new.get(old, value) != value:
+            # It is no old result, or there are two of this value that differ now.
+            others.add(old)
+        if value != old or old in new:
+            result = write_number(value, result)
+            new[old] = value
+            # "It takes 20 hours, because 1500/75 = 20": that 20 has been passed already.
+            if words_with(text, parts, i, old):
+                raise ValueError("the words tell it before it is calculated")
+        pieces.append(f"{part['mark'] or ''}{expression}{part['equals']}{result}{part['end']}")
     pieces.append(text[behind:])
-    return "".join(pieces)
+    return "".join(pieces), new
 
 
 CHANGES = BROKEN | {"carried": carry_error}
@@ -441,14 +422,16 @@ def perturbed_negatives(
     tokenizer, example: Example, count: int, rng: random.Random, kind: str = "broken"
 ) -> list[tuple[list[int], int]]:
     """At most `count` copies of a tokenised expert's trace with something wrong: (response tokens,
-    index of the first changed token). A copy with the expert's tokens is dropped: a no-op is no
-    negative."""
+    index of the first changed token)."""
     negatives = []
     for _ in range(count):
         copy = perturb(example, rng, kind)
-        if copy is None:  # nothing to change
+        # "He has three pens." with the answer "three" offers nothing to change.
+        if copy is None:
             continue
         ids = data.response_ids(tokenizer, data.response_text(copy.trace, copy.answer))
+        # Negative is only what follows from the first changed token on: what stands before it is
+        # the expert's own. Two texts may have the same tokens: a no-op is no negative.
         if ids != example.response:
             negatives.append((ids, first_difference(ids, example.response)))
     return negatives

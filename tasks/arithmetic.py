@@ -84,21 +84,23 @@ def value_of(node: ast.expr) -> Fraction:
     return OPERATIONS[type(node.op)](value_of(node.left), value_of(node.right))
 
 
-def write_number(value: Fraction, like: str) -> str | None:
-    """`value` as `like` is written: its commas, its cents, its percent sign. None if that takes
-    more decimals than `like` has.
+def write_number(value: Fraction | None, like: str) -> str:
+    """`value` as `like` is written: its commas, its cents, its percent sign. ValueError where its
+    looks would give it away: negative, zero, endless, with more decimals than `like` has.
 
-    >>> pairs = (("2400", "1,200"), ("3.5", "1.50"), ("1/4", ".50"), ("1/2", "20%"), ("5/2", "2"))
+    >>> pairs = (("2400", "1,200"), ("3.5", "1.50"), ("1/4", ".50"), ("1/2", "20%"))
     >>> [write_number(Fraction(value), like) for value, like in pairs]
-    ['2,400', '3.50', '.25', '50%', None]
+    ['2,400', '3.50', '.25', '50%']
     """
+    if value is None:
+        raise ValueError("it divides by zero")
     digits = like.rstrip(" %")
     sign = like[len(digits) :]
     if sign:
         value = value * 100
     decimals = len(digits.partition(".")[2])
-    if (value * 10**decimals).denominator != 1:
-        return None
+    if (value * 10**decimals).denominator != 1 or not 0 < value < 10**9:
+        raise ValueError(f"{value} cannot be written as {like} is")
     text = f"{float(value):,.{decimals}f}"
     if "," not in digits:
         text = text.replace(",", "")

@@ -137,10 +137,9 @@ def test_perturbing_text_answers_takes_another_option_and_nothing_else_to_break_
     "trace, answer, kind",
     [
         ("So 7*1 = 7", "7", "operator"),
-        ("7 bags * 1 = 7", "7", "operator"),
         ("It is $7 / $1.00 = 7", "7", "operator"),
         ("7+0=7", "7", "operator"),
-        ("7 - 0", "7", "operator"),
+        ("7 - 0 = 7", "7", "operator"),
         ("10+2-3 = 9", "9", "swap"),
         ("2+3*4 = 14", "14", "swap"),
         ("10-2-3 = 5", "5", "swap"),
@@ -253,11 +252,6 @@ def test_a_number_that_may_be_another_one_is_not_followed(question, trace):
     """The 24 of the last line may be the given one. So only the last line itself can go wrong."""
     for copy in carried_copies(Example(question, trace, "72")):
         assert copy.trace.split("\n")[:-1] == trace.split("\n")[:-1]
-
-
-def test_a_word_may_be_the_number():
-    example = Example("Two of 10 dogs.", "10/5 = 2\n10*2 = 20", "20")
-    assert all(copy.trace.startswith("10/5 = 2\n") for copy in carried_copies(example))
 
 
 @pytest.mark.parametrize(
@@ -482,9 +476,11 @@ def test_calculations(text, calculations):
     st.sampled_from(["5", "12.50", "1,200", ".5", "100.0", "7.25", "20%", "5 %"]),
 )
 def test_a_written_number_is_read_as_itself(value, like):
-    written = write_number(value, like)
-    if written is not None:
-        assert re.fullmatch(NUMBER, written) and read_number(written) == value
+    try:
+        written = write_number(value, like)
+    except ValueError:
+        return
+    assert re.fullmatch(NUMBER, written) and read_number(written) == value
 
 
 # any text at all ----------------------------------------------------------------------------------
