@@ -50,7 +50,7 @@ from engine.candidates import (
 from engine.chat import check_text, set_date
 from engine.errors import Parser, UserError, exit_status
 from engine.runs import read_settings
-from engine.settings import DEVICES, RULES, check_values
+from engine.settings import DEVICES, check_values
 from show.tables import show_choices, show_results
 from tasks import countdown, records
 from tasks.answers import group_answers
@@ -58,6 +58,7 @@ from tasks.answers import group_answers
 # Models trained on the demonstrations alone, whose log-probability is the baseline to beat: signal -> folder of a run
 JUDGES = {"sft_logprob": "sft", "sft_fair_logprob": "sft_fair"}
 LOGPROBS = ("logprob", *JUDGES)
+RULES = ("mean", "last", "lowest", "discounted")  # of trace_scores
 GAMMA = 0.9  # discount of a trace's later scores; the training's gamma is another matter
 VOTE_TEMPERATURE = 0.25  # of 1, 1/2 and 1/4 the best on validation questions of words
 VOTE_SUBSETS = 20  # subsets of n candidates that a majority vote is averaged over, where there are more

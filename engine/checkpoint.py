@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -73,6 +75,18 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+@contextmanager
+def locked(folder: Path):
+    """Have one run at a time write to a folder. The lock ends with the process, if not before."""
+    try:
+        with FileLock(folder / f".lock-{parallel.rank()}", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"another process is writing {folder}: wait for it, or give another --name"
+        ) from None
+
+
 # --- the state of a trainer -----------------------------------------------------------------------
 
 
@@ -84,14 +98,14 @@ def state_of(part):
         return part.getstate()
     if isinstance(part, torch.Generator):
         return part.get_state()
-    if not isinstance(part, torch.nn.Module):
-        return part.state_dict()
-    if parallel.rank() > 0:  # all ranks have the same models: the first one writes them
-        return {}
-    # What is frozen, under adapters, is loaded as at the start.
-    named = part.named_parameters(remove_duplicate=False)
-    frozen = {name for name, parameter in named if not parameter.requires_grad}
-    return {name: value for name, value in part.state_dict().items() if name not in frozen}
+    state = part.state_dict()
+    if isinstance(part, torch.nn.Module):
+        # All ranks have the same models: the first one writes them. What is frozen, under adapters,
+        # is loaded as at the start.
+        named = part.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        state = {name: state[name] for name in state if parallel.rank() == 0 and name not in frozen}
+    return state
 
 
 def put_state(trainer, name: str, state) -> None:
@@ -109,29 +123,23 @@ def put_state(trainer, name: str, state) -> None:
         parallel.send(list(part.state_dict().values()))
     else:
         if isinstance(part, torch.optim.Optimizer):  # JSON has made strings of parameters' numbers
-            moments = {int(number): values for number, values in state["state"].items()}
-            state = state | {"state": moments}
+            state["state"] = {int(number): state["state"][number] for number in state["state"]}
         part.load_state_dict(state)
 
 
 def trainer_state(trainer=None) -> dict:
     """All that training changes: by the names in the trainer's `changes`, and torch's own draws."""
-    parts = None
-    if trainer:
-        parts = {name: state_of(attrgetter(name)(trainer)) for name in trainer.changes}
+    names = trainer.changes if trainer else ()
+    parts = {name: state_of(attrgetter(name)(trainer)) for name in names}
     # A model's dropout draws from torch's global generators.
-    return {
-        "trainer": parts,
-        "random": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
+    cuda = torch.cuda.get_rng_state_all()
+    return {"trainer": parts, "random": torch.get_rng_state(), "cuda": cuda}
 
 
 def load_trainer(trainer, saved: dict) -> None:
     """All as it was when `trainer_state` was taken, in a trainer made from the same settings."""
-    if saved["trainer"]:
-        for name in trainer.changes:
-            put_state(trainer, name, saved["trainer"][name])
+    for name, state in saved["trainer"].items():
+        put_state(trainer, name, state)
     torch.set_rng_state(saved["random"])  # last: loading may have drawn from it
     torch.cuda.set_rng_state_all(saved["cuda"])
 
@@ -140,19 +148,13 @@ def load_trainer(trainer, saved: dict) -> None:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: finds what a bad disk or a torn copy does."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
+    """CRC-32 of a file, which is not read as a whole: finds what a bad disk or a torn copy does."""
+    return zlib.crc32(np.memmap(path, np.uint8, "r"))
 
 
 def of_this_rank(path: Path) -> Path:
     """The file of this name that this rank writes: state.json, state-rank1.json, .."""
-    if parallel.rank() == 0:
-        return path
-    return path.with_stem(f"{path.stem}-rank{parallel.rank()}")
+    return path.with_stem(path.stem + f"-rank{parallel.rank()}" * (parallel.rank() > 0))
 
 
 def write(state: dict, folder: Path) -> None:
@@ -218,20 +220,16 @@ def save(folder: Path, state: dict) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load(folder: Path) -> tuple[dict | None, str]:
-    """(the state of the newest checkpoint that can be read, its name), or (None, "").
-
-    That is if none was written yet. Raises UserError if there are some, and none can be read.
-    """
-    for path in reversed(numbered(folder)):
+def load(folder: Path) -> dict | None:
+    """The state of the newest checkpoint that can be read, or None if none was written yet."""
+    paths = numbered(folder)
+    for path in reversed(paths):
         try:
-            return read(path), path.name
+            return read(path)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            print(
-                f"checkpoint {path} is damaged ({error}): trying the one before it", file=sys.stderr
-            )
-    if numbered(folder):
+            print(f"checkpoint {path} is damaged ({error}): trying an older one", file=sys.stderr)
+    if paths:
         raise UserError(
             f"no checkpoint in {folder} can be read: remove {folder.parent} and start again"
         )
-    return None, ""
+    return None

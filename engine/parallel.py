@@ -67,12 +67,10 @@ def rank() -> int:
 
 def resume_command(name: str) -> str:
     """What a run goes on with."""
-    program = "python"
-    if world() > 1:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # torchrun's
-        program = f"torchrun --nproc-per-node={per_node}"
-        if per_node < world():
-            program += f" --nnodes={world() // per_node}"
+    if world() == 1:
+        return f"python train.py --resume --name {name}"
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])  # torchrun's
+    program = f"torchrun --nproc-per-node={per_node} --nnodes={world() // per_node}"
     return f"{program} train.py --resume --name {name}"
 
 
@@ -97,8 +95,7 @@ def check_same_folder(folder: Path) -> None:
 
 def wait() -> None:
     """Until all ranks are here."""
-    if world() > 1:
-        dist.barrier()
+    total(0)
 
 
 def share(items: list) -> list:
@@ -187,17 +184,14 @@ def sum_gradients(parameters: list) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]:
-        work.wait()
+        dist.all_reduce(parameter.grad)
 
 
 def send(tensors: list, ranks: int = 1) -> None:
     """Every tensor becomes rank 0's; with `ranks`, the i-th tensor becomes rank i % ranks's."""
-    if world() == 1:
-        return
-    sent = [dist.broadcast(tensor, i % ranks, async_op=True) for i, tensor in enumerate(tensors)]
-    for work in sent:
-        work.wait()
+    if world() > 1:
+        for i, tensor in enumerate(tensors):
+            dist.broadcast(tensor, i % ranks)
 
 
 def make_optimizer(kind: type, parameters: list, **options) -> torch.optim.Optimizer:

@@ -30,6 +30,7 @@ sees it.
 
 import copy
 import json
+import shutil
 import random
 import shlex
 import sys
@@ -306,7 +307,7 @@ def train_steps(job: Job, name: str, trainer, count: int, minutes: float = 0.0) 
     """Call trainer.step() `count` times, or as often as `minutes` allow by its first step; returns the metrics. A checkpoint
     is written when one has become worth its time, and gone on from."""
     folder = job.folder / "checkpoints" / name
-    saved, _ = checkpoint.load(folder)
+    saved = checkpoint.load(folder)
     log = {"metrics": [], "seconds": 0.0, "count": count}
 
     def plan(steps: int) -> None:  # the rates fall until the last step: it must be known
@@ -569,7 +570,7 @@ def run_stage(job: Job, stage: str) -> None:
     found["memory_gb"] = round(memory_gb(job.run.device), 2)
     job.results.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(job.results / f"{stage}.json", json.dumps(found) + "\n")
-    checkpoint.remove(job.folder / "checkpoints")
+    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     print(f"{stage}: {line}  ({found['seconds'] / 60:.1f} min, {found['memory_gb']:.1f} GB)", flush=True)
 
 
