@@ -45,26 +45,22 @@ def sync(path: Path) -> None:
 def new_folder(path: Path):
     """A folder to fill, which appears as `path` when rank 0 has filled it.
 
-    If anything goes wrong before, it does not appear, and one that is there already stays. A kill
-    leaves '.<name>.new', which the next call removes.
+    Until then one that is there already stays. A kill or an error leaves '.<name>.new', which the
+    next call removes.
     """
     temporary = path.with_name(f".{path.name}.new")
-    first = parallel.rank() == 0
-    try:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        parallel.wait()
-        yield temporary
-        if first:
-            for part in temporary.rglob("*"):
-                if part.is_file():
-                    sync(part)
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(temporary, path)
-        parallel.wait()
-    finally:
+    if parallel.rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    parallel.wait()
+    yield temporary
+    if parallel.rank() == 0:
+        for part in temporary.rglob("*"):
+            if part.is_file():
+                sync(part)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+    parallel.wait()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -207,7 +203,7 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, state: dict) -> None:
-    """Write the next checkpoint and drop all but two. If it cannot be written, the old ones stay."""
+    """Write the next checkpoint and drop all but two. If it fails, the old ones stay."""
     older = numbered(folder)
     number = 1 + max((int(path.name) for path in older), default=0)
     with new_folder(folder / f"{number:06d}") as new:

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,9 +71,8 @@ def in_one_line(s: Settings, folder: Path):
 class Keeper:
     """One run's progress, on the disk. `opened` is its life; each step ends with `after`."""
 
-    def __init__(self, folder: Path, s: Settings):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.s = s
         self.metrics = folder / "metrics.jsonl"
         self.signal = 0  # the one that was received
         self.save_seconds = 0.0
@@ -86,30 +84,31 @@ class Keeper:
             seconds={},  # of training, by method
             skipped={},  # updates that were left out, by method: [in all, steps in a row]
             results={"methods": {}, "reward": {}, "rerank": {}, "localise": {}},
-            lines=0,  # of metrics.jsonl
         )
 
     @contextmanager
-    def opened(self, date: str, made_with: dict, resume: bool):
+    def opened(self, settings: dict, made_with: dict, resume: bool):
         """The folder, locked for this process, at the newest checkpoint or at the beginning.
 
-        made_with: a checkpoint that was made with another device or other data is refused.
+        settings: for settings.json. made_with: a checkpoint that was made with another device or
+        other data is refused.
         """
         parallel.wait()  # all have seen that the folder is free
         self.folder.mkdir(parents=True, exist_ok=True)
         parallel.check_same_folder(self.folder)
         self.made_with = made_with
-        settings = asdict(self.s) | {"date": date}
         with checkpoint.locked(self.folder):
             if resume:
                 self.restore(settings)
             self.progress.results["settings"] = settings
             if parallel.rank() == 0:
                 checkpoint.write_text(self.folder / "settings.json", json.dumps(settings, indent=1))
-                # What a killed run wrote after its last checkpoint will be written again.
+                # A line for each step. What a killed run wrote after its last checkpoint will be
+                # written again.
                 self.metrics.touch()
                 lines = self.metrics.read_text().splitlines(keepends=True)
-                checkpoint.write_text(self.metrics, "".join(lines[: self.progress.lines]))
+                saved_lines = lines[: sum(self.progress.steps.values())]
+                checkpoint.write_text(self.metrics, "".join(saved_lines))
             self.saved_at = time.monotonic()
             yield
 
@@ -191,23 +190,28 @@ class Keeper:
 
         metrics: {stage: {name: value}}.
         """
-        values = {}
-        for stage, part in metrics.items():
-            values |= {f"{stage}/{name}": value for name, value in part.items()}
-        values = parallel.mean(values)
-        # All processes save and stop at the same step: by the first one's clock, if any is asked to.
-        due = parallel.total(parallel.rank() == 0 and self.save_is_due())
-        stop = int(-parallel.lowest(-self.signal))
+        values = parallel.mean(
+            {
+                f"{stage}/{name}": value
+                for stage, part in metrics.items()
+                for name, value in part.items()
+            }
+        )
+        # All processes save and stop at the same step: by the first one's clock, or when any of
+        # them is asked to.
+        due = parallel.gather(self.save_is_due())[0]
+        stop = max(parallel.gather(self.signal))
         self.progress.steps[method] = step
-        self.log({"method": method, "step": step}, values)
+        if parallel.rank() == 0:
+            self.log({"method": method, "step": step}, values)
         failed = self.count_skipped(method, values) == 3
         if failed or stop or due:
             self.save(trainer)
         if failed:
             raise UserError(
                 f"{method}: a loss or gradient was not finite in three steps in a row, up to step "
-                f"{step}. What is saved is as it was after the last good update. Go on with a lower "
-                "rate (or, if it is rewards that explode, a --reward-clip) beside "
+                f"{step}. What is saved is as it was after the last good update. Go on with a "
+                "lower rate (or, if it is rewards that explode, a --reward-clip) beside "
                 f"{parallel.resume_command(self.folder.name)}"
             )
         if stop:
@@ -222,12 +226,9 @@ class Keeper:
         return in_a_row
 
     def log(self, line: dict, values: dict) -> None:
-        """A line of metrics.jsonl, by the first process. What is not finite is null in JSON."""
-        self.progress.lines += 1
-        if parallel.rank() > 0:
-            return
+        """A line of metrics.jsonl, and some values beside the progress bar."""
         for name, value in values.items():
-            line[name] = value if math.isfinite(value) else None
+            line[name] = value if math.isfinite(value) else None  # JSON has no NaN
         with open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
         shown = {name.split("/")[1]: f"{values[name]:.3f}" for name in SHOWN if name in values}

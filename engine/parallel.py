@@ -83,19 +83,28 @@ def check_same_folder(folder: Path) -> None:
     if rank() == 0:
         mark.touch()
     wait()
-    blind = total(not mark.exists())
+    blind = gather(mark.exists()).count(False)
     if rank() == 0:
         mark.unlink()
     if blind:
         raise UserError(
-            f"{blind:.0f} of {world()} processes do not see {folder} of the first one: on several "
+            f"{blind} of {world()} processes do not see {folder} of the first one: on several "
             "machines start torchrun in a folder that all of them share (a network disk)"
         )
 
 
+def gather(value) -> list:
+    """What every rank has handed in here: all wait for each other, and all get the same list."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def wait() -> None:
     """Until all ranks are here."""
-    total(0)
+    gather(None)
 
 
 def share(items: list) -> list:
@@ -138,36 +147,25 @@ def rows(function, items: list) -> torch.Tensor:
 
     All get all rows, in order.
     """
-    if world() == 1:
-        return function(items)
-    parts = [None] * world()
-    dist.all_gather_object(parts, function(share(items)).cpu())
+    parts = gather(function(share(items)).cpu())
     return torch.stack([parts[i % world()][i // world()] for i in range(len(items))])
-
-
-def reduce(numbers: list, operation=dist.ReduceOp.SUM) -> list[float]:
-    """The sum (or what the operation says) over ranks of each number."""
-    if world() == 1:
-        return numbers
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, operation)
-    return tensor.tolist()
-
-
-def total_of(values: dict) -> dict:
-    """The sum over ranks of each number in a dictionary with the same keys on all of them."""
-    return dict(zip(values, reduce(list(values.values()))))
 
 
 def total(value: float) -> float:
     """The sum over ranks of one number."""
-    return reduce([value])[0]
+    first, *others = gather(value)
+    return sum(others, first)
+
+
+def total_of(values: dict) -> dict:
+    """The sum over ranks of each number in a dictionary with the same keys on all of them."""
+    first, *others = gather(values)
+    return {name: sum((other[name] for other in others), first[name]) for name in first}
 
 
 def lowest(value: float) -> float:
     """The smallest of one number over ranks."""
-    return reduce([value], dist.ReduceOp.MIN)[0]
+    return min(gather(value))
 
 
 def mean(metrics: dict) -> dict:

@@ -212,7 +212,7 @@ class Settings:
 # What each setting may be, where not anything goes
 MAY_BE = {f.name: f.metadata["may_be"] for f in fields(Settings) if f.metadata["may_be"]}
 
-# --- defaults: of any model, of a task, of a base that ships ---------------------------------------
+# --- defaults: of any model, of a task, of a base that ships --------------------------------------
 
 # For a pretrained model of some size. The rates are the customary ones: they are not tuned here.
 PRETRAINED = dict(
