@@ -17,7 +17,6 @@ from transformers import (
 
 import baselines
 import data
-import irl
 import train
 from engine import loading, lora, sampler
 from engine.errors import UserError, exit_status
