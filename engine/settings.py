@@ -389,16 +389,13 @@ def check_values(
     """
     for name, allowed in may_be.items():
         value = values.get(name)
-        if value is None:
-            continue
         if isinstance(allowed[0], str):
             good = value in allowed
             expected = f"one of {', '.join(allowed)}"
         else:
-            low, high = allowed
-            good = low <= value <= high  # of nan this is false
-            expected = f"from {low:,} to {high:,}"
-        if not good:
+            good = value is None or allowed[0] <= value <= allowed[1]  # of nan this is false
+            expected = f"from {allowed[0]:,} to {allowed[1]:,}"
+        if value is not None and not good:
             raise UserError(f"{shown(name)} must be {expected}, not {value!r}")
 
 
