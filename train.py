@@ -15,11 +15,12 @@ A run leaves in runs/<name>/: settings.json; metrics.jsonl, a line per step; res
 traces.json; report.html; and models that `from_pretrained` loads: policy/ (IRL's, or the only
 method's), reward/, and sft/, sft_fair/, likelihood/ and grpo/ of what else was trained.
 
-On one machine and one thread the same settings give the same numbers, bit for bit, with or without
-interruptions (engine/keeper.py). Another machine takes the sums in another order; a sampled token
-that falls otherwise then makes another run. Many GPUs share a run with torchrun --nproc-per-node=N
-train.py (engine/parallel.py).
+Many GPUs share a run with torchrun --nproc-per-node=N train.py (engine/parallel.py).
 """
+
+# On one machine and one thread the same settings give the same numbers, bit for bit, with or
+# without interruptions (engine/keeper.py). Another machine takes the sums in another order; a
+# sampled token that falls otherwise then makes another run.
 
 import datetime
 import json
@@ -27,7 +28,7 @@ import shutil
 import sys
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ import reward
 from engine import checkpoint, loading, lora, memory, parallel
 from engine.chat import set_date
 from engine.errors import UserError, exit_status
-from engine.keeper import Keeper, Stopped, in_one_line
+from engine.keeper import Keeper, in_one_line
 from engine.runs import run_folder, saved_settings
 from engine.settings import METHODS, Settings, complete, parse_flags
 from show import explain, report
@@ -69,7 +70,8 @@ def check_samples(
         )
         return candidates.correct
 
-    return parallel.rows(check, examples)  # each process samples for its share of the questions
+    # Each process samples for its share of the questions, and all get all of the result.
+    return parallel.rows(check, examples)
 
 
 def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dict:
@@ -77,13 +79,14 @@ def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dic
 
     Each share comes with its 95% bootstrap interval over questions.
     """
+    # The same random numbers for every method: what differs is the policy.
     generator = torch.Generator(model.device).manual_seed(parallel.seed(s.seed))
     sampled = check_samples(model, tokenizer, examples, EVAL_SAMPLES, 1.0, generator, s)  # [Q, n]
     greedy = check_samples(model, tokenizer, examples, 1, 0.0, generator, s)  # [Q, 1]
-    results = {}
+    results = {"pass@k": {}}
     for name, shares in (("t1", sampled), ("greedy", greedy)):
         results[name], *results[f"{name}_interval"] = rerank.bootstrap(shares.float().mean(1))
-    results["pass@k"] = {}
+    # The chance that one of k samples is right, from how many of EVAL_SAMPLES are.
     for k in (1, 2, 4):
         chances = [rerank.pass_at_k(EVAL_SAMPLES, int(right), k) for right in sampled.sum(1)]
         results["pass@k"][str(k)] = sum(chances) / len(chances)
@@ -94,11 +97,7 @@ def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dic
 
 
 class Run:
-    """One call of train.py: `go` takes its `phases` one after the other.
-
-    A run that goes on leaves out the phases that are finished, and enters the one that was cut off
-    where its last checkpoint was written.
-    """
+    """One call of train.py: settings, data, models; `go` trains and tests method after method."""
 
     def __init__(
         self, s: Settings, name: str = "demo", device: str = "auto", date: str | None = None
@@ -109,18 +108,19 @@ class Run:
         """
         self.s = s
         self.folder = run_folder(name)
+        # A template may name the day. A run that goes on tomorrow keeps that of its start.
         self.date = date or datetime.date.today().isoformat()
         self.device = loading.pick_device(device)
         if s.fused:
             logprob.use_fused(self.device)
         self.dtype = memory.weight_type(s.weights, s.lora_rank, self.device)
+        # torch's own numbers start a random head. All that is sampled has generators of its own.
         torch.manual_seed(s.seed)
         base, self.tokenizer = loading.load_policy(s.model, self.device, self.dtype)
         set_date(self.tokenizer, self.date)
         self.context = loading.context_length(base)
-        self.base = None
-        if s.lora_rank:
-            self.base = base  # kept: every adapter is put on this one copy
+        # With adapters the base is kept: every adapter is put on this one copy.
+        self.base = base if s.lora_rank else None
         self.load_data()
         # The trainers of this process go by its share of each step's questions, and draw random
         # numbers of its own.
@@ -136,9 +136,35 @@ class Run:
         What there is less of than was asked for is said, and what was used is kept (`counts`).
         """
         s = self.s
-        train = self.load_split("train", s.demonstrations + s.extra_questions)
-        self.validation = self.load_split("validation", VALIDATION_QUESTIONS)
-        self.test = self.load_split(s.test_split, s.eval_questions)
+        parts = []
+        # A shorter list is the beginning of a longer one: runs with more demonstrations have those
+        # of runs with fewer.
+        for split, count in (
+            ("train", s.demonstrations + s.extra_questions),
+            ("validation", VALIDATION_QUESTIONS),
+            (s.test_split, s.eval_questions),
+        ):
+            examples, n_too_long = data.load_fitting(
+                self.tokenizer,
+                self.context,
+                s.max_new_tokens,
+                s.data,
+                split,
+                count,
+                s.seed,
+                # A pretrained model has read words; the bases that ship read their own notation.
+                in_words=s.model not in loading.SHIPPED,
+            )
+            parts.append(examples)
+            if n_too_long:
+                print(
+                    f"{n_too_long} examples of {split} are longer than the model's context of "
+                    f"{self.context} tokens: skipped"
+                )
+        train, self.validation, self.test = parts
+        # Candidates take long: half of the test questions, and not more than are needed for narrow
+        # intervals.
+        self.reranked = self.test[: min(RERANK_QUESTIONS, (s.eval_questions + 1) // 2)]
 
         # Demonstrations are solved problems. Of extra questions no policy is shown a solution.
         experts = parallel.even(train[: s.demonstrations], "demonstrations")
@@ -148,21 +174,6 @@ class Run:
                 f"'{s.data}' has {len(experts)} demonstrations and {len(self.test)} {s.test_split} "
                 "questions: give a folder with train.jsonl and test.jsonl"
             )
-        for name, used, asked in (
-            ("demonstrations", experts, s.demonstrations),
-            ("extra questions", extra, s.extra_questions),
-            ("validation questions", self.validation, VALIDATION_QUESTIONS),
-            (f"{s.test_split} questions for the results", self.test, s.eval_questions),
-        ):
-            if len(used) < asked:
-                print(f"only {len(used)} {name} are there, not {asked}")
-        fewest = min(len(part) for part in (experts, self.test, self.validation) if part)
-        if fewest < parallel.world():
-            raise UserError(
-                f"{parallel.world()} processes need as many demonstrations, validation and test "
-                "questions"
-            )
-        self.reranked = self.test[: min(RERANK_QUESTIONS, (s.eval_questions + 1) // 2)]
         self.counts = {
             "demonstrations": len(experts),
             "extra_questions": len(extra),
@@ -170,40 +181,25 @@ class Run:
             "test": len(self.test),
             "reranked": len(self.reranked),
         }
-        # By this a resumed run knows its data.
+        # A number over fewer questions than were asked for must not look like one over all.
+        asked = (s.demonstrations, s.extra_questions, VALIDATION_QUESTIONS, s.eval_questions)
+        for (name, count), wanted in zip(self.counts.items(), asked):
+            if count < wanted:
+                print(f"{name.replace('_', ' ')}: only {count} are there, not {wanted}")
+        # By this a resumed run knows its data: with other examples it would not be the same run.
         self.data_sum = zlib.crc32(repr((experts, extra, self.validation, self.test)).encode())
         self.experts = parallel.share(data.tokenize(self.tokenizer, experts))
         self.extra = parallel.share(data.tokenize(self.tokenizer, extra))
-        # GRPO learns from the answers of all of them.
+        # Example by example: a tokenised one is used in many steps. GRPO learns from the answers of
+        # all of them.
         self.answered = parallel.share(data.tokenize(self.tokenizer, experts + extra))
-
-    def load_split(self, split: str, count: int) -> list[data.Example]:
-        """So many examples of train, validation or test, if there are."""
-        s = self.s
-        examples, n_too_long = data.load_fitting(
-            self.tokenizer,
-            self.context,
-            s.max_new_tokens,
-            s.data,
-            split,
-            count,
-            s.seed,
-            s.words_steps,
-            s.words_largest,
-            in_words=s.model not in loading.SHIPPED,
-        )
-        if n_too_long:
-            print(
-                f"{n_too_long} examples of {split} are longer than the model's context of "
-                f"{self.context} tokens: skipped"
-            )
-        return examples
 
     # --- models -----------------------------------------------------------------------------------
 
     def load(self, trained: str | None = None):
         """The base, or what this run has trained under that name: to be looked at, not trained."""
         if trained:
+            # What was saved is merged and float32, whatever the base is held in.
             return loading.load_causal(str(self.folder / trained), self.device, torch.float32)
         return self.base or loading.load_causal(self.s.model, self.device, self.dtype)
 
@@ -217,6 +213,7 @@ class Run:
             generator = torch.Generator().manual_seed(s.seed)
             model = lora.adapt(model, s.lora_rank, LORA_ALPHA, generator)
         if s.gradient_checkpointing:
+            # Less memory, a third more time, the same gradient.
             memory.recompute_layers(model)
         return model
 
@@ -224,26 +221,22 @@ class Run:
         """What the policies of IRL and GRPO are before their first step."""
         return self.to_train(self.load("sft" if self.s.start == "sft" else None))
 
-    def load_reward(self, trained: str | None = None):
-        """The reward to train, or what this run has trained under that name."""
+    def load_discriminator(self, trained: str | None = None) -> reward.Discriminator:
+        """The discriminator to train, or with the reward that this run has trained."""
         s = self.s
         if trained:
-            return reward.load_reward(s.reward, str(self.folder / trained), self.device)
-        if self.base is None or s.reward_model != s.model:
-            reward_model = reward.load_reward(s.reward, s.reward_model, self.device, self.dtype)
-        # With adapters it shares the policy's base, if it starts there.
-        elif s.reward == "likelihood":
-            reward_model = reward.LikelihoodReward(self.base)
+            reward_model = reward.load_reward(s.reward, str(self.folder / trained), self.device)
         else:
-            reward_model = reward.HeadReward(lora.with_head(self.base, s.reward == "random"))
-        reward_model.model = self.to_train(reward_model.model)
-        return reward_model
-
-    def load_discriminator(self, trained: str | None = None) -> reward.Discriminator:
-        """The discriminator on a reward model: the one to train, or what this run has trained."""
-        s = self.s
+            # With adapters the reward shares the policy's base, if it starts there.
+            if self.base is None or s.reward_model != s.model:
+                reward_model = reward.load_reward(s.reward, s.reward_model, self.device, self.dtype)
+            elif s.reward == "likelihood":
+                reward_model = reward.LikelihoodReward(self.base)
+            else:
+                reward_model = reward.HeadReward(lora.with_head(self.base, s.reward == "random"))
+            reward_model.model = self.to_train(reward_model.model)
         return reward.make_discriminator(
-            self.load_reward(trained), self.tokenizer, s.logit, s.granularity, clip=s.reward_clip
+            reward_model, self.tokenizer, s.logit, s.granularity, clip=s.reward_clip
         )
 
     def make_loop(self, kind: type[irl.IRL] = irl.IRL, **changes) -> irl.IRL:
@@ -251,6 +244,7 @@ class Run:
 
         kind: explain.Lecture talks. changes: of settings.
         """
+        # The reward scores the very token ids that the policy has sampled.
         loading.check_same_tokenizer(self.tokenizer, self.s.reward_model)
         return kind(
             settings=replace(self.process_settings, **changes),
@@ -258,67 +252,72 @@ class Run:
             discriminator=self.load_discriminator(),
             policy_model=self.policy_start(),
             experts=self.experts,
+            # Without their answers: nothing in the loop could check one.
             extra=[data.question_only(example) for example in self.extra],
         )
 
     def save_model(self, model, name: str) -> None:
-        """A folder that from_pretrained loads: complete, or not there. The first process fills it."""
+        """A folder that from_pretrained loads: complete, or not there."""
         with checkpoint.new_folder(self.folder / name) as folder:
+            # The processes have the same weights: the first one writes them.
             if parallel.rank() == 0:
                 lora.save(model, folder)
                 self.tokenizer.save_pretrained(folder)
 
     def folder_of(self, method: str) -> str:
         """The folder's name of a trained policy: policy/ for IRL, or for the only method."""
+        # Whoever trains IRL, or one method alone, looks for its policy under the same name.
         return "policy" if method == "irl" or self.s.methods == [method] else method
 
     # --- the phases -------------------------------------------------------------------------------
 
-    def go(self, keeper: Keeper) -> None:
-        """The base, then every method: train it, test it. Then what the reward is worth.
-
-        Each phase loads the models that it needs and drops them: at 0.5B every one counts.
-        """
+    def go(self, resume: bool) -> None:
+        """Test the base; train and test every method; then see what the reward is worth."""
+        keeper = Keeper(self.folder)
         self.keeper = keeper
+        wanted = set(self.s.methods)
+        # The policies of these methods may start at SFT, which then comes first.
+        if self.s.start == "sft" and wanted & {"likelihood", "irl", "grpo"}:
+            wanted.add("sft")
+        training = {
+            "sft": self.train_sft,
+            "sft_fair": self.train_sft,
+            "likelihood": self.train_irl,
+            "irl": self.train_irl,
+            "grpo": self.train_grpo,
+        }
+        # Each phase loads the models that it needs and drops them: at 0.5B every one counts.
+        phases = [("test base", self.test_method, "base")]
+        for method in METHODS:
+            if method in wanted:
+                phases.append((f"train {method}", training[method], method))
+                phases.append((f"test {method}", self.test_method, method))
+
+        # With another kind of device, or other data, a checkpoint is of no use.
         made_with = {"device": self.device.type, "examples": self.data_sum}
-        with keeper.opened(self.date, made_with):
+        with keeper.opened(asdict(self.s) | {"date": self.date}, made_with, resume):
             self.results = keeper.progress.results
             self.results["counts"] = self.counts
-            wanted = set(self.s.methods)
-            if self.s.start == "sft" and wanted & {"likelihood", "irl", "grpo"}:
-                wanted.add("sft")
-            self.phase("test", "base")
-            for method in METHODS:
-                if method in wanted:
-                    self.phase("train", method)
-                    self.phase("test", method)
-            parallel.leave()  # the rest is one process's work
+            # A run that goes on leaves out the phases that are finished. The one that was cut off
+            # it enters where the last checkpoint was written (Keeper.resumed, Keeper.steps).
+            for name, phase, method in phases:
+                if name not in keeper.progress.finished:
+                    phase(method)
+                    keeper.progress.finished.append(name)
+                    keeper.save()
+            # The rest is one process's work, and short: a kill from here on repeats it.
+            parallel.leave()
             if "irl" in wanted:
                 self.use_reward()
-            checkpoint.write_text(
-                self.folder / "results.json", json.dumps(self.results, indent=1) + "\n"
-            )
+            text = json.dumps(self.results, indent=1) + "\n"
+            checkpoint.write_text(self.folder / "results.json", text)
             print(f"\n{table(self.results)}\n")
             conclude(self.folder)
-
-    def phase(self, action: str, method: str) -> None:
-        """Train or test a method, unless that is done."""
-        name = f"{action} {method}"
-        if name in self.keeper.progress.finished:
-            return
-        if action == "test":
-            self.test_method(method)
-        elif method in ("sft", "sft_fair"):
-            self.train_sft(method)
-        elif method == "grpo":
-            self.train_grpo(method)
-        else:
-            self.train_irl(method)
-        self.keeper.finish(name)
 
     def test_method(self, method: str) -> None:
         """Evaluate the base or a trained policy on the test questions."""
         model = self.load(None if method == "base" else self.folder_of(method))
+        # Here, and in `use_reward`, the true answers are looked at: after training.
         result = evaluate(model, self.tokenizer, self.test, self.s)
         if method != "base":
             seconds = self.keeper.progress.seconds
@@ -326,7 +325,7 @@ class Run:
         self.results["methods"][method] = result
 
     def train_sft(self, method: str) -> None:
-        """Imitate the demonstrations."""
+        """Imitate the demonstrations: what IRL, which learns from them too, must beat."""
         s = self.process_settings
         model = self.to_train()
         if method == "sft_fair":
@@ -343,74 +342,68 @@ class Run:
         self.save_model(model, self.folder_of(method))
 
     def train_irl(self, method: str) -> None:
-        """Warm the discriminator up, run the loop, save policy and reward.
-
-        likelihood is IRL without the discriminator's loss (Settings.discriminator_coef): what IRL
-        has beyond it is what telling the expert from others brings.
-        """
+        """Warm the discriminator up, run the loop, save policy and reward."""
+        # The method likelihood is IRL without the discriminator's loss: discriminator_coef is 0 in
+        # its settings. What IRL has beyond it is what telling the expert from others brings.
         loop = self.keeper.resumed(self.make_loop(method=method))
         steps = self.keeper.progress.steps
         warm_up = warm_up_of(method)
-        if self.s.start == "base" and warm_up not in steps:
-            first = irl.first_logprob(loop.policy_model, self.experts[:32])
-            if first < -8:
-                print(
-                    "the base all but never begins as the demonstrations do (log pi of their "
-                    f"first token {first:.1f}): IRL cannot teach it that, --start sft can"
-                )
+        # A fresh discriminator knows nothing, and the policy would learn noise from it: it learns
+        # alone first.
         self.run_steps(warm_up, loop, self.s.warm_up)
         if method not in steps:
+            # Once, between the two: average the reward with its start, and with --start reward let
+            # the policy begin as the best one for it.
             loop.end_warm_up()
+        # Algorithm 1. No answer is checked in it (data.no_verifier).
         self.run_steps(method, loop, self.s.max_steps)
         self.save_model(loop.policy_model, self.folder_of(method))
         if method == "irl":
             self.save_model(loop.discriminator.reward_model.model, "reward")
 
     def train_grpo(self, method: str) -> None:
-        """Train on the true answers, from where IRL's policy starts: at SFT with --start sft.
-
-        With --start reward, at the base: that start is what IRL has learnt.
-        """
+        """Train on the true answers: what IRL would do if somebody checked every answer."""
+        # It starts where IRL's policy starts, at SFT with --start sft: another start would be
+        # unfair to one of them. With --start reward it is the base, since that start is IRL's own
+        # work.
         model = self.policy_start()
-        trainer = self.keeper.resumed(
-            baselines.GRPO(self.process_settings, self.tokenizer, model, self.answered)
-        )
-        self.run_steps(method, trainer, self.s.grpo_steps)
-        self.save_model(trainer.policy_model, self.folder_of(method))
+        trainer = baselines.GRPO(self.process_settings, self.tokenizer, model, self.answered)
+        self.run_steps(method, self.keeper.resumed(trainer), self.s.grpo_steps)
+        self.save_model(model, self.folder_of(method))
 
     def run_steps(self, method: str, trainer, steps: int) -> None:
         """Call trainer.step (in a warm-up: trainer.warm_up) until `steps` are done."""
+        # Of training alone: the table's last column. Checkpoints and validation do not count.
         seconds = self.keeper.progress.seconds
-        with self.keeper.signals_wait():
-            for step in self.keeper.steps(method, steps):
+        with self.keeper.steps(method, steps) as left_to_do:
+            for step in left_to_do:
                 start = time.perf_counter()
                 if method.endswith("warm-up"):
                     metrics = {"discriminator": trainer.warm_up()}
                 else:
                     metrics = trainer.step()
                 seconds[method] = seconds.get(method, 0.0) + time.perf_counter() - start
-                if "warm-up" not in method and (step % VALIDATE_EVERY == 0 or step == steps):
-                    metrics |= self.validate(trainer.policy_model)
+                # For the report's curves, one sample for each validation question: nothing trains
+                # on what this finds.
+                if step % VALIDATE_EVERY == 0 or step == steps:
+                    if self.validation and not method.endswith("warm-up"):
+                        metrics["validation"] = {"t1": self.validate(trainer.policy_model)}
                 self.keeper.after(method, step, metrics, trainer)
 
-    def validate(self, model) -> dict:
-        """Share of right answers, one sample each, on the validation questions.
-
-        For the curves of the report: nothing trains on it.
-        """
-        if not self.validation:
-            return {}
+    def validate(self, model) -> float:
+        """Share of right answers on the validation questions."""
+        # The same draws at every look: the curve shows the policy, not the luck of its samples.
         generator = torch.Generator(model.device).manual_seed(parallel.seed(0))
         right = check_samples(model, self.tokenizer, self.validation, 1, 1.0, generator, self.s)
-        return {"validation": {"t1": float(right.mean())}}
-
-    # --- results ----------------------------------------------------------------------------------
+        return float(right.mean())
 
     def use_reward(self) -> None:
         """Rerank the base's samples, find first errors, keep some traces for the report."""
         s = self.s
+        # Not the policy that the reward has trained: whoever reranks has the base, or another one.
         base = self.load()
         discriminator = self.load_discriminator("reward")
+        # SFT models, whose log-probability is the rival of the reward.
         judges = rerank.load_judges(self.folder, self.tokenizer, s.fair_temperature, self.device)
         generator = torch.Generator(self.device).manual_seed(s.seed + 1)
         candidates = rerank.collect(
@@ -423,6 +416,8 @@ class Run:
             generator,
             s.sample_rows,
         )
+        # How often the best by the reward is right, whether its score tells right from wrong, and
+        # whether its tokens point at the first error.
         self.results |= rerank.assess(
             candidates, discriminator, base, judges, self.tokenizer, seed=s.seed
         )
@@ -438,6 +433,7 @@ def warm_up_of(method: str) -> str:
 
 def conclude(folder: Path) -> None:
     """A run with results.json gets its report. Its checkpoints have done their work."""
+    # Whatever a kill has left out of this is done by --resume.
     page = report.write_report(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"results: {folder / 'results.json'}\nreport:  {page}")
@@ -447,53 +443,47 @@ def conclude(folder: Path) -> None:
 
 
 def begin(arguments: list[str] | None) -> None:
-    """Do what the flags ask for."""
+    """Do what the flags ask for. Raises UserError."""
     loading.quiet()
+    # All that can be wrong with flags is told before anything is loaded or written.
     command = parse_flags(arguments)
     folder = run_folder(command.name)
-    date = command.date
+    if command.resume and (folder / "results.json").exists():
+        print(f"{folder} is finished. To run anew give another --name, or remove that folder")
+        conclude(folder)
+        return
     if command.resume:
-        if (folder / "results.json").exists():
-            print(f"{folder} is finished. To run anew give another --name, or remove that folder")
-            conclude(folder)
-            return
-        s, date = saved_settings(folder, command.given)
+        s, command.date = saved_settings(folder, command.given)
     else:
         s = complete(command.given, command.explain)
     parallel.start(command.device)
-    with in_one_line(s, folder):
-        if command.explain:
-            explain_one_step(s, command.device, date)
-            return
-        keeper = Keeper(folder, s, command.resume)
-        Run(s, command.name, command.device, date).go(keeper)
-
-
-def explain_one_step(s: Settings, device: str, date: str | None) -> None:
-    """One step of IRL in numbers, stage by stage. Nothing is written."""
-    if "irl" not in s.methods or s.start == "sft" or s.reward == "random":
+    # Nothing is overwritten: a run is begun in a folder of its own.
+    if not command.resume and not command.explain and any(folder.glob("[!.]*")):
+        go_on = parallel.resume_command(command.name)
         raise UserError(
-            "--explain shows one step of IRL from the base: leave out --method, --start and a "
-            "random reward"
+            f"{folder} already holds a run: go on with it ({go_on}), give another --name, or "
+            "remove that folder"
         )
-    Run(s, device=device, date=date).make_loop(explain.Lecture).give()
+    # From here on a stop, a full disk and a full memory are told in one line, too.
+    with in_one_line(s, folder):
+        run = Run(s, command.name, command.device, command.date)
+        if not command.explain:
+            run.go(command.resume)
+        elif "irl" not in s.methods or s.start == "sft" or s.reward == "random":
+            raise UserError(
+                "--explain shows one step of IRL from the base: leave out --method, --start and a "
+                "random reward"
+            )
+        else:
+            run.make_loop(explain.Lecture).give()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with these flags, by default the command line's. Returns the exit status.
 
-    0; 2 after one line that says what was wrong; 130 or 143 when a signal has stopped the run.
+    0, or 2 after one line that says what was wrong. SystemExit: a signal has stopped the run.
     """
-
-    def program() -> None:
-        begin(arguments)
-
-    try:
-        return exit_status(program)
-    except Stopped as stopped:
-        if parallel.rank() == 0:
-            print(f"\n{stopped}", file=sys.stderr)
-        return stopped.status
+    return exit_status(begin, arguments)
 
 
 if __name__ == "__main__":

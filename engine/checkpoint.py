@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -43,26 +45,22 @@ def sync(path: Path) -> None:
 def new_folder(path: Path):
     """A folder to fill, which appears as `path` when rank 0 has filled it.
 
-    If anything goes wrong before, it does not appear, and one that is there already stays. A kill
-    leaves '.<name>.new', which the next call removes.
+    Until then one that is there already stays. A kill or an error leaves '.<name>.new', which the
+    next call removes.
     """
     temporary = path.with_name(f".{path.name}.new")
-    first = parallel.rank() == 0
-    try:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        parallel.wait()
-        yield temporary
-        if first:
-            for part in temporary.rglob("*"):
-                if part.is_file():
-                    sync(part)
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(temporary, path)
-        parallel.wait()
-    finally:
+    if parallel.rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    parallel.wait()
+    yield temporary
+    if parallel.rank() == 0:
+        for part in temporary.rglob("*"):
+            if part.is_file():
+                sync(part)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(temporary, path)
+    parallel.wait()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,6 +69,18 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)
+
+
+@contextmanager
+def locked(folder: Path):
+    """Have one run at a time write to a folder. The lock ends with the process, if not before."""
+    try:
+        with FileLock(folder / f".lock-{parallel.rank()}", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"another process is writing {folder}: wait for it, or give another --name"
+        ) from None
 
 
 # --- the state of a trainer -----------------------------------------------------------------------
@@ -84,14 +94,14 @@ def state_of(part):
         return part.getstate()
     if isinstance(part, torch.Generator):
         return part.get_state()
-    if not isinstance(part, torch.nn.Module):
-        return part.state_dict()
-    if parallel.rank() > 0:  # all ranks have the same models: the first one writes them
-        return {}
-    # What is frozen, under adapters, is loaded as at the start.
-    named = part.named_parameters(remove_duplicate=False)
-    frozen = {name for name, parameter in named if not parameter.requires_grad}
-    return {name: value for name, value in part.state_dict().items() if name not in frozen}
+    state = part.state_dict()
+    if isinstance(part, torch.nn.Module):
+        # All ranks have the same models: the first one writes them. What is frozen, under adapters,
+        # is loaded as at the start.
+        named = part.named_parameters(remove_duplicate=False)
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        state = {name: state[name] for name in state if parallel.rank() == 0 and name not in frozen}
+    return state
 
 
 def put_state(trainer, name: str, state) -> None:
@@ -109,29 +119,23 @@ def put_state(trainer, name: str, state) -> None:
         parallel.send(list(part.state_dict().values()))
     else:
         if isinstance(part, torch.optim.Optimizer):  # JSON has made strings of parameters' numbers
-            moments = {int(number): values for number, values in state["state"].items()}
-            state = state | {"state": moments}
+            state["state"] = {int(number): state["state"][number] for number in state["state"]}
         part.load_state_dict(state)
 
 
 def trainer_state(trainer=None) -> dict:
     """All that training changes: by the names in the trainer's `changes`, and torch's own draws."""
-    parts = None
-    if trainer:
-        parts = {name: state_of(attrgetter(name)(trainer)) for name in trainer.changes}
+    names = trainer.changes if trainer else ()
+    parts = {name: state_of(attrgetter(name)(trainer)) for name in names}
     # A model's dropout draws from torch's global generators.
-    return {
-        "trainer": parts,
-        "random": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
+    cuda = torch.cuda.get_rng_state_all()
+    return {"trainer": parts, "random": torch.get_rng_state(), "cuda": cuda}
 
 
 def load_trainer(trainer, saved: dict) -> None:
     """All as it was when `trainer_state` was taken, in a trainer made from the same settings."""
-    if saved["trainer"]:
-        for name in trainer.changes:
-            put_state(trainer, name, saved["trainer"][name])
+    for name, state in saved["trainer"].items():
+        put_state(trainer, name, state)
     torch.set_rng_state(saved["random"])  # last: loading may have drawn from it
     torch.cuda.set_rng_state_all(saved["cuda"])
 
@@ -140,19 +144,13 @@ def load_trainer(trainer, saved: dict) -> None:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: finds what a bad disk or a torn copy does."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
+    """CRC-32 of a file, which is not read as a whole: finds what a bad disk or a torn copy does."""
+    return zlib.crc32(np.memmap(path, np.uint8, "r"))
 
 
 def of_this_rank(path: Path) -> Path:
     """The file of this name that this rank writes: state.json, state-rank1.json, .."""
-    if parallel.rank() == 0:
-        return path
-    return path.with_stem(f"{path.stem}-rank{parallel.rank()}")
+    return path.with_stem(path.stem + f"-rank{parallel.rank()}" * (parallel.rank() > 0))
 
 
 def write(state: dict, folder: Path) -> None:
@@ -205,7 +203,7 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, state: dict) -> None:
-    """Write the next checkpoint and drop all but two. If it cannot be written, the old ones stay."""
+    """Write the next checkpoint and drop all but two. If it fails, the old ones stay."""
     older = numbered(folder)
     number = 1 + max((int(path.name) for path in older), default=0)
     with new_folder(folder / f"{number:06d}") as new:
@@ -218,20 +216,16 @@ def save(folder: Path, state: dict) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load(folder: Path) -> tuple[dict | None, str]:
-    """(the state of the newest checkpoint that can be read, its name), or (None, "").
-
-    That is if none was written yet. Raises UserError if there are some, and none can be read.
-    """
-    for path in reversed(numbered(folder)):
+def load(folder: Path) -> dict | None:
+    """The state of the newest checkpoint that can be read, or None if none was written yet."""
+    paths = numbered(folder)
+    for path in reversed(paths):
         try:
-            return read(path), path.name
+            return read(path)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            print(
-                f"checkpoint {path} is damaged ({error}): trying the one before it", file=sys.stderr
-            )
-    if numbered(folder):
+            print(f"checkpoint {path} is damaged ({error}): trying an older one", file=sys.stderr)
+    if paths:
         raise UserError(
             f"no checkpoint in {folder} can be read: remove {folder.parent} and start again"
         )
-    return None, ""
+    return None

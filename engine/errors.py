@@ -11,14 +11,14 @@ class UserError(Exception):
     """Bad input from outside. `exit_status` makes it one line and exit status 2."""
 
 
-def exit_status(program: Callable[[], object]) -> int:
-    """Run a command line's `program`: 0, or 2 after one line that says what was wrong."""
+def exit_status(program: Callable, *arguments) -> int:
+    """Run a command line's program(*arguments): 0, or 2 after one line that says what was wrong."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams have none, and need none
             # What the terminal's encoding lacks (ASCII, Windows code pages) becomes an escape.
             stream.reconfigure(errors="backslashreplace")
     try:
-        program()
+        program(*arguments)
         print(end="", flush=True)
     except UserError as error:
         line = " ".join(str(error).splitlines())  # a file's name or content may hold newlines

@@ -5,47 +5,29 @@ several processes (torchrun) each has a Keeper: they save, stop and go on togeth
 one logs.
 """
 
-import errno
 import json
 import math
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from engine import checkpoint, parallel
 from engine.errors import UserError
-from engine.settings import Settings, flag
+from engine.settings import Settings
 
-STOP = (signal.SIGINT, signal.SIGTERM)
 # A checkpoint is due after so many seconds, and after so many times as long as the last one took to
 # write: writing them takes 2% of the time at most.
 SAVE_SECONDS = 15
 SAVE_RATIO = 50
-BAD_STEPS = 3  # updates in a row that are not finite, and end the run
-# Errors of a full or unwritable disk, and what an error of a full memory says
-DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
+# What an error of a full memory says, which is, by CUDA or torch, a RuntimeError
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-# The rate that a method's updates go by; IRL's and likelihood's loops have policy_lr and reward_lr.
-RATES = {"sft": "sft_lr", "sft_fair": "fair_lr", "grpo": "grpo_lr", "warm-up": "warm_up_lr"}
 # Metrics that are shown beside the progress bar
 SHOWN = (
     "validation/t1",
@@ -56,116 +38,83 @@ SHOWN = (
 )
 
 
-class Stopped(BaseException):
-    """The run was asked to stop. No Exception: nobody on the way may swallow it."""
-
-    def __init__(self, number: int, folder: Path):
-        """number: of the signal."""
-        self.status = 128 + number  # the shell's convention
-        what = "before anything was done"
-        if (folder / "settings.json").exists():
-            command = parallel.resume_command(folder.name)
-            what = f"what was done is saved. Go on with: {command}"
-        super().__init__(f"stopped by {signal.Signals(number).name}; {what}")
-
-
 @contextmanager
 def in_one_line(s: Settings, folder: Path):
-    """Turns Ctrl-C into Stopped; a full disk or memory into a UserError that says what to do."""
+    """A stop, a full or unwritable disk, a full memory: one line each, which says how to go on."""
     command = parallel.resume_command(folder.name)
     try:
         yield
-    except KeyboardInterrupt:  # outside of a step, where nothing has to be finished first
-        raise Stopped(signal.SIGINT, folder) from None
-    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        if isinstance(error, SafetensorError) or getattr(error, "errno", None) in DISK:
-            raise UserError(
-                f"cannot write to {folder} ({error}): what was saved before stands. When that is "
-                f"mended, go on with {command}"
-            ) from None
-        # A full memory is, by CUDA or torch, a RuntimeError.
-        if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY):
-            raise UserError(
-                f"out of memory: in training a smaller --micro-batch helps ({s.micro_batch} now), "
-                f"or --gradient-checkpointing; in sampling fewer --sample-rows ({s.sample_rows}); "
-                f"{command} takes them. A new run may have a smaller --max-new-tokens "
-                f"({s.max_new_tokens}) or a --lora-rank"
-            ) from None
-        raise
+    except KeyboardInterrupt as stop:  # Ctrl-C, or what `Keeper.after` raises
+        number = stop.args[0] if stop.args else signal.SIGINT
+        if parallel.rank() == 0:
+            name = signal.Signals(number).name
+            print(
+                f"\nstopped by {name}: what was saved stands. Go on with: {command}",
+                file=sys.stderr,
+            )
+        sys.exit(128 + number)  # the shell's convention
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{error}: what was saved in {folder} stands. When that is mended, go on with {command}"
+        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in MEMORY):
+            raise
+        raise UserError(
+            f"out of memory: in training a smaller --micro-batch helps ({s.micro_batch} now), "
+            f"or --gradient-checkpointing; in sampling fewer --sample-rows ({s.sample_rows}); "
+            f"{command} takes them. A new run may have a smaller --max-new-tokens "
+            f"({s.max_new_tokens}) or a --lora-rank"
+        ) from None
 
 
 class Keeper:
-    """One run's progress, on the disk.
+    """One run's progress, on the disk. `opened` is its life; each step ends with `after`."""
 
-    `opened` is its life; a step comes from `steps` and ends with `after`.
-    """
-
-    def __init__(self, folder: Path, s: Settings, resume: bool):
-        """Raises UserError for a folder that holds a run, unless that is to go on."""
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.s = s
-        self.resume = resume
-        self.command = parallel.resume_command(folder.name)
         self.metrics = folder / "metrics.jsonl"
         self.signal = 0  # the one that was received
-        self.saved = None  # the state of the phase that was cut off
+        self.save_seconds = 0.0
+        self.saved = None  # the checkpoint of the phase that was cut off
         # How far the run is. A checkpoint holds this and the state of what is being trained.
         self.progress = SimpleNamespace(
             finished=[],  # phases, by name
             steps={},  # of each method
             seconds={},  # of training, by method
-            skipped={},  # updates left out, by method and stage: [in all, steps in a row]
+            skipped={},  # updates that were left out, by method: [in all, steps in a row]
             results={"methods": {}, "reward": {}, "rerank": {}, "localise": {}},
-            lines=0,  # of metrics.jsonl
         )
-        if not resume and folder.exists():
-            if any(not file.name.startswith(".") for file in folder.iterdir()):
-                raise UserError(
-                    f"{folder} already holds a run: go on with it ({self.command}), give another "
-                    "--name, or remove that folder"
-                )
 
     @contextmanager
-    def opened(self, date: str, made_with: dict) -> Iterator[None]:
+    def opened(self, settings: dict, made_with: dict, resume: bool):
         """The folder, locked for this process, at the newest checkpoint or at the beginning.
 
-        made_with: a checkpoint that was made with another device or other data is refused.
+        settings: for settings.json. made_with: a checkpoint that was made with another device or
+        other data is refused.
         """
         parallel.wait()  # all have seen that the folder is free
         self.folder.mkdir(parents=True, exist_ok=True)
         parallel.check_same_folder(self.folder)
         self.made_with = made_with
-        lock = FileLock(self.folder / ".lock", timeout=0)  # ends with the process, if not before
-        try:
+        with checkpoint.locked(self.folder):
+            if resume:
+                self.restore(settings)
+            self.progress.results["settings"] = settings
             if parallel.rank() == 0:
-                lock.acquire()
-            self.begin(asdict(self.s) | {"date": date})
-            yield
-        except Timeout:
-            raise UserError(
-                f"another process is writing {self.folder}: wait for it, or give another --name"
-            ) from None
-        finally:
-            lock.release()
-
-    def begin(self, settings: dict) -> None:
-        """Go back to the newest checkpoint if there is one, and write the settings."""
-        if self.resume:
-            self.restore(settings)
-        self.progress.results["settings"] = settings
-        if parallel.rank() == 0:
-            checkpoint.write_text(self.folder / "settings.json", json.dumps(settings, indent=1))
-            # What a killed run wrote after its last checkpoint will be written again.
-            lines = []
-            if self.metrics.exists():
+                checkpoint.write_text(self.folder / "settings.json", json.dumps(settings, indent=1))
+                # A line for each step. What a killed run wrote after its last checkpoint will be
+                # written again.
+                self.metrics.touch()
                 lines = self.metrics.read_text().splitlines(keepends=True)
-            checkpoint.write_text(self.metrics, "".join(lines[: self.progress.lines]))
-        self.saved_at = time.monotonic()
-        self.save_seconds = 0.0
+                saved_lines = lines[: sum(self.progress.steps.values())]
+                checkpoint.write_text(self.metrics, "".join(saved_lines))
+            self.saved_at = time.monotonic()
+            yield
 
     def restore(self, settings: dict) -> None:
         """Go back to the newest checkpoint. Settings that were turned are told, and kept."""
-        self.saved, name = checkpoint.load(self.folder / "checkpoints")
+        self.saved = checkpoint.load(self.folder / "checkpoints")
         if self.saved is None:
             print(f"{self.folder} has no checkpoint yet: from the beginning")
             return
@@ -177,22 +126,25 @@ class Keeper:
                 )
         self.progress = SimpleNamespace(**self.saved["progress"])
         results = self.progress.results
-        changed = {}
-        for key, old in results["settings"].items():
-            if settings[key] != old:
-                changed[key] = [old, settings[key]]
-                print(f"{flag(key)} is now {settings[key]}, was {old}")
-        if changed:
-            change = {"after_steps": dict(self.progress.steps), "settings": changed}
+        before = results["settings"]
+        turned = {
+            key: [before[key], settings[key]] for key in before if settings[key] != before[key]
+        }
+        if turned:
+            change = {"after_steps": dict(self.progress.steps), "settings": turned}
             results.setdefault("changed", []).append(change)
-        steps = ", ".join(f"{method} {step}" for method, step in self.progress.steps.items())
-        print(f"{self.folder} goes on from checkpoint {name} (steps done: {steps or 'none'})")
+        print(f"{self.folder} goes on (steps done: {self.progress.steps}, turned: {turned})")
+
+    def resumed(self, trainer):
+        """The trainer of a phase, as the checkpoint has it if this run goes on from one."""
+        if self.saved:
+            checkpoint.load_trainer(trainer, self.saved)
+            self.saved = None
+        return trainer
 
     def save(self, trainer=None) -> None:
         """Write a checkpoint: in the middle of training with all that changes in `trainer`."""
         start = time.monotonic()
-        if parallel.rank() == 0:
-            checkpoint.sync(self.metrics)
         state = {"progress": vars(self.progress)} | checkpoint.trainer_state(trainer)
         checkpoint.save(self.folder / "checkpoints", self.made_with | state)
         self.saved_at = time.monotonic()
@@ -202,31 +154,12 @@ class Keeper:
         """By the clock: see SAVE_SECONDS."""
         return time.monotonic() - self.saved_at > max(SAVE_SECONDS, SAVE_RATIO * self.save_seconds)
 
-    def resumed(self, trainer):
-        """The trainer of a phase, at the state of the checkpoint if this run goes on from one."""
-        if self.saved:
-            checkpoint.load_trainer(trainer, self.saved)
-            self.saved = None
-        return trainer
-
-    def finish(self, phase: str) -> None:
-        """A phase is over: save."""
-        self.progress.finished.append(phase)
-        self.save()
-
-    def steps(self, method: str, count: int) -> Iterator[int]:
-        """The numbers of the steps that are left to do, behind a progress bar."""
-        before = self.progress.steps.get(method, 0)
-        numbers = range(before + 1, count + 1)
-        hidden = parallel.rank() > 0
-        with tqdm(
-            numbers, f"{method:8s}", count, initial=before, dynamic_ncols=True, disable=hidden
-        ) as self.bar:
-            yield from self.bar
-
     @contextmanager
-    def signals_wait(self):
-        """SIGINT and SIGTERM wait until the step is done and saved. A second one ends the process."""
+    def steps(self, method: str, count: int):
+        """The numbers of the steps that are left to do, behind a progress bar.
+
+        SIGINT and SIGTERM wait until a step is done and saved. A second one ends the process.
+        """
 
         def handle(number: int, _frame) -> None:
             if self.signal:
@@ -235,11 +168,21 @@ class Keeper:
             # Unlike print, os.write is safe between any two instructions.
             os.write(2, b"\nfinishing this step, then saving (a second signal stops at once)\n")
 
-        before = {number: signal.signal(number, handle) for number in STOP}
+        stops = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: signal.signal(number, handle) for number in stops}
+        before = self.progress.steps.get(method, 0)
+        self.bar = tqdm(
+            range(before + 1, count + 1),
+            f"{method:8s}",
+            count,
+            initial=before,
+            dynamic_ncols=True,
+            disable=parallel.rank() > 0,
+        )
         try:
-            yield
+            yield self.bar
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def after(self, method: str, step: int, metrics: dict, trainer) -> None:
@@ -247,56 +190,46 @@ class Keeper:
 
         metrics: {stage: {name: value}}.
         """
-        values = {}
-        for stage, part in metrics.items():
-            values |= {f"{stage}/{name}": value for name, value in part.items()}
-        asked = {number: self.signal == number for number in STOP}
-        asked["save"] = parallel.rank() == 0 and self.save_is_due()  # by the first one's clock
-        values = parallel.mean(values | asked)  # one sum over processes for both
-        asked = {name: values.pop(name) for name in asked}
+        values = parallel.mean(
+            {
+                f"{stage}/{name}": value
+                for stage, part in metrics.items()
+                for name, value in part.items()
+            }
+        )
+        # All processes save and stop at the same step: by the first one's clock, or when any of
+        # them is asked to.
+        due = parallel.gather(self.save_is_due())[0]
+        stop = max(parallel.gather(self.signal))
         self.progress.steps[method] = step
-        self.log(method, step, values)
-        trouble = self.trouble(method, step, values)
-        if trouble or any(asked.values()):
+        if parallel.rank() == 0:
+            self.log({"method": method, "step": step}, values)
+        failed = self.count_skipped(method, values) == 3
+        if failed or stop or due:
             self.save(trainer)
-        if trouble:
-            raise UserError(trouble)
-        for number in STOP:
-            if asked[number]:
-                raise Stopped(number, self.folder)
+        if failed:
+            raise UserError(
+                f"{method}: a loss or gradient was not finite in three steps in a row, up to step "
+                f"{step}. What is saved is as it was after the last good update. Go on with a "
+                "lower rate (or, if it is rewards that explode, a --reward-clip) beside "
+                f"{parallel.resume_command(self.folder.name)}"
+            )
+        if stop:
+            raise KeyboardInterrupt(stop)
 
-    def log(self, method: str, step: int, values: dict) -> None:
-        """A line of metrics.jsonl, by the first process. What is not finite is null in JSON."""
-        self.progress.lines += 1
-        if parallel.rank() > 0:
-            return
-        line = {"method": method, "step": step}
+    def count_skipped(self, method: str, values: dict) -> int:
+        """In how many steps in a row until now an update was left out."""
+        skipped = sum(value for name, value in values.items() if name.endswith("/skipped"))
+        before, in_a_row = self.progress.skipped.get(method, (0, 0))
+        in_a_row = in_a_row + 1 if skipped > before else 0
+        self.progress.skipped[method] = [skipped, in_a_row]
+        return in_a_row
+
+    def log(self, line: dict, values: dict) -> None:
+        """A line of metrics.jsonl, and some values beside the progress bar."""
         for name, value in values.items():
-            line[name] = value if math.isfinite(value) else None
+            line[name] = value if math.isfinite(value) else None  # JSON has no NaN
         with open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
         shown = {name.split("/")[1]: f"{values[name]:.3f}" for name in SHOWN if name in values}
         self.bar.set_postfix(shown)
-
-    def trouble(self, method: str, step: int, values: dict) -> str | None:
-        """What to turn, if the updates of BAD_STEPS steps in a row were not finite."""
-        for stage in ("discriminator", "policy"):
-            key = f"{method} {stage}"
-            skipped = values.get(f"{stage}/skipped", 0)
-            before, in_a_row = self.progress.skipped.get(key, (0, 0))
-            in_a_row = in_a_row + 1 if skipped > before else 0
-            self.progress.skipped[key] = [skipped, in_a_row % BAD_STEPS]
-            if in_a_row == BAD_STEPS:
-                of_loop = "policy_lr" if stage == "policy" else "reward_lr"
-                rate = RATES.get(method.split()[-1], of_loop)
-                advice = f"{flag(rate)} {getattr(self.s, rate) / 2:g}"
-                if rate == "policy_lr" and self.s.policy_loss != "exact":
-                    advice += " --reward-clip 10"
-                return (
-                    f"{method}: the {stage}'s loss or gradient was not finite in three steps in a "
-                    f"row (step {step}: loss {values[stage + '/loss']:.3g}, norm of the gradient "
-                    f"{values[stage + '/grad_norm']:.3g}). What is saved is as it was after the "
-                    f"last good update. Go on with something turned, for instance: {self.command} "
-                    f"{advice}"
-                )
-        return None

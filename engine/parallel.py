@@ -67,12 +67,10 @@ def rank() -> int:
 
 def resume_command(name: str) -> str:
     """What a run goes on with."""
-    program = "python"
-    if world() > 1:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))  # torchrun's
-        program = f"torchrun --nproc-per-node={per_node}"
-        if per_node < world():
-            program += f" --nnodes={world() // per_node}"
+    if world() == 1:
+        return f"python train.py --resume --name {name}"
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])  # torchrun's
+    program = f"torchrun --nproc-per-node={per_node} --nnodes={world() // per_node}"
     return f"{program} train.py --resume --name {name}"
 
 
@@ -85,20 +83,28 @@ def check_same_folder(folder: Path) -> None:
     if rank() == 0:
         mark.touch()
     wait()
-    blind = total(not mark.exists())
+    blind = gather(mark.exists()).count(False)
     if rank() == 0:
         mark.unlink()
     if blind:
         raise UserError(
-            f"{blind:.0f} of {world()} processes do not see {folder} of the first one: on several "
+            f"{blind} of {world()} processes do not see {folder} of the first one: on several "
             "machines start torchrun in a folder that all of them share (a network disk)"
         )
 
 
+def gather(value) -> list:
+    """What every rank has handed in here: all wait for each other, and all get the same list."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def wait() -> None:
     """Until all ranks are here."""
-    if world() > 1:
-        dist.barrier()
+    gather(None)
 
 
 def share(items: list) -> list:
@@ -141,36 +147,25 @@ def rows(function, items: list) -> torch.Tensor:
 
     All get all rows, in order.
     """
-    if world() == 1:
-        return function(items)
-    parts = [None] * world()
-    dist.all_gather_object(parts, function(share(items)).cpu())
+    parts = gather(function(share(items)).cpu())
     return torch.stack([parts[i % world()][i // world()] for i in range(len(items))])
-
-
-def reduce(numbers: list, operation=dist.ReduceOp.SUM) -> list[float]:
-    """The sum (or what the operation says) over ranks of each number."""
-    if world() == 1:
-        return numbers
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, operation)
-    return tensor.tolist()
-
-
-def total_of(values: dict) -> dict:
-    """The sum over ranks of each number in a dictionary with the same keys on all of them."""
-    return dict(zip(values, reduce(list(values.values()))))
 
 
 def total(value: float) -> float:
     """The sum over ranks of one number."""
-    return reduce([value])[0]
+    first, *others = gather(value)
+    return sum(others, first)
+
+
+def total_of(values: dict) -> dict:
+    """The sum over ranks of each number in a dictionary with the same keys on all of them."""
+    first, *others = gather(values)
+    return {name: sum((other[name] for other in others), first[name]) for name in first}
 
 
 def lowest(value: float) -> float:
     """The smallest of one number over ranks."""
-    return reduce([value], dist.ReduceOp.MIN)[0]
+    return min(gather(value))
 
 
 def mean(metrics: dict) -> dict:
@@ -187,17 +182,14 @@ def sum_gradients(parameters: list) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for work in [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]:
-        work.wait()
+        dist.all_reduce(parameter.grad)
 
 
 def send(tensors: list, ranks: int = 1) -> None:
     """Every tensor becomes rank 0's; with `ranks`, the i-th tensor becomes rank i % ranks's."""
-    if world() == 1:
-        return
-    sent = [dist.broadcast(tensor, i % ranks, async_op=True) for i, tensor in enumerate(tensors)]
-    for work in sent:
-        work.wait()
+    if world() > 1:
+        for i, tensor in enumerate(tensors):
+            dist.broadcast(tensor, i % ranks)
 
 
 def make_optimizer(kind: type, parameters: list, **options) -> torch.optim.Optimizer:

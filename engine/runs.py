@@ -49,11 +49,10 @@ def read_settings(run: Path) -> dict:
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings: a JSON object was expected")
     for name, kind in TYPES.items():
-        if name not in settings and name in READ:
-            raise UserError(f"{path}: '{name}' is missing")
-        # not isinstance, which takes True for an integer
-        if name in settings and type(settings[name]) is not kind:
-            raise UserError(f"{path}: '{name}' is {settings[name]!r}, which is no {kind.__name__}")
+        value = settings.get(name)
+        # Not isinstance, which takes True for an integer.
+        if (name in settings or name in READ) and type(value) is not kind:
+            raise UserError(f"{path}: '{name}' is {value or 'missing'}, expected {kind.__name__}")
 
     def shown(name: str) -> str:
         return f"{path}: '{name}'"

@@ -16,12 +16,10 @@ METHODS = {
     "grpo": "GRPO",
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
-RULES = ("mean", "last", "lowest", "discounted")  # rerank.trace_scores
 
 # What a number may be: (lowest, highest)
 COUNT = (1, 10**9)
 SHARE = (0, 1)
-POSITIVE = (0.01, 1000)
 NOT_NEGATIVE = (0, 10**9)
 
 
@@ -115,7 +113,9 @@ class Settings:
     )
     entropy_coef: float = setting(None, "alpha in r = f - alpha log pi: 1 imitates, less sharpens")
     gamma: float = setting(
-        None, "discount of later rewards; if not given, 0, or 1 with a score per line or trace", SHARE
+        None,
+        "discount of later rewards; if not given, 0, or 1 with a score per line or trace",
+        SHARE,
     )
     kl_coef: float = setting(0.0, "weight of the KL to the policy's frozen start")
     advantage_scale: str = setting(
@@ -142,7 +142,7 @@ class Settings:
         None, "share of its start in the weights of sft_fair at the end", SHARE
     )
     fair_temperature: float = setting(
-        None, "what the logits of sft_fair are divided by at the end", POSITIVE
+        None, "what the logits of sft_fair are divided by at the end", (0.01, 1000)
     )
 
     # Memory
@@ -185,8 +185,6 @@ class Settings:
     label_smoothing = 0.1  # the discriminator's labels are 0.95 and 0.05
     discriminator_updates = 1  # per policy step
     ppo_clip = 0.2  # PPO and GRPO hold the ratio within 1 +- this
-    words_steps = 3  # steps of arithmetic in a problem of words
-    words_largest = 40  # largest number in its text
 
     @property
     def methods(self) -> list[str]:
@@ -214,7 +212,7 @@ class Settings:
 # What each setting may be, where not anything goes
 MAY_BE = {f.name: f.metadata["may_be"] for f in fields(Settings) if f.metadata["may_be"]}
 
-# --- defaults: of any model, of a task, of a base that ships ---------------------------------------
+# --- defaults: of any model, of a task, of a base that ships --------------------------------------
 
 # For a pretrained model of some size. The rates are the customary ones: they are not tuned here.
 PRETRAINED = dict(
@@ -340,8 +338,7 @@ def complete(given: dict, explain: bool = False) -> Settings:
         s.policy_loss = "exact" if scores_all_actions(s) else "ppo"
     if s.gamma is None:  # where few tokens have a score, the others have only what follows them
         s.gamma = float(s.granularity != "dense")
-    if s.reward_model is None:
-        s.reward_model = s.model
+    s.reward_model = s.reward_model or s.model
     if s.warm_up is None:  # few demonstrations are learnt in 60 updates, more of them take longer
         s.warm_up = max(60, 4 * s.demonstrations // s.questions)
     if s.reward == "random":  # and it stays random
@@ -349,11 +346,10 @@ def complete(given: dict, explain: bool = False) -> Settings:
         s.warm_up = 0
     if s.start is None:
         s.start = "base"
-        if s.model in loading.SHIPPED and can_start_at_reward(s):
-            s.start = "reward"
-        # A pretrained model hardly ever writes the demonstrations' format.
         if s.model not in loading.SHIPPED and not explain:
-            s.start = "sft"
+            s.start = "sft"  # a pretrained model hardly ever writes the demonstrations' format
+        elif s.model in loading.SHIPPED and can_start_at_reward(s):
+            s.start = "reward"
     check(s, given)
     return s
 
@@ -364,11 +360,6 @@ def complete(given: dict, explain: bool = False) -> Settings:
 def scores_all_actions(s: Settings) -> bool:
     """Whether there is an f of every action at every token, to be summed."""
     return s.reward == "likelihood" and s.logit == "airl" and s.granularity == "dense"
-
-
-def sums_all(s: Settings) -> bool:
-    """Whether the policy's loss needs no sampled token: f of every action, nothing that follows."""
-    return s.policy_loss == "exact" and not s.gamma and not s.kl_coef
 
 
 def can_start_at_reward(s: Settings) -> bool:
@@ -398,16 +389,13 @@ def check_values(
     """
     for name, allowed in may_be.items():
         value = values.get(name)
-        if value is None:
-            continue
         if isinstance(allowed[0], str):
             good = value in allowed
             expected = f"one of {', '.join(allowed)}"
         else:
-            low, high = allowed
-            good = low <= value <= high  # of nan this is false
-            expected = f"from {low:,} to {high:,}"
-        if not good:
+            good = value is None or allowed[0] <= value <= allowed[1]  # of nan this is false
+            expected = f"from {allowed[0]:,} to {allowed[1]:,}"
+        if value is not None and not good:
             raise UserError(f"{shown(name)} must be {expected}, not {value!r}")
 
 
@@ -415,6 +403,8 @@ def check(s: Settings, given: dict) -> None:
     """Refuse settings that cannot work, and those that were given and would change nothing."""
     check_values(vars(s), MAY_BE)
     trains_irl = "irl" in s.methods
+    # The policy's loss needs no sampled token: there is f of every action, and nothing follows.
+    sums_all = s.policy_loss == "exact" and not s.gamma and not s.kl_coef
     for wrong, why in (
         (
             not set(s.methods) <= set(METHODS),
@@ -450,7 +440,7 @@ def check(s: Settings, given: dict) -> None:
             f"{s.granularity} most have none: leave it out, or give --gamma 1",
         ),
         (
-            trains_irl and s.epochs > 1 and s.policy_loss != "ppo" and not sums_all(s),
+            trains_irl and s.epochs > 1 and s.policy_loss != "ppo" and not sums_all,
             f"--epochs {s.epochs} takes --policy-loss ppo, whose ratio accounts for samples of an "
             "earlier policy",
         ),
@@ -469,7 +459,7 @@ def check(s: Settings, given: dict) -> None:
             "which half, rounded down, would be old: leave one of them out",
         ),
         (
-            given.get("reward_clip") and sums_all(s),
+            given.get("reward_clip") and sums_all,
             "--reward-clip changes nothing beside --policy-loss exact, which sums f itself: leave "
             "one of them out",
         ),
@@ -506,24 +496,27 @@ GROUPS = {
 }
 
 
-def default_of(f) -> str:
-    """A setting's default, for --help: one value, or one for each kind of model."""
-    defaults = {}
-    for kind, values in {
-        "words": preset("base", "words"),
-        "countdown": preset("countdown-base", "countdown"),
-        "other models": PRETRAINED,
-    }.items():
-        value = values.get(f.name, f.default)
-        if value is not None:  # else `complete` finds it
-            defaults[kind] = str(value)
-    if len(set(defaults.values())) < 2:
-        return "".join(list(defaults.values())[:1])
-    return ", ".join(f"{kind} {value}" for kind, value in defaults.items())
+# Whose defaults --help shows
+KINDS = {
+    "words": preset("base", "words"),
+    "countdown": preset("countdown-base", "countdown"),
+    "other models": PRETRAINED,
+}
 
 
-def make_parser() -> Parser:
-    """The parser of train.py's flags."""
+def help_of(f) -> str:
+    """What a setting does, and its default: one value, or one for each kind of model."""
+    values = {kind: str(preset.get(f.name, f.default)) for kind, preset in KINDS.items()}
+    default = ", ".join(f"{kind} {value}" for kind, value in values.items() if value != "None")
+    if len(set(values.values())) == 1:
+        default = values["words"]
+    if default in ("None", "False"):  # `complete` finds it, or it is a switch
+        return f.metadata["help"]
+    return f"{f.metadata['help']} (default: {default})"
+
+
+def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags, by default the command line's; `given`: the settings that are among them."""
     parser = Parser(DESCRIPTION, usage="train.py [flags]")
     call = parser.add_argument_group("this call")
     call.add_argument("--name", default="demo", help="the run goes to runs/<name> (default: demo)")
@@ -536,21 +529,11 @@ def make_parser() -> Parser:
     for f in fields(Settings):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
+        options = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
-            group.add_argument(
-                flag(f.name), action="store_true", default=None, help=f.metadata["help"]
-            )
-            continue
-        text = f.metadata["help"]
-        if default_of(f):
-            text += f" (default: {default_of(f)})"
-        group.add_argument(flag(f.name), type=f.type, metavar=f.type.__name__.upper(), help=text)
-    return parser
-
-
-def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The flags, by default the command line's; `given`: the settings that are among them."""
-    command = make_parser().parse(arguments)
+            options = {"action": "store_true", "default": None}
+        group.add_argument(flag(f.name), help=help_of(f), **options)
+    command = parser.parse(arguments)
     values = {f.name: getattr(command, f.name) for f in fields(Settings)}
     command.given = {name: value for name, value in values.items() if value is not None}
     return command

@@ -1,4 +1,4 @@
-"""Starts runs of train.py as processes of their own, cheaply: this one imports everything and forks.
+"""Starts runs of train.py as processes of their own, cheaply: this one imports all and forks.
 
 Reads lines {"cwd": .., "arguments": [..]} from standard input. For each it forks a process that
 calls train.main there, answers "<pid>", and when that process has ended "<status>" (negative: the

@@ -17,7 +17,6 @@ from transformers import (
 
 import baselines
 import data
-import irl
 import train
 from engine import loading, lora, sampler
 from engine.errors import UserError, exit_status
@@ -276,7 +275,7 @@ def test_examples_that_do_not_fit_are_counted(capsys):
     )
     assert train.main([*TINY, "--data", "folder", "--method", "sft", "--demonstrations", "1000"]) == 0
     printed = capsys.readouterr().out
-    assert "examples of train are longer than the model's context" in printed and "demonstrations are there, not 1000" in printed
+    assert "examples of train are longer than the model's context" in printed and "are there, not 1000" in printed
 
 
 @pytest.mark.parametrize("model, source", [("base", "countdown"), ("countdown-base", "words")])
@@ -353,22 +352,12 @@ def test_defaults_follow_what_the_reward_can_do(flags, expected):
     assert (s.start, s.policy_loss, s.gamma) == expected
 
 
-@pytest.mark.parametrize("flags, first, told", [
-    ("--start base", -12.0, True), ("--start base", None, False), ("--start reward", -12.0, False)])  # fmt: skip
-def test_a_base_that_never_begins_as_the_demonstrations_is_told(flags, first, told, capsys, monkeypatch):
-    if first:
-        monkeypatch.setattr(irl, "first_logprob", lambda *_: first)
-    few = "--method irl --max-steps 1 --eval-questions 2".split()
-    assert train.main([*TINY, *few, *flags.split()]) == 0
-    assert ("--start sft can" in capsys.readouterr().out) == told
-
-
 def test_every_shortfall_is_said_and_what_was_used_is_counted(settings, capsys):
     """Of countdown's problems 515 are for test, whatever is asked for."""
     s = replace(settings, data="countdown", model="countdown-base", eval_questions=600, extra_questions=10, max_new_tokens=40)
     run = train.Run(s, device="cpu")
     printed = capsys.readouterr().out
-    assert "only 515 test questions for the results are there, not 600" in printed
+    assert "test: only 515 are there, not 600" in printed
     assert printed.count("only") == 1
     expected = {"demonstrations": 16, "extra_questions": 10, "validation": 100, "test": 515, "reranked": 250}
     assert run.counts == expected and len(run.test) == 515
@@ -387,7 +376,7 @@ def test_five_rows_and_a_test_file_are_a_run(settings, tmp_path, monkeypatch, ca
     flags += "--max-new-tokens 8"
     assert train.main([*flags.split(), "--data", str(folder)]) == 0
     printed = capsys.readouterr().out
-    for line in ("only 5 demonstrations", "only 0 extra questions", "only 0 validation questions", "only 4 test questions"):
+    for line in ("demonstrations: only 5", "extra questions: only 0", "validation: only 0", "test: only 4"):
         assert line in printed
     results = json.loads((tmp_path / "runs/demo/results.json").read_text())
     assert results["counts"]["demonstrations"] == 5 and results["counts"]["test"] == 4
