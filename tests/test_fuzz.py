@@ -28,7 +28,6 @@ from data import Example
 from engine import loading
 from engine.errors import UserError, exit_status
 from engine.runs import read_settings
-from experiments.picture import picture
 from rerank import load_run
 from show import report, trace
 from show.report import chart, histogram
@@ -405,9 +404,6 @@ def test_reports_of_odd_runs(survives, tmp_path_factory):
                 content = "\n".join(map(json.dumps, lines)).encode()
             (run / name).write_bytes(content)
         survives(report.write_report, run)
-        for shown in report.read_run(run)["traces"] if survives(report.read_run, run) else []:
-            if isinstance(shown, dict):
-                survives(picture, shown, 1.0)
 
     check()
 
