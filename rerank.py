@@ -50,6 +50,7 @@ from engine.chat import check_text, set_date
 from engine.errors import Parser, UserError, exit_status
 from engine.runs import read_settings
 from engine.settings import DEVICES, check_values
+from negatives import perturbed_negatives
 from show.tables import show_choices, show_results
 from tasks import countdown, records
 from tasks.answers import group_answers
@@ -394,15 +395,17 @@ def assess(
         natural = place_results(batch, truth, questions, readings, likelihood, seed)
         # single: experts' traces with one thing broken, the synthetic test of 2510.01857 v2. The
         # rest of the trace stays as it was, so a later line can look worse than the error.
-        experts = data.tokenize(tokenizer, examples)
-        none_sampled: list[list] = [[] for _ in experts]
         rng = random.Random(f"broken {seed}")
-        broken = reward.compare(tokenizer, experts, none_sampled, PERTURBED_PER_EXPERT, rng)
-        broken = broken[broken.kinds != reward.EXPERT]
-        readings = signals(broken.batch, discriminator, policy_model, judges)
-        single = place_results(
-            broken.batch, broken.first, broken.family, readings, likelihood, seed
-        )
+        rows = []
+        for question, expert in enumerate(data.tokenize(tokenizer, examples)):
+            copies = perturbed_negatives(tokenizer, expert, PERTURBED_PER_EXPERT, rng)
+            for response, first in copies:
+                rows.append((expert.prompt, response, len(expert.prompt) + first, question))
+        prompts, responses, truth, questions = zip(*rows)
+        batch = data.make_batch(prompts, responses)
+        readings = signals(batch, discriminator, policy_model, judges)
+        places = (torch.tensor(truth), torch.tensor(questions))
+        single = place_results(batch, *places, readings, likelihood, seed)
         results["localise"] = {"natural": natural, "single": single}
     return results
 

@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-import random
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import demonstrations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -471,21 +469,6 @@ def test_a_cut_trace_without_an_error_has_no_place(shipped):
         assert (
             natural_errors(candidates, tokenizer, data.end_tokens(tokenizer)) >= 0
         ).tolist() == [has_error]
-
-
-def test_broken_experts_differ_first_where_they_say(shipped):
-    """The synthetic test's traces, as assess makes them."""
-    tokenizer = shipped[1]
-    examples = data.tokenize(tokenizer, data.load_examples("words", "test", 5))
-    broken = reward.compare(
-        tokenizer, examples, [[] for _ in examples], rerank.PERTURBED_PER_EXPERT, random.Random(0)
-    )
-    broken = broken[broken.kinds != reward.EXPERT]
-    assert len(broken.kinds) > 10
-    for row, place in enumerate(broken.first.tolist()):
-        expert = demonstrations(tokenizer, [examples[broken.family[row]]]).tokens[0].tolist()
-        tokens = broken.batch.tokens[row].tolist()
-        assert tokens[:place] == expert[:place] and tokens[place] != expert[place]
 
 
 def test_rerank_results_by_hand(shipped):
