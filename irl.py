@@ -17,9 +17,9 @@ step of the method stands in this file. What they call is in reward.py (f, D, lo
 
     equation                                       where                   tests/test_irl.py
     Algorithm 1                                    IRL.step                a_policy_improves_..
-    L of the discriminator                         IRL.discriminator_step  the_discriminators_loss_..
+    L of the discriminator                         IRL.discriminator_step  the_discriminators_..
     pi ~ exp(f / alpha) is best for r, gamma = 0   IRL.end_warm_up         the_policy_starts_at_..
-    max E_{a~pi}[f - alpha log pi], gamma 0, ours  IRL.policy_loss         exact_loss_equals_..
+    max E_{a~pi}[f - alpha log pi] (ours)          IRL.policy_loss         exact_loss_equals_..
     A_t = G_t - b_t (v1), or F_t less its mean     IRL.advantages          sums_over_actions_..
     no verifier in training                        data.no_verifier        training_raises_if_..
 
@@ -179,9 +179,8 @@ class IRL:
         """
         s = self.settings
         # A trace weighs the same in whichever process and micro-batch it is.
-        is_expert = comparison.kinds == reward.EXPERT
-        n_experts = parallel.total(float(is_expert.sum()))
-        n_negatives = parallel.total(float((~is_expert).sum()))
+        n_experts = parallel.total(float((comparison.kinds == reward.EXPERT).sum()))
+        n_negatives = parallel.total(float(len(comparison.kinds))) - n_experts
         sums = Counter()
         for rows in memory.micro_batches(comparison.batch.lengths, s.micro_batch, s.micro_tokens):
             part = comparison[rows]
@@ -229,9 +228,12 @@ class IRL:
         # The token ids that were sampled are scored. (The released code tokenises their text anew,
         # which shifts rewards by a token.)
         batch = rollout.batch
-        size = (s.micro_batch, s.micro_tokens)
-        states = policy.in_chunks(self.reward_model.states, batch, *size)  # [B, T, H]
-        f = policy.in_chunks(self.reward_model.scores, batch, *size, states)  # [B, T]
+        states = policy.in_chunks(
+            self.reward_model.states, batch, s.micro_batch, s.micro_tokens
+        )  # [B, T, H]
+        f = policy.in_chunks(
+            self.reward_model.scores, batch, s.micro_batch, s.micro_tokens, states
+        )  # [B, T]
         rewards = self.discriminator.token_rewards(batch, f, rollout.logprobs, s.entropy_coef)
         # Where later rewards count, a trace that goes on for ever would collect them.
         if s.gamma:
@@ -384,8 +386,7 @@ def first_logprob(model, experts: list[Example]) -> float:
 
 def main() -> None:
     loading.quiet()
-    flags = "--demonstrations 64 --questions 16 --group 4 --max-steps 3 --device cpu"
-    settings = parse_settings(flags.split())
+    settings = parse_settings("--questions 16 --group 4 --max-steps 3 --device cpu".split())
     model, tokenizer = loading.load_policy("base")
     discriminator = reward.make_discriminator(reward.load_reward("likelihood", "base"), tokenizer)
     experts = data.tokenize(tokenizer, data.load_examples("words", "train", 64))

@@ -39,6 +39,7 @@ NEVER = -100.0
 
 def widened(x: torch.Tensor) -> torch.Tensor:
     """x in the type that sums are made in: float32, or float64 where it is that already."""
+    # bf16 has 8 bits: a sum of 150,000 probabilities would stop growing at 1/256 of the next one.
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -193,7 +194,8 @@ def expectation(log_pi: torch.Tensor, f: torch.Tensor, alpha: float) -> torch.Te
     tensor([2.])
     """
     # A likelihood scores every action at once. So what REINFORCE estimates from one sampled token
-    # is summed exactly, for as far as the next token goes.
+    # is summed exactly, for as far as the next token goes: at gamma = 0 that is the whole return.
+    # (Ours. The paper samples, as it must: its head scores one action at a time.)
     return (log_pi.exp() * worth(log_pi, f, alpha)).sum(-1)
 
 
@@ -268,8 +270,9 @@ def expected_reward_sum(
     >>> expected_reward_sum(h, W, h, torch.ones(4, 3), alpha=1.0)  # twice log 1/4 - log 1/2
     tensor(-1.3863)
     """
-    inputs = (hidden, weight, reward_hidden, reward_weight)
-    return _ExpectedRewardSum.apply(*inputs, alpha, temperature, softcap)
+    return _ExpectedRewardSum.apply(
+        hidden, weight, reward_hidden, reward_weight, alpha, temperature, softcap
+    )
 
 
 # 4. Entropies -------------------------------------------------------------------------------------
@@ -282,6 +285,7 @@ def entropies(hidden, weight, softcap=0.0) -> torch.Tensor:
     >>> entropies(torch.zeros(1, 3), torch.ones(2, 3))
     tensor([0.6931])
     """
+    # As in the forward pass of `token_logprobs`, a block of logits at a time.
     matrix = widened(weight)
     values = torch.empty(len(hidden), dtype=matrix.dtype, device=hidden.device)
     for rows in row_pieces(len(hidden), len(matrix), BLOCK):

@@ -43,8 +43,10 @@ class Rollout:
     """What the policy wrote: G consecutive rows per question."""
 
     batch: Batch
-    logprobs: torch.Tensor  # [B, T], log pi of each response token when it was sampled, 0 elsewhere
-    finished: torch.Tensor  # [B] bool: an end token ended the row, not the length limit
+    # [B, T], log pi of each response token when it was sampled, 0 elsewhere.
+    logprobs: torch.Tensor
+    # [B] bool: an end token ended the row, not the length limit.
+    finished: torch.Tensor
 
 
 def choose(
@@ -121,9 +123,10 @@ def sample(
 
     repeated = [prompt for prompt in prompts for _ in range(group)]
     batch = data.make_batch(repeated, responses, model.device)
-    finished = torch.tensor([response[-1] in end_tokens for response in responses])
-    values = spread(torch.cat(logprobs).to(model.device), batch.response_mask)
-    return Rollout(batch, values, finished.to(model.device))
+    values = spread(torch.cat(logprobs).to(model.device), batch.response_mask)  # [B, T]
+    # The others ran into the length limit.
+    finished = [response[-1] in end_tokens for response in responses]
+    return Rollout(batch, values, torch.tensor(finished, device=model.device))
 
 
 def rollout(
@@ -144,6 +147,8 @@ def rollout(
         s.sample_rows,
     )
     mask = sampled.batch.response_mask
+    # A length that creeps to the limit, or fewer finished rows, are the first signs of a reward
+    # that is exploited; an entropy near 0, of a policy that has nothing more to try.
     metrics = {
         "length": float(mask.sum(1).mean()),
         "finished": float(sampled.finished.float().mean()),
@@ -177,6 +182,7 @@ def logprobs_of(
     model, hidden: torch.Tensor, batch: Batch, temperature: float = 1.0
 ) -> torch.Tensor:
     """log pi(a_t | s_t) from `hidden_states`: [N, H] -> [B, T], 0 outside the response."""
+    # A pass over the output matrix per block of rows, instead of the model's own [B, T, V] logits.
     weight, softcap = logprob.output_layer(model)
     tokens = batch.tokens[batch.response_mask.bool()]  # [N], in the order of `hidden`
     logprobs = logprob.token_logprobs(hidden, weight, tokens, temperature, softcap)  # [N]
@@ -203,9 +209,10 @@ def in_chunks(
 ) -> torch.Tensor:
     """function(batch, *aligned), [B, T] or [B, T, H], without a gradient, a few rows at a time.
 
-    So memory does not grow with B. aligned: tensors [B, T, ..] that belong to the batch; each
-    call gets its rows of them. rows, tokens: as in memory.micro_batches.
+    rows, tokens: as in memory.micro_batches.
     """
+    # A few, so that memory does not grow with B. aligned: tensors [B, T, ..] that belong to the
+    # batch; each call gets its rows of them.
     result = None
     for chosen in memory.micro_batches(batch.lengths, rows, tokens):
         part = batch[chosen]  # cut to the longest of these rows
@@ -275,8 +282,8 @@ def normalise(
 
     squares, tokens: the sum of A^2 and the number of response tokens of the whole batch.
     """
-    # The mean is left alone: the baseline has dealt with it, and to subtract it once more would
-    # punish long traces.
+    # The sums come from outside: processes share a batch. The mean is left alone: the baseline has
+    # dealt with it, and to subtract it once more would punish long traces.
     scale = (squares / max(1.0, tokens)) ** 0.5
     return advantages / max(1e-6, scale) * mask
 
@@ -316,6 +323,7 @@ def reinforce_loss(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Te
     >>> reinforce_loss(torch.tensor([-1.0]), torch.tensor([2.0]))
     tensor([2.])
     """
+    # d/d theta of -A log pi is -A grad log pi, whose mean over samples is -grad E[return].
     return -advantages.detach() * logprobs
 
 
@@ -390,9 +398,10 @@ def set_constant_rate(optimizer, rate: float) -> None:
 def optimizer_step(optimizer, loss: float, max_norm: float = 1.0) -> dict:
     """Sum the gradients of all processes, clip their norm, step, clear. loss: of all processes.
 
-    Returns {"loss", "grad_norm" (before clipping), "skipped" (steps left out since the optimizer
-    was made; train.py stops when three in a row are)}.
+    Returns {"loss", "grad_norm" (before clipping), "skipped"}.
     """
+    # "skipped" counts the steps left out since the optimizer was made. It lives in the optimizer's
+    # state, so that a resumed run goes on counting. train.py stops when three in a row are.
     first = optimizer.param_groups[0]
     first.setdefault("skipped", 0)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -86,13 +86,15 @@ def bce_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> to
 def trace_weights(counted: torch.Tensor, n_traces: float) -> torch.Tensor:
     """Weights [B, T]: the mean over each trace's counted tokens, then over `n_traces` traces.
 
-    counted: [B, T], 1 on the tokens that count. These rows may be a part of the n_traces.
+    counted: [B, T], 1 on the tokens that count.
 
     >>> trace_weights(torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]), 2)
     tensor([[0.0000, 0.2500, 0.2500],
             [0.0000, 0.5000, 0.0000]])
     """
     # A long trace weighs as much as a short one: else length would tell experts from the policy.
+    # These rows may be a micro-batch's or a process's part of the n_traces: the weights of all
+    # parts sum to 1.
     tokens = counted.sum(1, keepdim=True).clamp(min=1)
     return counted / tokens / max(1, n_traces)
 
@@ -109,7 +111,7 @@ def comparison_weights(
     """Weights [B, T] of a comparison's tokens: 1/2 for all experts, 1/2 for all negatives.
 
     counted: [B, T], 1 on the tokens that count; kinds: [B], indices into KINDS; n_experts,
-    n_negatives: the numbers of traces of the whole comparison, of which these rows may be a part.
+    n_negatives: how many traces the whole comparison has of them.
 
     >>> comparison_weights(torch.ones(3, 1), torch.tensor([0, 1, 2]), 1, 2).flatten()
     tensor([0.5000, 0.2500, 0.2500])
@@ -132,10 +134,8 @@ def discriminator_loss(
 def discriminator_sums(
     logits: torch.Tensor, kinds: torch.Tensor, weights: torch.Tensor
 ) -> dict[str, float]:
-    """Of each kind of trace the sums of weights and of weighted D, and the weight where D is right.
-
-    They add up over parts and processes.
-    """
+    """Of each kind of trace the sums of weights and of weighted D; the weight where D is right."""
+    # Sums, since they add up over micro-batches and processes.
     # An expert's token is right at D > 1/2, a negative's at D < 1/2. D = 1/2, where AIRL starts, is
     # half right.
     side = torch.where(kinds[:, None] == EXPERT, 1.0, -1.0)
@@ -148,11 +148,9 @@ def discriminator_sums(
 
 
 def discriminator_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """What is logged, from `discriminator_sums` of a whole comparison.
-
-    Mean D of each kind that there is ("d_expert", "d_sample", ..) and of all negatives
-    ("d_negative"); "accuracy", the share of both sides' tokens that D is right on.
-    """
+    """What is logged, from `discriminator_sums` of a whole comparison: mean D and accuracy."""
+    # By kind of trace, since AIRL's logit is that of the policy's own samples alone: see
+    # `discriminator_logits`.
     there = [kind for kind in KINDS if sums[f"weight_{kind}"]]
     metrics = {f"d_{kind}": sums[f"d_{kind}"] / sums[f"weight_{kind}"] for kind in there}
     # The weights of all negatives sum to 1/2.
@@ -165,15 +163,14 @@ def discriminator_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def segment_ends(batch: Batch, granularity: str, step_end_tokens: torch.Tensor) -> torch.Tensor:
-    """[B, T], 1 on the tokens where a score is read. step_end_tokens: [V] bool, a step's last ones.
-
-    dense: every response token. sparse: the last one. interval: the last one of each step, and the
-    last one. (The paper's intervals are steps or 15 tokens.)
-    """
+    """[B, T], 1 on the tokens where a score is read. step_end_tokens [V] bool end a step."""
+    # dense: every response token
     if granularity == "dense":
         return batch.response_mask
+    # sparse: the last one, which is the end token, unless the length limit came first
     positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
     ends = positions == batch.lengths[:, None] - 1
+    # interval: the last one of each step, too (the paper also has one for every 15 tokens)
     if granularity == "interval":
         ends = ends | step_end_tokens[batch.tokens]
     return batch.response_mask * ends
@@ -195,11 +192,9 @@ def segment_sums(values: torch.Tensor, mask: torch.Tensor, ends: torch.Tensor) -
 
 
 class LikelihoodReward(torch.nn.Module):
-    """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart.
+    """f(s,a) = log p_phi(a|s): the reward is a language model, trained by telling traces apart."""
 
-    Ours. It starts as a copy of the base, so all that the base knows is in f from the start.
-    """
-
+    # Ours. It starts as a copy of the base, so all that the base knows is in f from the start. And
     # f of all V actions is there at once: the exact expectation sums them.
     scores_all_actions = True
 
@@ -271,10 +266,14 @@ class Discriminator:
     """A reward model with what turns its scores into D, and D into rewards."""
 
     reward_model: LikelihoodReward | HeadReward
-    logit: str  # airl or gail
-    granularity: str  # dense, interval or sparse
-    step_end_tokens: torch.Tensor  # [V] bool, the tokens that end a step
-    clip: float = 0.0  # rewards are held within [-clip, clip]; 0: they are not
+    # airl or gail
+    logit: str
+    # dense, interval or sparse
+    granularity: str
+    # [V] bool, the tokens that end a step
+    step_end_tokens: torch.Tensor
+    # Rewards are held within [-clip, clip]; with 0 they are not.
+    clip: float = 0.0
 
     def score_mask(self, batch: Batch) -> torch.Tensor:
         # [B, T], 1 where a score is read.
@@ -392,10 +391,14 @@ def make_discriminator(
 class Comparison:
     """What one discriminator update sees: experts' traces, each with its negatives below it."""
 
-    batch: Batch  # B rows
-    kinds: torch.Tensor  # [B], what each row is: an index into KINDS
-    family: torch.Tensor  # [B], the number of the demonstration whose question each row answers
-    first: torch.Tensor  # [B], the first column that counts
+    # Rows of a family stand together, since a forward pass reads the prompt that they share once.
+    batch: Batch
+    # [B], what each row is: an index into KINDS.
+    kinds: torch.Tensor
+    # [B], the number of the demonstration whose question each row answers.
+    family: torch.Tensor
+    # [B], the first column that counts.
+    first: torch.Tensor
 
     def __getitem__(self, rows: torch.Tensor) -> "Comparison":
         # Some of the rows: indices or a mask.
@@ -448,24 +451,20 @@ def compare(
     that the policy wrote. n_broken: copies of each expert's trace with something wrong, at most;
     `wrong` says what (negatives.perturb).
     """
-    prompts = []
-    responses = []
-    rows = []  # (kind, family, first)
+    rows = []  # (kind, family, response, the first of its tokens that counts)
     for i, example in enumerate(examples):
-        traces = [("expert", example.response, 0)]
-        for response in samples[i]:
-            traces.append(("sample", response, 0))
+        rows.append(("expert", i, example.response, 0))
+        rows += [("sample", i, response, 0) for response in samples[i]]
         # A broken copy is the expert's own up to its first changed token: to call that prefix a
         # negative would contradict the label above. (The released code does, pairs copies with
         # other questions' prompts, and keeps copies that changed nothing.)
-        for response, changed in perturbed_negatives(tokenizer, example, n_broken, rng, wrong):
-            traces.append(("broken", response, changed))
-        for kind, response, first in traces:
-            prompts.append(example.prompt)
-            responses.append(response)
-            rows.append((KINDS.index(kind), i, len(example.prompt) + first))
-    kinds, family, first = torch.tensor(rows, device=device).unbind(1)
-    return Comparison(data.make_batch(prompts, responses, device), kinds, family, first)
+        copies = perturbed_negatives(tokenizer, example, n_broken, rng, wrong)
+        rows += [("broken", i, response, changed) for response, changed in copies]
+    kinds, family, responses, first = zip(*rows)
+    batch = data.make_batch([examples[i].prompt for i in family], responses, device)
+    kinds = torch.tensor([KINDS.index(kind) for kind in kinds], device=device)
+    first = batch.prompt_lengths + torch.tensor(first, device=device)
+    return Comparison(batch, kinds, torch.tensor(family, device=device), first)
 
 
 # A log-probability below this is taken for an error; -0.7, -1, -1.6, -2.3 tried on validation.
@@ -492,8 +491,7 @@ def main() -> None:
         loss.backward()
         policy.optimizer_step(optimizer, float(loss.detach()))
         metrics = discriminator_metrics(discriminator_sums(logits, part.kinds, weights))
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        print(f"discriminator update {update}: {shown}")
+        print(f"discriminator update {update}:", {k: round(v, 3) for k, v in metrics.items()})
 
     question = "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"
     wrong = Example(question, "3+12=15\n24+15=39\n39-9=30", "30")
