@@ -140,7 +140,7 @@ def test_what_adapters_have_learnt_is_loaded_in_float32():
     run.save_model(loop.policy_model, "policy")
     run.save_model(loop.discriminator.reward_model.model, "reward")
     assert run.load().dtype == torch.bfloat16
-    assert run.load("policy").dtype == run.load_discriminator("reward").reward_model.model.dtype == torch.float32
+    assert run.load("policy").dtype == torch.float32
 
 
 def test_adapters_start_alike_whatever_was_drawn_before():
