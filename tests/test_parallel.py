@@ -145,6 +145,7 @@ def work(rank: int, folder: Path) -> None:
         assert "1 of 2 processes do not see" in str(error)
     else:
         raise AssertionError("two folders were taken for one")
+    parallel.wait()  # rank 0 removes its mark
     assert not list(folder.glob(".seen*"))
     with torch.no_grad():
         run = train.Run(
