@@ -35,7 +35,9 @@ from engine.settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
 GROUP = 3
-FLAGS = "--demonstrations 8 --extra-questions 0 --questions 4 --group 3 --gamma 0.5 --policy-lr 1e-3".split()
+FLAGS = (
+    "--demonstrations 8 --extra-questions 0 --questions 4 --group 3 --gamma 0.5 --policy-lr 1e-3"
+).split()
 KINDS = {
     "exact": "",
     "ppo": "--policy-loss ppo --micro-tokens 300",
