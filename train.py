@@ -221,20 +221,17 @@ class Run:
         """What the policies of IRL and GRPO are before their first step."""
         return self.to_train(self.load("sft" if self.s.start == "sft" else None))
 
-    def load_discriminator(self, trained: str | None = None) -> reward.Discriminator:
-        """The discriminator to train, or with the reward that this run has trained."""
+    def load_discriminator(self) -> reward.Discriminator:
+        """The discriminator to train."""
         s = self.s
-        if trained:
-            reward_model = reward.load_reward(s.reward, str(self.folder / trained), self.device)
+        # With adapters the reward shares the policy's base, if it starts there.
+        if self.base is None or s.reward_model != s.model:
+            reward_model = reward.load_reward(s.reward, s.reward_model, self.device, self.dtype)
+        elif s.reward == "likelihood":
+            reward_model = reward.LikelihoodReward(self.base)
         else:
-            # With adapters the reward shares the policy's base, if it starts there.
-            if self.base is None or s.reward_model != s.model:
-                reward_model = reward.load_reward(s.reward, s.reward_model, self.device, self.dtype)
-            elif s.reward == "likelihood":
-                reward_model = reward.LikelihoodReward(self.base)
-            else:
-                reward_model = reward.HeadReward(lora.with_head(self.base, s.reward == "random"))
-            reward_model.model = self.to_train(reward_model.model)
+            reward_model = reward.HeadReward(lora.with_head(self.base, s.reward == "random"))
+        reward_model.model = self.to_train(reward_model.model)
         return reward.make_discriminator(
             reward_model, self.tokenizer, s.logit, s.granularity, clip=s.reward_clip
         )
@@ -402,7 +399,7 @@ class Run:
         s = self.s
         # Not the policy that the reward has trained: whoever reranks has the base, or another one.
         base = self.load()
-        discriminator = self.load_discriminator("reward")
+        discriminator, _, _ = rerank.load_run(self.folder, self.device)
         # SFT models, whose log-probability is the rival of the reward.
         judges = rerank.load_judges(self.folder, self.tokenizer, s.fair_temperature, self.device)
         generator = torch.Generator(self.device).manual_seed(s.seed + 1)

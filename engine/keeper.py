@@ -145,6 +145,7 @@ class Keeper:
     def save(self, trainer=None) -> None:
         """Write a checkpoint: in the middle of training with all that changes in `trainer`."""
         start = time.monotonic()
+        checkpoint.sync(self.metrics)  # no line may be lost that the checkpoint counts as written
         state = {"progress": vars(self.progress)} | checkpoint.trainer_state(trainer)
         checkpoint.save(self.folder / "checkpoints", self.made_with | state)
         self.saved_at = time.monotonic()
@@ -222,7 +223,7 @@ class Keeper:
         skipped = sum(value for name, value in values.items() if name.endswith("/skipped"))
         before, in_a_row = self.progress.skipped.get(method, (0, 0))
         in_a_row = in_a_row + 1 if skipped > before else 0
-        self.progress.skipped[method] = [skipped, in_a_row]
+        self.progress.skipped[method] = [skipped, in_a_row % 3]
         return in_a_row
 
     def log(self, line: dict, values: dict) -> None:

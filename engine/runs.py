@@ -52,7 +52,7 @@ def read_settings(run: Path) -> dict:
         value = settings.get(name)
         # Not isinstance, which takes True for an integer.
         if (name in settings or name in READ) and type(value) is not kind:
-            raise UserError(f"{path}: '{name}' is {value or 'missing'}, expected {kind.__name__}")
+            raise UserError(f"{path}: '{name}' is {value!r}, expected {kind.__name__}")
 
     def shown(name: str) -> str:
         return f"{path}: '{name}'"

@@ -26,7 +26,9 @@ LINES = pytest.StashKey[list]()
 
 
 def report_line(config, text: str) -> None:
-    """Have pytest print this line after the tests: for figures that a reader of the log should see, such as counts."""
+    """Have pytest print this line after the tests: for figures that a reader of the log should see,
+    such as counts.
+    """
     config.stash.setdefault(LINES, []).append(text)
 
 
@@ -51,7 +53,9 @@ def qwen_tokenizer():
     """The real Qwen2.5 tokenizer."""
     folder = SHARED / "qwen2-tokenizer"
     if not folder.exists():
-        pytest.skip("the real Qwen2.5 tokenizer is not beside this checkout (../shared/qwen2-tokenizer)")
+        pytest.skip(
+            "the real Qwen2.5 tokenizer is not beside this checkout (../shared/qwen2-tokenizer)"
+        )
     return loading.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -101,18 +105,22 @@ def discriminator_update(
 
 
 def all_logprobs(model, batch):
-    """log pi(a|s_t) of every action at each response token, [N, V], by a forward pass of its own: no shared prompts, no
+    """log pi(a|s_t) of every action at each response token, [N, V], by a forward pass of its own:
+    no shared prompts, no
     tiles. What the fast functions are compared with."""
     logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
     return logits[:, :-1][batch.response_mask[:, 1:].bool()].log_softmax(-1)
 
 
-TRACES = ((0,), (1, 0), (1, 1))  # of a tiny decision process: end (0) or go on (1); then one of two last tokens
+# Of a tiny decision process: end (0) or go on (1); then one of two last tokens
+TRACES = ((0,), (1, 0), (1, 1))
 
 
 def all_groups(log_pi, rewards, group: int):
-    """Every group of traces that a policy log_pi [2, 2] (by step and action) can write in the process with the rewards
-    [2, 2]: (its probability, mask [G, 2], rewards [G, 2], log pi of the chosen tokens [G, 2]). For exact expectations."""
+    """Every group of traces that a policy log_pi [2, 2] (by step and action) can write in the
+    process with the rewards
+    [2, 2]: (its probability, mask [G, 2], rewards [G, 2], log pi of the chosen tokens [G, 2]).
+    For exact expectations."""
     for traces in itertools.product(TRACES, repeat=group):
         mask = torch.tensor([[1.0, float(len(trace) == 2)] for trace in traces])
         chosen = torch.tensor([[trace[0], trace[-1]] for trace in traces])
@@ -122,12 +130,16 @@ def all_groups(log_pi, rewards, group: int):
 
 
 def true_gradient(theta, rewards, gamma=1.0):
-    """Of E[r_0 + gamma r_1] under the policy softmax(theta), [2, 2], by theta[0]; by theta[1] of E[r_1], what is left when
-    it is reached: as nearly everybody does, a step's own return is not discounted by the steps before it."""
+    """Of E[r_0 + gamma r_1] under the policy softmax(theta), [2, 2], by theta[0]; by theta[1] of
+    E[r_1], what is left when
+    it is reached: as nearly everybody does, a step's own return is not discounted by the steps
+    before it."""
 
     def gradient(gamma):
         groups = all_groups(theta.log_softmax(-1), rewards, 1)
-        value = sum(logprobs.sum().exp() * (r[0, 0] + gamma * r[0, 1]) for _, _, r, logprobs in groups)
+        value = sum(
+            logprobs.sum().exp() * (r[0, 0] + gamma * r[0, 1]) for _, _, r, logprobs in groups
+        )
         return torch.autograd.grad(value, theta)[0]
 
     return torch.stack([gradient(gamma)[0], gradient(1.0)[1]])

@@ -1,7 +1,8 @@
-"""Two processes take the step that one process takes on all their rows; they save, stop and go on together.
+"""Two processes take the step that one process takes on all their rows; they save, stop and go on
+together.
 
-Communication is gloo's, on the CPU. Processes are forked from one that has imported torch and transformers; one test starts
-torchrun itself.
+Communication is gloo's, on the CPU. Processes are forked from one that has imported torch and
+transformers; one test starts torchrun itself.
 """
 
 import json
@@ -34,7 +35,9 @@ from engine.settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
 GROUP = 3
-FLAGS = "--demonstrations 8 --extra-questions 0 --questions 4 --group 3 --gamma 0.5 --device cpu --policy-lr 1e-3".split()
+FLAGS = (
+    "--demonstrations 8 --extra-questions 0 --questions 4 --group 3 --gamma 0.5 --policy-lr 1e-3"
+).split()
 KINDS = {
     "exact": "",
     "ppo": "--policy-loss ppo --micro-tokens 300",
@@ -62,7 +65,9 @@ def rollout_of(tokenizer, questions: list[int]) -> policy.Rollout:
 
 
 def step(questions: list[int], kind: str) -> dict:
-    """One update of the discriminator and one of the policy on these questions: weights and metrics after it."""
+    """One update of the discriminator and one of the policy on these questions: weights and metrics
+    after it.
+    """
     s = parse_settings(FLAGS + KINDS[kind].split())
     model, tokenizer = loading.load_policy("base")
     reward_model = reward.load_reward("likelihood", "base")
@@ -80,8 +85,11 @@ def step(questions: list[int], kind: str) -> dict:
         [rollout.batch.response(i * GROUP + g) for g in range(GROUP)] for i in range(len(examples))
     ]
     comparison = reward.compare(tokenizer, examples, negatives, 0, random.Random(0))
-    metrics = {"discriminator": discriminator_update(discriminator, loop.reward_optimizer, model, comparison, 0.1, 0.5,
-                                              micro_batch=5)}  # fmt: skip
+    metrics = {
+        "discriminator": discriminator_update(
+            discriminator, loop.reward_optimizer, model, comparison, 0.1, 0.5, micro_batch=5
+        )
+    }
     rewards = (rollout.batch.tokens * 0.1).sin() * rollout.batch.response_mask
     metrics["policy"] = loop.update_policy(rollout, rewards, loop.rewards(rollout)[1])
     weights = [p.detach().flatten() for m in (model, reward_model) for p in m.parameters()]
@@ -93,7 +101,9 @@ def step(questions: list[int], kind: str) -> dict:
 
 
 def worth_of_cut_off(questions: list[int]) -> torch.Tensor:
-    """The rewards [B] of traces of these questions, the second of each cut off: a score per trace, its length in tokens."""
+    """The rewards [B] of traces of these questions, the second of each cut off: a score per trace,
+    its length in tokens.
+    """
     s = parse_settings(
         FLAGS + "--gamma 1 --reward head --granularity sparse --policy-loss ppo".split()
     )
@@ -145,6 +155,7 @@ def work(rank: int, folder: Path) -> None:
         assert "1 of 2 processes do not see" in str(error)
     else:
         raise AssertionError("two folders were taken for one")
+    parallel.wait()  # rank 0 removes its mark
     assert not list(folder.glob(".seen*"))
     with torch.no_grad():
         run = train.Run(
@@ -168,8 +179,14 @@ def free_port() -> int:
 
 def begin(rank: int, port: int, folder: Path, function, arguments) -> None:
     """A process as torchrun starts it; what it prints goes to <folder>/<rank>."""
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
-                   "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
     os.chdir(folder)
     sys.stdout = sys.stderr = open(str(rank), "w", buffering=1)
     torch.set_num_threads(1)
@@ -197,7 +214,9 @@ def in_two(folder: Path, function, *arguments) -> tuple[list[int], list[str]]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What two processes come to, by kind of update: once for all tests, because they take seconds to start."""
+    """What two processes come to, by kind of update: once for all tests, because they take seconds
+    to start.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     statuses, printed = in_two(folder, work, folder)
     assert statuses == [0, 0], printed
@@ -248,7 +267,8 @@ def test_without_torchrun_nothing_is_shared():
     assert parallel.total(2.5) == 2.5 and parallel.share_of(5, "--questions") == 5
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
+# ------------------
 
 ALL = [*TINY, *"--method sft,irl,grpo --lora-rank 2 --kl-coef 0.01".split()]
 RESUME = ["--resume", "--name", "demo"]
