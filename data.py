@@ -1,7 +1,8 @@
 """Demonstrations: where they come from, how they become tokens, who may check an answer.
 
-Algorithm 1 (arXiv 2510.01857) starts from demonstrations D_E = {(question, trace, answer)}. It takes
-from here their tokens. The true answers, which it must not look at, are here too, behind a lock.
+Algorithm 1 (arXiv 2510.01857) starts from demonstrations D_E = {(question, trace, answer)}. It
+takes their tokens from here. The true answers, which it must not look at, are here, too, behind a
+lock.
 
     1. demonstrations   Example; load_examples, where D_E comes from
     2. tokens           question -> prompt; trace and answer -> response, *its end token included*
@@ -18,13 +19,13 @@ Tasks and file formats are in tasks/, chat templates in engine/chat.py. `python 
 example: an expert's trace, a pupil's, and where the pupil's first goes wrong.
 """
 
-import itertools
 import os.path
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from engine.chat import (
     chat_text,
@@ -75,7 +76,7 @@ def load_examples(
     largest: int = 40,
     in_words: bool = False,
 ) -> list[Example]:
-    """Examples of one split, shuffled by `seed`, at most `count` of them (None: all that there are).
+    """Examples of one split, shuffled by `seed`, at most `count` of them (None: all there are).
 
     source: an embedded task, 'gsm8k' or 'medreason' (from the hub), a file of JSON lines, or a
     folder that holds train.jsonl and test.jsonl.
@@ -85,7 +86,7 @@ def load_examples(
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}': one of {', '.join(SPLITS)}")
     if source in EMBEDDED:
-        # These are made and have no end: all are 1,000.
+        # These are made and have no end: "all" are 1,000.
         problems = {"steps": steps, "largest": largest, "in_words": in_words}
         solutions = EMBEDDED[source].solutions(split, count or 1000, seed, **problems)
         return [Example(*solution, task=source) for solution in solutions]
@@ -106,12 +107,13 @@ def load_examples(
             "their text, and here none is. Put some into a file of their own: --data DIR, a folder "
             "with train.jsonl and test.jsonl"
         )
+    # Its own generator: how many examples are loaded changes no other draw of the run.
     random.Random(f"order {seed}").shuffle(solutions)
     return [Example(*solution) for solution in solutions[:count]]
 
 
 def draw(items: list, count: int, rng: random.Random) -> list:
-    """`count` items, without repeats where there are enough."""
+    # without repeats where there are enough
     if len(items) >= count:
         return rng.sample(items, count)
     return rng.choices(items, k=count) if items else []
@@ -144,15 +146,13 @@ def prompt_ids(tokenizer, question: str) -> list[int]:
     else:
         text = question
         prompt = (tokenizer.bos_token or "") + question + "\n"
-    # `text` comes from outside: a control token that is written in it stays text.
-    ids = prompt_tokens(tokenizer, prompt, text.strip())
-    if not ids:
-        raise UserError(
-            f"the tokenizer makes no token of the question {question[:60]!r}: nothing to answer"
-        )
-    return ids
+    # `text` comes from outside: a control token that is written in it stays text. A question that
+    # could close its own turn would speak for the assistant.
+    return prompt_tokens(tokenizer, prompt, text.strip())
 
 
+# The same tags for every data set: rewards, negatives and the answer check all know where the trace
+# ends and the answer begins.
 def response_text(trace: str, answer: str) -> str:
     """What the policy is to write: the trace between <think> tags, the answer between its own."""
     return f"<think>\n{trace}\n</think>\n<answer>{answer}</answer>"
@@ -166,8 +166,8 @@ def response_ids(tokenizer, text: str) -> list[int]:
 
 
 def prompt_opening(tokenizer) -> str:
-    """What the prompt has already written of the response: "<think>" and a newline with some chat
-    templates, else nothing. It is not written again, and `decode` puts it back."""
+    # What the prompt has already written of the response: "<think>" and a newline with some chat
+    # templates, else nothing. It is not written again, and `decode` puts it back.
     return opening(tokenizer, str(getattr(tokenizer, "chat_template", None) or ""))
 
 
@@ -182,7 +182,7 @@ def tokenize(tokenizer, examples: list[Example]) -> list[Example]:
 
 
 def question_only(example: Example) -> Example:
-    """What a policy may see of an example: its question. Trace and answer are taken away."""
+    # What a policy may see of an example. Trace and answer are taken away.
     return replace(example, trace="", answer="", response=[])
 
 
@@ -201,8 +201,8 @@ def decode(tokenizer, ids) -> str:
     """Response tokens back to text, up to the first end token; special tokens are left out."""
     ends = end_tokens(tokenizer)
     ids = [int(token) for token in ids]
-    ids = list(itertools.takewhile(lambda token: token not in ends, ids))
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return prompt_opening(tokenizer) + text
 
 
@@ -217,35 +217,44 @@ def until_end(tokenizer, text: str) -> str:
 def token_at(tokenizer, ids, offset: int) -> int:
     """Index of the token of `ids` that holds character `offset` of the decoded text; past its end
     that of the end token."""
-    for index in range(len(ids)):
-        if len(decode(tokenizer, ids[: index + 1])) > offset:
-            return index
-    return len(ids) - 1
+    # Tokens may share a character (bytes of one letter): decode the beginnings, not token by token.
+    lengths = (len(decode(tokenizer, ids[: index + 1])) for index in range(len(ids)))
+    return next((index for index, length in enumerate(lengths) if length > offset), len(ids) - 1)
 
 
 def fit_context(
-    tokenizer, examples: list[Example], context: int, new_tokens: int = 0
+    tokenizer,
+    examples: list[Example],
+    context: int,
+    new_tokens: int = 0,
+    count: int | None = None,
 ) -> tuple[list[Example], int]:
-    """(the examples that fit a model's context, the number of those that do not). One fits if its
-    prompt with its own trace, and with `new_tokens` sampled ones, has at most `context` tokens."""
+    """(the first `count` examples that fit a model's context, how many before them do not). One
+    fits if its prompt with its own trace, and with `new_tokens` sampled ones, has at most `context`
+    tokens."""
     kept = []
+    dropped = 0
     unwritten = []
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, *end_tokens(tokenizer)}
     for example in examples:
+        if len(kept) == count:
+            break
         (tokens,) = tokenize(tokenizer, [example])
         if not unknown.isdisjoint(tokens.prompt + tokens.response):
             unwritten.append(example)
         # Cutting a trace short instead would teach the reward that experts stop in mid-sentence.
         if len(tokens.prompt) + max(len(tokens.response), new_tokens) <= context:
             kept.append(example)
-    if 2 * len(unwritten) > len(examples):
+        else:
+            dropped += 1
+    if 2 * len(unwritten) > len(kept) + dropped:
         raise UserError(
-            f"this model's tokenizer has no tokens for {len(unwritten)} of {len(examples)} "
+            f"this model's tokenizer has no tokens for {len(unwritten)} of {len(kept) + dropped} "
             f"examples, such as {unwritten[0].question[:60]!r}: these problems need another --model"
         )
-    if examples and not kept:
-        raise UserError(f"none of the {len(examples)} examples fits {context} tokens of context")
-    return kept, len(examples) - len(kept)
+    if dropped and not kept:
+        raise UserError(f"none of the {dropped} examples fits the context of {context} tokens")
+    return kept, dropped
 
 
 def load_fitting(
@@ -253,24 +262,10 @@ def load_fitting(
 ) -> tuple[list[Example], int]:
     """load_examples(source, split, count, ..) that fit the context, and how many did not. In the
     place of one that is too long comes the next one of the data, while there are any."""
-    kept = []
-    dropped = 0
-    wanted = count
-    while len(kept) < count:
-        try:
-            # A longer list begins with the shorter one.
-            examples = load_examples(source, split, wanted, *problems, **more)
-        except UserError:
-            if not kept:
-                raise
-            break  # so many different problems cannot be made
-        before = len(kept)
-        kept, dropped = fit_context(tokenizer, examples, context, new_tokens)
-        # Data from a file has an end; data that is made has none, and perhaps no more that fit.
-        if len(examples) < wanted or len(kept) == before:
-            break
-        wanted += max(count - len(kept), 50)
-    return kept[:count], dropped
+    # Problems that are made have no end, and are about as long as each other: no others are tried.
+    available = count if source in EMBEDDED else None
+    examples = load_examples(source, split, available, *problems, **more)
+    return fit_context(tokenizer, examples, context, new_tokens, count)
 
 
 # 3. Batches ---------------------------------------------------------------------------------------
@@ -292,13 +287,13 @@ class Batch:
 
     @property
     def attention_mask(self) -> torch.Tensor:
-        """[B, T], 1 on real tokens."""
+        # [B, T], 1 on real tokens
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (positions < self.lengths[:, None]).long()
 
     @property
     def response_mask(self) -> torch.Tensor:
-        """[B, T] float, 1 on response tokens, the end token among them."""
+        # [B, T] float, 1 on response tokens, the end token among them
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return self.attention_mask * (positions >= self.prompt_lengths[:, None]).float()
 
@@ -306,7 +301,7 @@ class Batch:
         return len(self.tokens)
 
     def __getitem__(self, rows) -> "Batch":
-        """A slice, a list or a tensor of rows, cut to the longest of them."""
+        # a slice, a list or a tensor of rows, cut to the longest of them
         lengths = self.lengths[rows]
         longest = int(lengths.max()) if len(lengths) else 0
         return Batch(self.tokens[rows][:, :longest], self.prompt_lengths[rows], lengths)
@@ -317,7 +312,7 @@ class Batch:
         )
 
     def response(self, row: int) -> list[int]:
-        """The response tokens of one row, without padding."""
+        # the response tokens of one row, without padding
         return self.tokens[row, int(self.prompt_lengths[row]) : int(self.lengths[row])].tolist()
 
 
@@ -334,18 +329,14 @@ def make_batch(prompts: list[list[int]], responses: list[list[int]], device="cpu
 
 def cat_batches(*batches: Batch) -> Batch:
     """Rows of several batches one below the other, padded to the longest."""
-    width = max(batch.tokens.shape[1] for batch in batches)
-    tokens = []
-    for batch in batches:
-        missing = width - batch.tokens.shape[1]
-        tokens.append(torch.nn.functional.pad(batch.tokens, (0, missing)))
+    rows = [row for batch in batches for row in batch.tokens]
     prompt_lengths = torch.cat([batch.prompt_lengths for batch in batches])
     lengths = torch.cat([batch.lengths for batch in batches])
-    return Batch(torch.cat(tokens), prompt_lengths, lengths)
+    return Batch(pad_sequence(rows, batch_first=True), prompt_lengths, lengths)
 
 
 def demonstration_batch(examples: list[Example], device="cpu") -> Batch:
-    """Tokenised demonstrations as a Batch: prompt, <think> trace </think>, answer, end token."""
+    # tokenised demonstrations: prompt, <think> trace </think>, answer, end token
     prompts = [example.prompt for example in examples]
     responses = [example.response for example in examples]
     return make_batch(prompts, responses, device)
@@ -374,13 +365,13 @@ def first_error(expert: Example, response: str) -> int | None:
 
 def main() -> None:
     problem = words.words_problems("train", 1)[0]
-    expert = Example(*words.solve(problem), task="words")
-    pupil = words.solve(problem, words.Pupil(), random.Random(0))
-    wrong = first_error(expert, response_text(pupil.trace, pupil.answer))
-    print("question   ", expert.question)
+    expert = words.solve(problem)
+    pupil = words.solve(problem, words.Pupil(), random.Random(1))
+    print("question   ", problem.question)
     print("expert     ", expert.trace.replace("\n", " | "), "->", expert.answer)
-    print("a pupil    ", pupil.trace.replace("\n", " | "), "->", pupil.answer)
-    print("             first wrong character of the pupil's:", wrong)
+    wrong = words.first_error(expert, response_text(pupil.trace, pupil.answer))
+    print("a pupil    ", pupil.trace.replace("\n", " | "), "->", pupil.answer, end=" ")
+    print(f"(first wrong character: {wrong})")
 
 
 if __name__ == "__main__":

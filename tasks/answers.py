@@ -44,7 +44,7 @@ SHORT = 200  # characters of a sentence behind "the answer is", or of what math-
 PROSE = r"\b(?:answer|correct option|correct choice)(?: is:?|:)[ \t]*"
 MARKER = rf"(?i)(?P<tag><answer>)|(?P<box>\\(?:boxed|fbox)\s?\{{)|(?P<hashes>#{{4,}})|{PROSE}"
 TAG_END = re.compile(r"(?i)</?answer|</?think|\Z")
-SENTENCE_END = r"\n|(?<!\b[A-Z])[.!?](?=\s|$)|\.(?=\s+[A-Z])|</?(?:answer|think)>|\Z"
+SENTENCE_END = r"(?<!\b[A-Z])[.!?](?=\s|$)|\.(?=\s+[A-Z])|</?(?:answer|think)>|\Z"
 # A base model runs on: it asks itself the next question and answers that one, too.
 ANOTHER_QUESTION = (
     r"(?i)\n\s?(?:#{1,4} |\*\*)?(?:question|problem|exercise|q|user|human)(?: ?\d{1,3})?:"
@@ -101,9 +101,10 @@ def extract_marked(text: str) -> str | None:
         elif marker["box"]:
             content = up_to_closing_brace(text[start : start + LONGEST]).strip()
         else:
-            sentence = text[start : start + SHORT]
-            end = re.search(r"\n|\Z" if marker["hashes"] else SENTENCE_END, sentence).start()
-            content = sentence[:end].strip("*`_ \t")
+            content = text[start : start + SHORT].partition("\n")[0]
+            if not marker["hashes"]:
+                content = content[: re.search(SENTENCE_END, content).start()]
+            content = content.strip("*`_ \t")
             content = content if states_result(content) else ""
         if any(map(str.isalnum, content)):
             answer = content

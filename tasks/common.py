@@ -1,5 +1,5 @@
-"""What every task needs: the lock on its answer check, a split for each question, slips, and a walk along
-a response for as long as it is right."""
+"""What every task needs: the lock on its answer check, a split for each question, slips, and a walk
+along a response for as long as it is right."""
 
 import random
 import zlib
@@ -12,7 +12,8 @@ _verifier_locked = False
 
 @contextmanager
 def no_verifier():
-    """Context in which every check of an answer against the truth raises, however it is reached. irl.py trains inside it."""
+    """Context in which every check of an answer against the truth raises, however it is reached.
+    irl.py trains inside it."""
     global _verifier_locked
     before = _verifier_locked
     _verifier_locked = True
@@ -23,9 +24,10 @@ def no_verifier():
 
 
 def verifier_is_asked(check: str) -> None:
-    """To be called first by every function that looks at the truth about a response. RuntimeError inside `no_verifier`."""
+    """To be called first by every function that looks at the truth about a response. RuntimeError
+    inside `no_verifier`."""
     if _verifier_locked:
-        raise RuntimeError(f"the answer check ({check}) was called while training without a verifier")
+        raise RuntimeError(f"the answer check ({check}) was called in training without a verifier")
 
 
 class Solution(NamedTuple):
@@ -35,11 +37,12 @@ class Solution(NamedTuple):
     trace: str
     answer: str
     options: tuple[str, ...] = ()
-    marks: tuple[tuple[int, str], ...] = ()  # calculations that a data set marks: (place of the result, "48/2=24")
+    marks: tuple[tuple[int, str], ...] = ()
 
 
 def split_of(question: str) -> str:
-    """'train', 'validation' or 'test' (80/10/10), decided by the question's own bytes: disjoint whatever the seed."""
+    """'train', 'validation' or 'test' (80/10/10), decided by the question's own bytes: disjoint
+    whatever the seed."""
     return {8: "validation", 9: "test"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
@@ -52,13 +55,14 @@ def wrong_digit(number: int, rng: random.Random) -> int:
 
 
 def first_difference(a, b) -> int:
-    """Index of the first place where two sequences differ (the shorter one's length if it is a prefix)."""
+    """Index of the first place where two sequences differ; the shorter one's length if it is how
+    the other begins."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def first_wrong(response: str, state, forms: Callable[[object], dict]) -> int | None:
-    """Where a response leaves all right ones: the offset of the first character that none of them has; its length if it
-    stops too early; None if it is right.
+    """Where a response leaves all right ones: the offset of the first character that none of them
+    has; its length if it stops too early; None if it is right.
     forms(state) -> {a right piece of text: the state after it}, {} where a right response ends.
 
     >>> first_wrong("ac", 0, [{"a": 1}, {"b": 2}, {}].__getitem__)
@@ -66,8 +70,10 @@ def first_wrong(response: str, state, forms: Callable[[object], dict]) -> int | 
     """
     at = 0
     while pieces := forms(state):
-        found = next((piece for piece in pieces if response.startswith(piece, at)), None)
-        if found is None:
-            return at + max(first_difference(piece, response[at : at + len(piece)]) for piece in pieces)
-        at, state = at + len(found), pieces[found]
+        taken = next((piece for piece in pieces if response.startswith(piece, at)), None)
+        if taken is None:
+            rest = response[at:]
+            return at + max(first_difference(piece, rest[: len(piece)]) for piece in pieces)
+        at += len(taken)
+        state = pieces[taken]
     return None if at == len(response) else at

@@ -177,10 +177,10 @@ def from_record(record: dict) -> Solution:
     question = field(record, "question", needed=True)
     trace = field(record, "trace")
     answer = field(record, "answer")
-    if not trace or not answer:
+    if not answer or record.get("trace") is None:
         trace, answer = split_response(trace or answer)
     answer = answer.removeprefix("<answer>").removesuffix("</answer>").strip()
-    if not trace or not answer:
+    if not answer:
         raise ValueError(
             "field 'trace' or 'answer' is missing, and nothing marks an answer "
             "(<answer>5</answer>, #### 5 or \\boxed{5}). Where it "

@@ -42,8 +42,13 @@ def test_reachable_is_what_brute_force_finds():
 
 
 def test_splits_share_no_problem_in_any_order():
-    made = {s: [countdown.problem_of(solution.question) for solution in countdown.solutions(s, 300)] for s in data.SPLITS}
-    found = {split: {(tuple(sorted(n)), t) for n, t in problems} for split, problems in made.items()}
+    made = {
+        s: [countdown.problem_of(solution.question) for solution in countdown.solutions(s, 300)]
+        for s in data.SPLITS
+    }
+    found = {
+        split: {(tuple(sorted(n)), t) for n, t in problems} for split, problems in made.items()
+    }
     assert all(len(problems) == 300 for problems in found.values())
     for a, b in itertools.combinations(data.SPLITS, 2):
         assert not found[a] & found[b]
@@ -64,7 +69,10 @@ def test_every_expert_is_right_and_so_are_its_tokens():
         text = data.response_text(example.trace, example.answer)
         assert data.is_correct(example, text)
         ids = token_ids(tokenizer, example.question + "\n" + text)
-        assert tokenizer.unk_token_id not in ids and data.decode(tokenizer, ids) == example.question + "\n" + text
+        assert (
+            tokenizer.unk_token_id not in ids
+            and data.decode(tokenizer, ids) == example.question + "\n" + text
+        )
 
 
 QUESTION = Solution("7 12 4 > 15", "", "15")
@@ -104,12 +112,18 @@ def test_the_verifier_reads_the_whole_trace_and_is_locked_in_training():
 
 
 def test_differences_and_slips():
-    assert first_difference("abc", "abd") == first_difference([1, 2], [1, 2, 3]) == 2 and first_difference("", "") == 0
+    assert (
+        first_difference("abc", "abd") == first_difference([1, 2], [1, 2, 3]) == 2
+        and first_difference("", "") == 0
+    )
     rng = random.Random(0)
     for number in (0, 7, 10, 305):
         for _ in range(20):
             slip = str(wrong_digit(number, rng))
-            assert len(slip) == len(str(number)) and sum(a != b for a, b in zip(slip, str(number))) == 1
+            assert (
+                len(slip) == len(str(number))
+                and sum(a != b for a, b in zip(slip, str(number))) == 1
+            )
 
 
 def test_broken_copies_of_experts_are_wrong():
@@ -139,11 +153,17 @@ def test_the_base_calculates_and_judges_and_does_not_plan():
     examples = data.load_examples("countdown", "validation", 200)
     generator = torch.Generator().manual_seed(0)
     candidates = collect(model, tokenizer, examples, 2, 40, 1.0, generator)
-    lines = [line for text in candidates.texts for line in re.findall(r"(\d+)([+-])(\d+)=(\d+)", text)]
-    sound = sum(int(r) == (int(a) + int(b) if o == "+" else int(a) - int(b)) for a, o, b, r in lines) / len(lines)
+    lines = [
+        line for text in candidates.texts for line in re.findall(r"(\d+)([+-])(\d+)=(\d+)", text)
+    ]
+    sound = sum(
+        int(r) == (int(a) + int(b) if o == "+" else int(a) - int(b)) for a, o, b, r in lines
+    ) / len(lines)
     assert sound >= 0.98
     assert 0.15 < float(candidates.correct.mean()) < 0.4
     batch, (right, wrong) = candidates.batch, tokenizer.convert_tokens_to_ids(["right", "wrong"])
     with torch.no_grad():
-        logits = model(input_ids=batch.tokens).logits[torch.arange(len(batch)), batch.lengths - 1]  # behind the end token
+        logits = model(input_ids=batch.tokens).logits[
+            torch.arange(len(batch)), batch.lengths - 1
+        ]  # behind the end token
     assert rerank.auroc(logits[:, right] - logits[:, wrong], candidates.correct.flatten()) > 0.95

@@ -22,7 +22,10 @@ from tasks.answers import extract_answer
 from tasks.common import split_of
 
 EXPERT = Example(
-    "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?", "3*12=36\n24+36=60\n60-9=51", "51", task="words"
+    "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?",
+    "3*12=36\n24+36=60\n60-9=51",
+    "51",
+    task="words",
 )
 
 
@@ -30,14 +33,17 @@ def wrap(trace, answer="51"):
     return data.response_text(trace, answer)
 
 
-# words ---------------------------------------------------------------------------------------------------------
+# words --------------------------------------------------------------------------------------------
 
 
 def test_splits_are_disjoint_and_reproducible():
     splits = {split: data.load_examples("words", split, 300, seed=1) for split in data.SPLITS}
     questions = {split: {e.question for e in examples} for split, examples in splits.items()}
     assert all(len(q) == 300 for q in questions.values())
-    assert not questions["train"] & questions["test"] and not questions["train"] & questions["validation"]
+    assert (
+        not questions["train"] & questions["test"]
+        and not questions["train"] & questions["validation"]
+    )
     assert splits["test"] == data.load_examples("words", "test", 300, seed=1)
     other_seed = {e.question for e in data.load_examples("words", "train", 300, seed=2)}
     assert not other_seed & questions["test"]
@@ -51,7 +57,11 @@ def test_expert_traces_are_right_and_as_long_as_asked(steps):
         for line in lines:  # recomputed here by other means
             left, result = line.split("=")
             a, op, b = next((left.split(o)[0], o, left.split(o)[1]) for o in "+-*" if o in left)
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(result) > 0
+            assert (
+                {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op]
+                == int(result)
+                > 0
+            )
         assert example.answer == result
         assert data.first_error(example, wrap(example.trace, example.answer)) is None
 
@@ -61,13 +71,19 @@ def test_pupil_misconceptions_are_the_documented_ones_and_propagate():
     pupil = words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0))
     assert pupil.trace == "3+12=15\n24+15=39\n39-9=30" and pupil.answer == "30"
     problem = words.Problem("", 50, [("loss", 9, 0), ("gain", 1, 0)])
-    assert words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0)).trace == "50-9=59\n59+1=60"
+    assert (
+        words.solve(problem, words.Pupil(1.0, 1.0, 0.0), random.Random(0)).trace
+        == "50-9=59\n59+1=60"
+    )
 
 
 def test_pupil_is_right_about_a_third_of_the_time():
     rng = random.Random(0)
     problems = words.words_problems("train", 1000)
-    right = sum(words.solve(p, words.Pupil(), rng).answer == words.solve(p).answer for p in problems) / 1000
+    right = (
+        sum(words.solve(p, words.Pupil(), rng).answer == words.solve(p).answer for p in problems)
+        / 1000
+    )
     assert 0.25 < right < 0.45
 
 
@@ -98,7 +114,9 @@ def test_token_at_names_the_token_that_holds_a_character(shipped):
     ids = data.response_ids(tokenizer, response)
     index = data.token_at(tokenizer, ids, data.first_error(EXPERT, response))
     assert tokenizer.decode([ids[index]]) == "+" and index == 2
-    assert data.token_at(tokenizer, ids, len(response)) == len(ids) - 1  # past the text: the end token
+    assert (
+        data.token_at(tokenizer, ids, len(response)) == len(ids) - 1
+    )  # past the text: the end token
 
 
 @pytest.mark.parametrize("name", data.EMBEDDED)
@@ -108,11 +126,15 @@ def test_every_embedded_task_has_all_that_a_task_needs(name):
     assert BASES[name] in loading.SHIPPED
     for expert in data.load_examples(name, "test", 20):
         text = wrap(expert.trace, expert.answer)
-        assert expert.task == name and data.is_correct(expert, text) and data.first_error(expert, text) is None
+        assert (
+            expert.task == name
+            and data.is_correct(expert, text)
+            and data.first_error(expert, text) is None
+        )
         assert not data.is_correct(expert, text.replace("<answer>", "<answer>9"))
 
 
-# the verifier --------------------------------------------------------------------------------------------------
+# the verifier -------------------------------------------------------------------------------------
 
 
 def test_the_verifier_can_be_locked():
@@ -123,17 +145,22 @@ def test_the_verifier_can_be_locked():
     assert data.is_correct(EXPERT, wrap(EXPERT.trace))
 
 
-# sources -------------------------------------------------------------------------------------------------------
+# sources ------------------------------------------------------------------------------------------
 
 
 def test_your_own_file_and_folder(tmp_path):
-    rows = [{"question": f"What is {i}+1?", "trace": f"{i}+1={i + 1}", "answer": str(i + 1)} for i in range(100)]
+    rows = [
+        {"question": f"What is {i}+1?", "trace": f"{i}+1={i + 1}", "answer": str(i + 1)}
+        for i in range(100)
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     splits = [data.load_examples(str(tmp_path / "train.jsonl"), split) for split in data.SPLITS]
     assert sum(map(len, splits)) == 100 and all(splits)
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "Q", "trace": "T", "answer": "A"}))
     assert data.load_examples(str(tmp_path), "test") == [Example("Q", "T", "A")]
-    train, validation = (data.load_examples(str(tmp_path), split) for split in ("train", "validation"))
+    train, validation = (
+        data.load_examples(str(tmp_path), split) for split in ("train", "validation")
+    )
     assert len(train) + len(validation) == 100 and not set(train) & set(validation)
 
 
@@ -142,10 +169,13 @@ def test_your_own_file_and_folder(tmp_path):
     [
         ("", "is empty"),
         ('{"question": "a", "trace": "b", "answer": "c"}\n{"question": ', r":2: "),
-        ('{"question": "a", "trace": "b"}', r":1: field 'answer' is missing"),
-        ('{"question": "a", "answer": "b"}', r":1: field 'trace' is missing"),
+        ('{"question": "a", "trace": "b"}', r":1: field 'trace' or 'answer' is missing"),
+        ('{"question": "a", "answer": "b"}', r":1: field 'trace' or 'answer' is missing"),
         ("[1, 2]", r":1: not a JSON object"),
-        (r'{"question": "\ud800", "trace": "b", "answer": "c"}', r":1: field 'question': .* half of a surrogate pair"),
+        (
+            r'{"question": "\ud800", "trace": "b", "answer": "c"}',
+            ":1: the text holds .* half of a surrogate pair",
+        ),
     ],
 )
 def test_broken_files_are_named_with_their_line(tmp_path, content, message):
@@ -178,11 +208,13 @@ def test_gsm8k_real_text():
         assert not data.is_correct(example, data.response_text(example.trace, example.answer + "1"))
 
 
-# tokens and masks ----------------------------------------------------------------------------------------------
+# tokens and masks ---------------------------------------------------------------------------------
 
 
 def test_masks_come_from_lengths_and_hold_the_end_token():
-    batch = data.make_batch([[5, 6], [7]], [[0, 3], [4, 0, 0]])  # 0 is the padding value and a real token too
+    batch = data.make_batch(
+        [[5, 6], [7]], [[0, 3], [4, 0, 0]]
+    )  # 0 is the padding value and a real token too
     assert batch.response_mask.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
     assert batch.response(0) == [0, 3] and batch.response(1) == [4, 0, 0]
@@ -191,7 +223,10 @@ def test_masks_come_from_lengths_and_hold_the_end_token():
 
 def test_batches_of_different_width_join():
     joined = data.cat_batches(data.make_batch([[1]], [[2]]), data.make_batch([[1]], [[2, 3, 4]]))
-    assert joined.tokens.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]] and joined.lengths.tolist() == [2, 4]
+    assert joined.tokens.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]] and joined.lengths.tolist() == [
+        2,
+        4,
+    ]
 
 
 def test_tokens_decode_to_the_same_text(shipped):
@@ -205,36 +240,49 @@ def test_tokens_decode_to_the_same_text(shipped):
 
 def test_chat_template_is_used_where_there_is_one(qwen_tokenizer):
     prompt = qwen_tokenizer.decode(data.prompt_ids(qwen_tokenizer, "What is 1+1?"))
-    assert prompt.startswith("<|im_start|>user\nWhat is 1+1?") and prompt.endswith("<|im_start|>assistant\n")
+    assert prompt.startswith("<|im_start|>user\nWhat is 1+1?") and prompt.endswith(
+        "<|im_start|>assistant\n"
+    )
     text = data.response_text("1+1=2", "2")
     ids = data.response_ids(qwen_tokenizer, text)
     assert data.decode(qwen_tokenizer, ids) == text and ids[-1] == qwen_tokenizer.eos_token_id
 
 
 def test_a_response_ends_at_any_end_token_and_nothing_after_it_is_read(shipped):
-    """The template's end of turn, which is trained; the tokenizer's; those of the model's generation_config."""
+    """The template's end of turn, which is trained; the tokenizer's; generation_config's."""
     tokenizer = copy.deepcopy(shipped[1])
     own = tokenizer.eos_token_id
     assert data.end_tokens(tokenizer, shipped[0]) == (own,)
     tokenizer.add_tokens(["<|turn|>", "<|other|>"], special_tokens=True)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|turn|>\n{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|turn|>\n{% endfor %}"
+    )
     turn, other = tokenizer.convert_tokens_to_ids(["<|turn|>", "<|other|>"])
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[own, other]))
-    assert data.end_tokens(tokenizer) == (turn, own) and data.end_tokens(tokenizer, model) == (turn, own, other)
+    assert data.end_tokens(tokenizer) == (turn, own) and data.end_tokens(tokenizer, model) == (
+        turn,
+        own,
+        other,
+    )
     assert data.response_ids(tokenizer, "18")[-1] == turn
     example = Example("How many eggs?", "", "18")
     for end in ("<|turn|>", tokenizer.eos_token):
         text = f"18.{end}\nuser: Tom has 5 eggs"
         assert data.is_correct(example, data.decode(tokenizer, token_ids(tokenizer, text)))
         candidates = from_texts(tokenizer, [example], [text], 1)
-        assert candidates.answers == [["18"]] and candidates.batch.response(0) == data.response_ids(tokenizer, "18.")
+        assert candidates.answers == [["18"]] and candidates.batch.response(0) == data.response_ids(
+            tokenizer, "18."
+        )
 
 
 def test_qwen_ends_its_turn_with_im_end(qwen_tokenizer):
     """As the tokenizer of its base models does, whose own end is another token."""
     tokenizer = copy.deepcopy(qwen_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
-    assert tokenizer.convert_ids_to_tokens(data.end_tokens(tokenizer)) == ["<|im_end|>", "<|endoftext|>"]
+    assert tokenizer.convert_ids_to_tokens(data.end_tokens(tokenizer)) == [
+        "<|im_end|>",
+        "<|endoftext|>",
+    ]
     ids = token_ids(tokenizer, "18.<|im_end|>\n<|im_start|>user\nTom has 5 apples")
     assert extract_answer(data.decode(tokenizer, ids)) == "18"
 
@@ -244,7 +292,7 @@ def test_a_prompt_does_not_change_at_midnight(shipped):
     tokenizer = copy.deepcopy(shipped[1])
     tokenizer.chat_template = (
         "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
-        "{%- set date_string = strftime_now( \"%d %b %Y\" ) %}{%- endif %}{%- endif %}"
+        '{%- set date_string = strftime_now( "%d %b %Y" ) %}{%- endif %}{%- endif %}'
         "{{ date_string }} {{ strftime_now('%Y-%m-%d') }}: {{ messages[0].content }}"
     )
     set_date(tokenizer, "2001-02-03")
@@ -277,7 +325,11 @@ def test_a_question_cannot_close_its_turn(qwen_tokenizer):
     control = control_tokens(qwen_tokenizer, len(qwen_tokenizer))
     names = {token: name for name, token in control.items()}
     prompt = data.prompt_ids(qwen_tokenizer, CONTROL)
-    assert [names[token] for token in prompt if token in names] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert [names[token] for token in prompt if token in names] == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    ]
     assert CONTROL in qwen_tokenizer.decode(prompt)
     plain = copy.deepcopy(qwen_tokenizer)
     plain.chat_template = None
@@ -287,11 +339,15 @@ def test_a_question_cannot_close_its_turn(qwen_tokenizer):
 def test_control_tokens_of_a_small_tokenizer_are_text_or_refused(shipped):
     tokenizer = shipped[1]
     ids = data.response_ids(tokenizer, "1+1=2<|endoftext|><|pad|>")
-    assert [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id] == [len(ids) - 1]
+    assert [place for place, token in enumerate(ids) if token == tokenizer.eos_token_id] == [
+        len(ids) - 1
+    ]
     assert tokenizer.pad_token_id not in ids
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["<|more|>"])  # not special
-    assert tokenizer.convert_tokens_to_ids("<|more|>") not in data.response_ids(tokenizer, "1<|more|>2")
+    assert tokenizer.convert_tokens_to_ids("<|more|>") not in data.response_ids(
+        tokenizer, "1<|more|>2"
+    )
 
 
 TEMPLATE = (
@@ -324,10 +380,18 @@ def test_ordinary_texts_are_tokenised_as_before(qwen_tokenizer):
 
 
 def test_examples_that_are_too_long_are_replaced_by_others(shipped, tmp_path):
-    short = [{"question": f"Ava has {i} pens. How many pens?", "trace": "1+1=2", "answer": "2"} for i in range(60)]
-    long = [row | {"question": row["question"].replace("Ava", "Ben"), "trace": "1+1=2\n" * 60} for row in short]
+    short = [
+        {"question": f"Ava has {i} pens. How many pens?", "trace": "1+1=2", "answer": "2"}
+        for i in range(60)
+    ]
+    long = [
+        row | {"question": row["question"].replace("Ava", "Ben"), "trace": "1+1=2\n" * 60}
+        for row in short
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, short + long)))
-    (tmp_path / "test.jsonl").write_text(json.dumps(short[0] | {"question": "Cho has 1 pens. How many pens?"}))
+    (tmp_path / "test.jsonl").write_text(
+        json.dumps(short[0] | {"question": "Cho has 1 pens. How many pens?"})
+    )
     load = [shipped[1], 256, 64, str(tmp_path), "train"]
     examples, dropped = data.load_fitting(*load, 30, 0)
     whole = data.load_examples(str(tmp_path), "train", None, 0)
@@ -335,10 +399,13 @@ def test_examples_that_are_too_long_are_replaced_by_others(shipped, tmp_path):
     assert examples == [e for e in whole if len(e.trace) < 20][:30]  # in the data's order
     every, _ = data.load_fitting(*load, 500, 0)
     assert len(every) == sum(len(e.trace) < 20 for e in whole)  # no more are there
-    assert data.load_fitting(shipped[1], 256, 64, "words", "test", 7, 0) == (data.load_examples("words", "test", 7), 0)
+    assert data.load_fitting(shipped[1], 256, 64, "words", "test", 7, 0) == (
+        data.load_examples("words", "test", 7),
+        0,
+    )
 
 
-# other people's files ------------------------------------------------------------------------------------------
+# other people's files -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -351,24 +418,45 @@ def test_examples_that_are_too_long_are_replaced_by_others(shipped, tmp_path):
     ],
 )
 def test_tags_that_a_trace_brings_are_taken_off(trace, read):
-    solution = records.from_record({"question": "3+2?", "trace": trace, "answer": "<answer>5</answer>"})
+    solution = records.from_record(
+        {"question": "3+2?", "trace": trace, "answer": "<answer>5</answer>"}
+    )
     assert (solution.trace, solution.answer) == (read, "5")
 
 
-MESSAGES = [{"role": "user", "content": "3+2?"}, {"role": "assistant", "content": "<think>3+2=5</think>\n\\boxed{5}"}]
+MESSAGES = [
+    {"role": "user", "content": "3+2?"},
+    {"role": "assistant", "content": "<think>3+2=5</think>\n\\boxed{5}"},
+]
 
 
 @pytest.mark.parametrize(
     "record, solution",
     [
         ({"messages": MESSAGES}, ("3+2?", "3+2=5", "5", ())),
-        ({"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]}, ("3+2?", "3+2=5", "5", ())),
+        (
+            {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
+            ("3+2?", "3+2=5", "5", ()),
+        ),
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, ("3+2?", "3+2=5", "5", ())),
         ({"prompt": "3+2?", "completion": "3+2=5\n#### 5"}, ("3+2?", "3+2=5", "5", ())),
         ({"prompt": "3+2?", "completion": "3+2=5", "answer": 5}, ("3+2?", "3+2=5", "5", ())),
-        ({"prompt": "x?", "completion": r"So \boxed{\frac{1}{2}} it is."}, ("x?", r"So \frac{1}{2} it is.", r"\frac{1}{2}", ())),
-        ({"question": "?", "options": {"A": "7", "B": 5}, "trace": "t", "answer": "B"}, ("?", "t", "B", ("7", "5"))),
-        ({"question": "?", "options": {"1": "7", "2": "5"}, "trace": "t", "answer": 2}, ("?", "t", "5", ("7", "5"))),
+        (
+            {"prompt": "x?", "completion": r"So it is $\boxed{\frac{1}{2}}$."},
+            ("x?", "So it is", r"\frac{1}{2}", ()),
+        ),
+        (
+            {"prompt": "3+2?", "completion": "3+2=5. The answer is 5."},
+            ("3+2?", "3+2=5. The answer is 5.", "5", ()),
+        ),
+        (
+            {"question": "?", "options": {"A": "7", "B": 5}, "trace": "t", "answer": "B"},
+            ("?", "t", "B", ("7", "5")),
+        ),
+        (
+            {"question": "?", "options": {"1": "7", "2": "5"}, "trace": "t", "answer": 2},
+            ("?", "t", "5", ("7", "5")),
+        ),
     ],
 )
 def test_other_formats_are_read(record, solution):
@@ -378,11 +466,11 @@ def test_other_formats_are_read(record, solution):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"prompt": "3+2?", "completion": "3+2=5"}, r"(?s)names no answer .*json\.dumps"),
-        ({"messages": MESSAGES * 2}, "one user turn and one assistant turn"),
+        ({"prompt": "3+2?", "completion": "3+2=5"}, r"(?s)nothing marks an answer .*json\.dumps"),
+        ({"messages": MESSAGES * 2}, "one of the user and one of the assistant"),
         ({"messages": "hello"}, "list of messages"),
         ({"messages": [{"role": "user", "content": None}]}, "a content"),
-        ({"prompt": MESSAGES, "completion": "5"}, "one message of the user"),
+        ({"prompt": MESSAGES, "completion": "5"}, "one of the user$"),
     ],
 )
 def test_what_cannot_be_read_says_how_to_convert_it(record, message):
@@ -394,7 +482,9 @@ def test_the_line_that_converts_completions_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "IN.jsonl").write_text(json.dumps({"prompt": "3+2?", "completion": "3+2=5"}))
     program = records.CONVERT.removeprefix('python -c "').removesuffix('" > OUT.jsonl')
-    made = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    made = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert records.from_record(json.loads(made))[:4] == ("3+2?", "3+2=5", "5", ())
 
 
@@ -426,11 +516,3 @@ def test_a_few_rows_without_a_test_question_say_what_to_do(tmp_path):
     with pytest.raises(UserError, match="folder with train.jsonl and test.jsonl"):
         data.load_examples(str(tmp_path / "mine.jsonl"), "test")
     assert data.load_examples(str(tmp_path / "mine.jsonl"), "validation") == []
-
-
-def test_medreason_row_keeps_answer_text_only():
-    row = {"question": "Which valve?", "options": "Answer Choices:\nA. Mitral valve\nB. Aortic valve", "reasoning": "...",
-           "answer": "Aortic valve. Explanation: it lies between."}  # fmt: skip
-    example = records.from_medreason(row)
-    assert example.answer == "Aortic valve" and example.options == ("Mitral valve", "Aortic valve")
-    assert "B. Aortic valve" in example.question
