@@ -268,7 +268,7 @@ def carry_error(example: Example, rng: random.Random) -> tuple[str, str] | None:
     while calculations and read_number(parts[calculations[-1]]["result"]) != answer:
         calculations.pop()
     limit = ABSURD * max(map(read_number, re.findall(NUMBER, text)), default=0)
-    # Some changes cannot be carried on, such as 48/5 in the place of 48/2: 24 was whole, 9.6 is not.
+    # Some changes cannot be carried on, such as 48/5 for 48/2: 24 was whole, 9.6 is not.
     for _ in range(ATTEMPTS * bool(calculations)):
         try:
             changes = draw_change(text, parts, rng.choice(calculations), rng)
@@ -366,8 +366,8 @@ def carry_on(
     another number that stood there before.
     """
     new: dict[Fraction, Fraction] = {}
-    # Values of numbers that are no old result: of a given 24, for example. Up to the change `new` is
-    # empty, so that every number is one of these.
+    # Values of numbers that are no old result: of a given 24, for example. Up to the change `new`
+    # is empty, so that every number is one of these.
     others: set[Fraction] = set()
 
     def follow(number: re.Match) -> str:
