@@ -19,7 +19,6 @@ from data import Batch, Example
 from engine import loading, memory, parallel
 from engine.settings import parse_settings
 
-
 # SFT imitates the demonstrations: it sees what IRL sees, and it never samples. What IRL has over it
 # is what its own samples, beside the experts, have taught the reward.
 
@@ -33,7 +32,8 @@ class SFT:
     policy_model: torch.nn.Module
     experts: list[Example]  # tokenised
 
-    changes = ("policy_model", "optimizer", "rng", "steps_done")  # what a checkpoint keeps
+    # What a checkpoint keeps: with these a run goes on as if it had never stopped.
+    changes = ("policy_model", "optimizer", "rng", "steps_done")
 
     def __post_init__(self):
         self.optimizer = policy.make_optimizer(self.policy_model, self.settings.sft_lr)
@@ -60,6 +60,7 @@ class SFT:
             loss.backward()
             mean_loss += float(loss.detach())
         mean_loss = parallel.total(mean_loss)
+        # The gradient is clipped to norm 1; a loss that is not finite skips the step.
         metrics = policy.optimizer_step(self.optimizer, mean_loss)
 
         self.steps_done += 1
@@ -67,8 +68,8 @@ class SFT:
 
 
 # GRPO (Shao et al. 2024, arXiv 2402.03300) samples and asks a verifier about each answer: it sees
-# what IRL may not see, and shows what a verifier buys. This is the only place where the answer check
-# enters training, and the reason why these two live outside irl.py.
+# what IRL may not see, and shows what a verifier buys. This is the only place where the answer
+# check enters training, and the reason why these two live outside irl.py.
 
 
 @dataclass
@@ -84,7 +85,7 @@ class GRPO:
     policy_model: torch.nn.Module
     examples: list[Example]  # tokenised
 
-    # what a checkpoint keeps
+    # As for SFT, and the state of the sampler.
     changes = ("policy_model", "optimizer", "rng", "generator", "steps_done")
 
     def __post_init__(self):
@@ -160,9 +161,11 @@ class GRPO:
 def main() -> None:
     """A few updates of SFT, then of GRPO, from the same base."""
     loading.quiet()
+    # Small counts, so that it takes seconds; `python train.py --method grpo` is the real thing.
     flags = "--demonstrations 64 --questions 16 --group 4 --max-steps 3 --sft-steps 15"
     settings = parse_settings(flags.split())
     for method, steps in ((SFT, settings.sft_steps), (GRPO, settings.max_steps)):
+        # The base again: each starts where the other did.
         model, tokenizer = loading.load_policy("base")
         examples = data.tokenize(tokenizer, data.load_examples("words", "train", 64))
         trainer = method(settings, tokenizer, model, examples)
