@@ -99,6 +99,7 @@ def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Examp
     return None
 
 
+@lru_cache(maxsize=4096)
 def meaning(trace: str) -> str:
     """A trace with the value of each true equation in the equation's place: what a change may not
     leave as it is.
