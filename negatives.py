@@ -177,6 +177,7 @@ def swap_numbers(example: Example, rng: random.Random) -> tuple[str, str] | None
     return trace[:a] + trace[c:d] + trace[b:c] + trace[a:b] + trace[d:], example.answer
 
 
+@lru_cache(maxsize=4096)
 def digit_spans(text: str) -> list[tuple[int, int]]:
     """Where the whole numbers of a text begin and end; 2.50 is two."""
     # ASCII alone: \d would match the digits of every script.
