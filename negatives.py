@@ -99,6 +99,7 @@ def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Examp
     return None
 
 
+@lru_cache(maxsize=4096)
 def meaning(trace: str) -> str:
     """A trace with the value of each true equation in the equation's place: what a change may not
     leave as it is.
@@ -176,6 +177,7 @@ def swap_numbers(example: Example, rng: random.Random) -> tuple[str, str] | None
     return trace[:a] + trace[c:d] + trace[b:c] + trace[a:b] + trace[d:], example.answer
 
 
+@lru_cache(maxsize=4096)
 def digit_spans(text: str) -> list[tuple[int, int]]:
     """Where the whole numbers of a text begin and end; 2.50 is two."""
     # ASCII alone: \d would match the digits of every script.
@@ -268,7 +270,7 @@ def carry_error(example: Example, rng: random.Random) -> tuple[str, str] | None:
     while calculations and read_number(parts[calculations[-1]]["result"]) != answer:
         calculations.pop()
     limit = ABSURD * max(map(read_number, re.findall(NUMBER, text)), default=0)
-    # Some changes cannot be carried on, such as 48/5 in the place of 48/2: 24 was whole, 9.6 is not.
+    # Some changes cannot be carried on, such as 48/5 for 48/2: 24 was whole, 9.6 is not.
     for _ in range(ATTEMPTS * bool(calculations)):
         try:
             changes = draw_change(text, parts, rng.choice(calculations), rng)
@@ -366,8 +368,8 @@ def carry_on(
     another number that stood there before.
     """
     new: dict[Fraction, Fraction] = {}
-    # Values of numbers that are no old result: of a given 24, for example. Up to the change `new` is
-    # empty, so that every number is one of these.
+    # Values of numbers that are no old result: of a given 24, for example. Up to the change `new`
+    # is empty, so that every number is one of these.
     others: set[Fraction] = set()
 
     def follow(number: re.Match) -> str:

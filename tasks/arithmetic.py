@@ -21,7 +21,7 @@ NUMBER = (
     r"(?:[0-9]{1,9}(?:,[0-9]{3}(?![0-9])){0,2}(?:\.[0-9]{1,6})?|\.[0-9]{1,6})(?: ?%)?"
 )
 OPERATOR = r"[-+*/×÷−–xX]"
-OPERAND = rf"[( ]{{0,4}}[$€£]? ?{NUMBER}[) ]{{0,4}}"
+OPERAND = rf"[( $€£]{{0,5}}{NUMBER}[) ]{{0,4}}"
 EXPRESSION = rf"{OPERAND}(?:{OPERATOR}{OPERAND}){{1,20}}"
 SIDE = rf"{OPERAND}(?:{OPERATOR}{OPERAND}){{0,20}}"
 

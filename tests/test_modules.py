@@ -19,7 +19,7 @@ SHOWS = {  # module and arguments: what must be seen, as patterns over the whole
                   r"\n +'3' .*\n +'\+' +\S+ +-\d\.\d+ +0\.[0-4]\d*\n"],
     "irl.py": [r"iteration 3\n +rollout +length [\d.]+.*\n +discriminator loss .*\n +reward +mean .*\n +policy +loss"],
     "rerank.py": [r"best of n = ", r"majority +0\.\d", r"oracle +0\.\d", r"pass@k +0\.\d"],
-    "baselines.py": [r"update 15 +loss 0\.\d", r"step 3 +mean 0\.\d+, loss -?\d"],
+    "baselines.py": [r"step 15 +loss 0\.\d", r"step +3 +mean 0\.\d+, loss -?\d"],
     "train.py --explain --questions 2 --group 2 --warm-up 1 --device cpu": [r"1\. ROLLOUT", r"4\. POLICY"],
     "show.report --help": [r"such as runs/demo"],
     "tasks.pretrain --help": [r"--width"],
