@@ -39,7 +39,7 @@ NEVER = -100.0
 
 def widened(x: torch.Tensor) -> torch.Tensor:
     """x in the type that sums are made in: float32, or float64 where it is that already."""
-    # bf16 has 8 bits: a sum of 150,000 probabilities would stop growing at 1/256 of the next one.
+    # A running sum in bf16, which has 8 significant bits, loses all that is below 1/256 of it.
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -11,7 +11,7 @@ reading tokens[:, :t] (data.Batch).
     5. updates               the rate, one optimizer step
 
     equation                                        where               tests/test_policy.py
-    G_t = r_t + gamma G_{t+1} (2510.01857 v1)       returns_to_go       returns_to_go_by_hand
+    G_t = r_t + gamma G_{t+1} (2510.01857)          returns_to_go       returns_to_go_by_hand
     b_t, mean of the others (Kool et al. 2019)      group_baseline      the_group_baseline_is_..
     A / its root mean square over the batch         normalise           normalise_keeps_the_sign_..
     A / that over a question's samples              normalise_by_group  normalise_by_group_..
@@ -147,8 +147,8 @@ def rollout(
         s.sample_rows,
     )
     mask = sampled.batch.response_mask
-    # A length that creeps to the limit, or fewer finished rows, are the first signs of a reward
-    # that is exploited; an entropy near 0, of a policy that has nothing more to try.
+    # A length that creeps up to the limit, or fewer finished rows, are the first signs of a reward
+    # that is exploited.
     metrics = {
         "length": float(mask.sum(1).mean()),
         "finished": float(sampled.finished.float().mean()),

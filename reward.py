@@ -13,21 +13,22 @@ likelihood. The last term, the likelihood of the demonstrations, is ours, and fo
 (negatives.py), which counts from the first changed token on (`compare`).
 
     equation                                  where                        tests/test_reward.py
-    D = e^f / (e^f + pi) (1710.11248; v1, v2)  discriminator_logits         airl_discriminator_..
+    D = e^f / (e^f + pi) (1710.11248; paper)  discriminator_logits         airl_discriminator_..
     logit = f (1606.03476; released code)     discriminator_logits         airl_discriminator_..
     BCE, smoothed labels (released code)      bce_loss                     bce_by_hand
     half experts, half negatives (code)       comparison_weights           comparison_loss_by_hand
-    r = log D - log(1-D) (v1, v2), or sharper  Discriminator.token_rewards  rewards_are_clipped_..
+    r = log D - log(1-D) (1710.11248; paper)  Discriminator.token_rewards  rewards_are_clipped_..
+    r = f - alpha log pi, sharper (ours)      Discriminator.token_rewards  rewards_are_clipped_..
     a trace that was cut off (ours)           worst_if_cut_off             a_trace_that_was_cut_..
-    sparse, interval, dense (v2)              segment_ends, segment_sums   segment_ends, segment_..
+    dense (paper), sparse, interval (v2)      segment_ends, segment_sums   segment_ends, segment_..
     f = log p_phi (ours)                      LikelihoodReward             a_likelihood_is_..
-    f = w . h + b (v1, v2)                    HeadReward                   a_head_reads_..
+    f = w . h + b (paper)                     HeadReward                   a_head_reads_..
     where a negative begins to count (ours)   compare                      the_prefix_shared_..
 
-v1 and v2 are versions of arXiv 2510.01857; the code is the one that its authors released.
+The paper is arXiv 2510.01857 (v2: from its second version on), the code what its authors released.
 
 Run `python reward.py` for a small demonstration: a reward learnt in seconds, and f and D of every
-token of two traces.
+token of a wrong trace.
 """
 
 import math
@@ -491,7 +492,8 @@ def main() -> None:
         loss.backward()
         policy.optimizer_step(optimizer, float(loss.detach()))
         metrics = discriminator_metrics(discriminator_sums(logits, part.kinds, weights))
-        print(f"discriminator update {update}:", {k: round(v, 3) for k, v in metrics.items()})
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        print(f"discriminator update {update}: {shown}")
 
     question = "Ava has 24 pens. Ava buys 3 bags of 12. Ava loses 9. How many pens?"
     wrong = Example(question, "3+12=15\n24+15=39\n39-9=30", "30")
