@@ -1,7 +1,9 @@
-"""A real browser opens the report of a run full of attacks: none of them runs, all of them are there to read.
+"""A real browser opens the report of a run full of attacks: none of them runs, all of them are
+there to read.
 
-The page has two defences, escaping and a content security policy. Each is tested without the other, and the attacks are
-shown to work where there is neither. Needs chromium or a relative of it; skipped, and said so, where there is none.
+The page has two defences, escaping and a content security policy. Each is tested without the other,
+and the attacks are shown to work where there is neither. Needs chromium or a relative of it;
+skipped, and said so, where there is none.
 """
 
 import itertools
@@ -9,8 +11,8 @@ import re
 import shutil
 import subprocess
 import threading
-from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from conftest import report_line
@@ -19,48 +21,52 @@ from test_report import FRAME, Elements, full_run, write
 from show import report
 
 BROWSERS = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "chrome",
-    "msedge",
-    "microsoft-edge",
+    *("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"),
+    *("chrome", "msedge", "microsoft-edge"),
+)
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--dump-dom"),
+    "--virtual-time-budget=3000",
 )
 POLICY_TAG = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', FRAME).group()
 
 
 def attacks(site: str) -> list[str]:
-    """Texts that mark the page's root with data-ran<number> if they are taken for more than text."""
+    """Texts that mark the page's root with data-ran<number> if they are more than text to it."""
     forms = (
         "<script>{}</script>",
         "</script><script>{}</script>",
-        "<img src=nowhere onerror=\"{}\">",
+        '<img src=nowhere onerror="{}">',
         "<img src='{site}/picture' onload=1 onerror='{}'>",
-        "\"><svg onload=\"{}\">",
+        '"><svg onload="{}">',
         "'><details open ontoggle='{}'>",
-        "</span></div><iframe srcdoc=\"<script>parent.{}</script>\"></iframe>",
+        '</span></div><iframe srcdoc="<script>parent.{}</script>"></iframe>',
         "--><script>{}</script><!--",
         "</title></style></textarea><script>{}</script>",
         "\u2028</code><script>{}</script>\u2029",
-        "<style onload=\"{}\"></style>",
+        '<style onload="{}"></style>',
         "\x00<scr\x00ipt>{}</script><script>{}</script>",
         "]]></metadata></svg><script>{}</script>",
         "&lt;script&gt;</p><script>{}</script>",
         "<link rel=stylesheet href='{site}/style.css' onerror='{}'>",
         "<style>@import '{site}/import.css';</style><input autofocus onfocus='{}'>",
-    )  # fmt: skip
-    mark = "document.documentElement.setAttribute(`data-ran{}`,1)"
-    return [form.replace("{site}", site).replace("{}", mark.format(number)) for number, form in enumerate(forms)]
+    )
+    texts = []
+    for number, form in enumerate(forms):
+        mark = f"document.documentElement.setAttribute(`data-ran{number}`,1)"
+        texts.append(form.replace("{site}", site).replace("{}", mark))
+    return texts
 
 
 def poisoned(texts: list[str]) -> dict:
-    """The files of a run with an attack in place of every string, and as one more key of every object."""
+    """The files of a run, an attack in place of every string and as a new key of every object."""
     some = itertools.cycle(texts)
 
     def poison(value, key=""):
         if isinstance(value, dict):
-            return {k: poison(v, k) for k, v in value.items()} | {next(some): next(some)}
+            poisoned_values = {k: poison(v, k) for k, v in value.items()}
+            return poisoned_values | {next(some): next(some)}
         if isinstance(value, list):
             return [poison(item) for item in value]
         return next(some) if isinstance(value, str) and key != "method" else value
@@ -68,10 +74,12 @@ def poisoned(texts: list[str]) -> dict:
     files = full_run()
     files["metrics.jsonl"] = files["metrics.jsonl"][:30]
     files = {name: poison(content) for name, content in files.items()}
-    whole = {"question": "all", "tokens": texts, "rewards": [0.1] * len(texts)}
-    cut = {"question": "cut in two", "tokens": [half for text in texts for half in (text[:4], text[4:])]}
-    files["traces.json"] += [whole, cut]
-    files["traces.json"] += [{"question": text, "answer": text, "source": text, "tokens": [text]} for text in texts]
+    halves = [half for text in texts for half in (text[:4], text[4:])]
+    files["traces.json"] += [
+        {"question": "all", "tokens": texts, "rewards": [0.1] * len(texts)},
+        {"question": "cut in two", "tokens": halves},
+        *({"question": text, "answer": text, "source": text, "tokens": [text]} for text in texts),
+    ]
     files["settings.json"] |= {text: text for text in texts}
     files["results.json"]["methods"] |= {text: {"t1": 0.5, "seconds": 1} for text in texts}
     return files
@@ -85,15 +93,17 @@ def outline(page: str) -> list:
 def test_attacks_add_no_element_and_no_attribute(tmp_path):
     """As a strict parser sees it; the harmless text 'x' makes the same page but for the text."""
     pages = []
-    for name, texts in (("harmless", ["x", "y", "z"]), ("hostile", attacks("http://attacker.example"))):
+    texts = attacks("http://attacker.example")
+    for name, inserted in (("harmless", ["x", "y", "z"]), ("hostile", texts)):
         (tmp_path / name).mkdir()
-        pages.append(report.write_report(write(tmp_path / name, poisoned(texts))).read_text(encoding="utf-8"))
+        file = report.write_report(write(tmp_path / name, poisoned(inserted)))
+        pages.append(file.read_text(encoding="utf-8"))
     assert outline(pages[0]) == outline(pages[1])
-    for text in attacks("http://attacker.example"):
-        assert report.printable(text) in Elements(pages[1]).text
+    shown = Elements(pages[1]).text
+    assert all(report.printable(text) in shown for text in texts)
 
 
-# In a browser --------------------------------------------------------------------------------------------------
+# In a browser -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +113,7 @@ def browser() -> str:
 
 @pytest.fixture
 def site():
-    """(address, paths asked for) of a web server on this machine: what a page that loads something would ask."""
+    """(address, paths asked for) of a web server here: what a page that loads something asks."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -125,48 +135,44 @@ def site():
 def opened(browser: str, page: str, folder) -> str:
     """The page as the browser has it once its scripts have run, as HTML."""
     (folder / "page.html").write_text(page, encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--virtual-time-budget=3000", "--dump-dom",
-             f"--user-data-dir={folder / 'profile'}"]  # fmt: skip
-    done = subprocess.run(
-        [browser, *flags, (folder / "page.html").as_uri()], capture_output=True, timeout=120, check=False
-    )
-    return done.stdout.decode("utf-8", "replace")
-
-
-class Root(HTMLParser):
-    """The attributes of a page's root element."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.attributes: dict = {}
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "html":
-            self.attributes = dict(attrs)
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [browser, *FLAGS, profile, (folder / "page.html").as_uri()]
+    result = subprocess.run(command, capture_output=True, timeout=120)
+    return result.stdout.decode("utf-8", "replace")
 
 
 def ran(page: str) -> list[str]:
     """Which attacks have left their mark on the root element."""
-    return sorted(name for name in Root(page).attributes if name.startswith("data-ran"))
+    roots = [attributes for tag, attributes in Elements(page).found if tag == "html"]
+    return sorted(name for name in roots[0] if name.startswith("data-ran"))
+
+
+def loads_from_elsewhere(elements: Elements) -> bool:
+    """Whether any element names an address on the web."""
+    for _, attributes in elements.found:
+        for name in ("src", "href", "srcset", "action", "data"):
+            if re.match(r"\s*(https?:)?//", attributes.get(name) or ""):
+                return True
+    return False
 
 
 def test_no_attack_runs_in_a_browser(browser, site, tmp_path, request):
     if not browser:
         report_line(request.config, "browser: none found, so the report was not opened in one")
-        pytest.skip(f"no browser found ({', '.join(BROWSERS[:3])}, ..): install chromium to run this test")
+        pytest.skip(f"no browser found ({', '.join(BROWSERS[:3])}, ..): install chromium")
     address, asked = site
     texts = attacks(address)
-    bare = "<!doctype html><html><head><title>bare</title></head><body>" + "\n".join(f"<p>{t}</p>-->" for t in texts)
+    paragraphs = "\n".join(f"<p>{text}</p>-->" for text in texts)
+    head = "<!doctype html><html><head><title>bare</title></head><body>"
+    bare = head + paragraphs
     try:
         page = opened(browser, bare, tmp_path)
     except (OSError, subprocess.TimeoutExpired):
         page = ""
     if "<title>bare</title>" not in page:
-        report_line(request.config, f"browser: {browser} does not start here, so the report was not opened in it")
+        report_line(request.config, f"browser: {browser} does not start here: report not opened")
         pytest.skip(f"{browser} does not start here")
-    assert len(ran(page)) >= len(texts) - 3 and asked, "the attacks must work where nothing stops them"
+    assert len(ran(page)) >= len(texts) - 3 and asked, "the attacks work where nothing stops them"
     asked.clear()
 
     policy_alone = opened(browser, bare.replace("<title>", POLICY_TAG + "<title>"), tmp_path)
@@ -181,15 +187,9 @@ def test_no_attack_runs_in_a_browser(browser, site, tmp_path, request):
         marks |= set(ran(page))
         elements = Elements(page)
         assert elements.text.count("data-ran") > len(texts)
-        for text in texts:
-            assert report.printable(text) in elements.text  # there to read
-        assert outline(page) == outline(version)  # the browser sees the elements that we wrote, and no others
-        assert not any(value and re.match(r"\s*(https?:)?//", value) for _, attributes in elements.found
-                       for name, value in attributes.items() if name in ("src", "href", "srcset", "action", "data"))  # fmt: skip
-    version = subprocess.run([browser, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
-    number = re.search(r"\d+(\.\d+)*", version)
-    name = f"{browser.replace(chr(92), '/').split('/')[-1]} {number.group() if number else ''}".strip()
-    report_line(
-        request.config, f"browser: {name}, {len(marks)} of {len(texts)} payloads ran, {len(asked)} requests made"
-    )
+        assert all(report.printable(text) in elements.text for text in texts)  # there to read
+        assert outline(page) == outline(version)  # the elements that we wrote, and no others
+        assert not loads_from_elsewhere(elements)
+    counts = f"{len(marks)} of {len(texts)} payloads ran, {len(asked)} requests made"
+    report_line(request.config, f"browser: {Path(browser).name}, {counts}")
     assert not marks and not asked

@@ -23,7 +23,7 @@ def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-# checkpointing -------------------------------------------------------------------------------------------------
+# Checkpointing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -33,10 +33,12 @@ def test_checkpointing_changes_no_gradient(shipped, batch, rank, monkeypatch):
     for checkpointed in (False, True):
         torch.manual_seed(1)
         base = copy.deepcopy(shipped[0])
-        model = lora.adapt(base, rank, 8.0) if rank else base
-        other = lora.adapt(base, rank, 8.0) if rank else None
-        for parameter in (p for m in (model, other) if m is not None for p in m.parameters() if p.requires_grad):
-            parameter.data += 0.1 * torch.randn(parameter.shape)
+        model = base
+        other = None
+        if rank:
+            model, other = (lora.adapt(base, rank, 8.0) for _ in range(2))
+            for parameter in (*lora.trained(model), *lora.trained(other)):
+                parameter.data += 0.1 * torch.randn(parameter.shape)
         forwards = []
         model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))  # noqa: B023
         if checkpointed:
@@ -67,7 +69,7 @@ def test_a_checkpointed_reward_has_no_dropout(batch):
     assert len(forwards) > before
 
 
-# micro-batches -------------------------------------------------------------------------------------------------
+# Micro-batches ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 60, 200, 10**6])
@@ -106,27 +108,29 @@ def test_a_budget_of_tokens_changes_no_gradient(shipped, batch, tokens):
 
 
 def test_chunks_put_values_where_they_belong(shipped, batch):
-    aligned = torch.arange(batch.tokens.numel()).view(batch.tokens.shape).float() * batch.response_mask
+    mask = batch.response_mask
+    aligned = torch.arange(batch.tokens.numel()).view(batch.tokens.shape).float() * mask
     for tokens in (0, 1, 100):
-        found = policy.in_chunks(lambda part, a: a + part.tokens, batch, 3, tokens, aligned)
-        assert torch.equal(found * batch.response_mask, (aligned + batch.tokens) * batch.response_mask)
+        summed = policy.in_chunks(lambda part, a: a + part.tokens, batch, 3, tokens, aligned)
+        assert torch.equal(summed * mask, (aligned + batch.tokens) * mask)
 
 
 @pytest.mark.parametrize("tokens", [1, 400])
 def test_a_budget_of_tokens_changes_no_discriminator_gradient(shipped, tokens):
     model, tokenizer = shipped
     experts = examples_of(tokenizer, "words", "train", 5)
-    rollouts = [[data.response_ids(tokenizer, "1+1=2\n" * (1 + i + g)) for g in range(2)] for i in range(5)]
+    rollouts = []
+    for i in range(5):
+        texts = ["1+1=2\n" * (1 + i + g) for g in range(2)]
+        rollouts.append([data.response_ids(tokenizer, text) for text in texts])
     comparison = reward.compare(tokenizer, experts, rollouts, 1, random.Random(0))
     assert len(memory.micro_batches(comparison.batch.lengths, 8, tokens)) > 1
-    results = []
+    weights = []
     for micro_tokens in (0, tokens):
         reward_model = reward.load_reward("likelihood", loading.BASE)
-        ends = reward.find_step_end_tokens(tokenizer, len(tokenizer))
-        discriminator = reward.Discriminator(reward_model, "airl", "dense", ends)
+        discriminator = reward.make_discriminator(reward_model, tokenizer)
         optimizer = torch.optim.SGD(reward_model.parameters(), lr=1.0)
-        metrics = discriminator_update(discriminator, optimizer, model, comparison, 0.1, 0.5, micro_batch=1000,
-                                micro_tokens=micro_tokens)  # fmt: skip
-        results.append((metrics, torch.cat([p.detach().flatten() for p in reward_model.parameters()])))
-    assert_close(results[1][1], results[0][1], atol=1e-6, rtol=1e-5)
-    assert results[1][0] == pytest.approx(results[0][0], abs=1e-5)
+        inputs = (discriminator, optimizer, model, comparison)
+        discriminator_update(*inputs, reward_nll=0.5, micro_tokens=micro_tokens)
+        weights.append(torch.cat([p.detach().flatten() for p in reward_model.parameters()]))
+    assert_close(weights[1], weights[0], atol=1e-6, rtol=1e-5)
