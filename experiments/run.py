@@ -144,6 +144,10 @@ def main() -> None:
     args = parser.parse()
     every = trials.all_trials(args.seeds)
     wanted = {key: every[key] for key in every if key[0].startswith(args.only)}
+    if not wanted:
+        raise UserError(
+            f"no trial begins with '{args.only}': experiments/trials.py has their names"
+        )
     if args.quick:
         environ["IRL_RESULTS"] = "results-quick"
         # of those that differ in numbers alone, the first

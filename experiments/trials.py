@@ -11,7 +11,7 @@ tune-..                  how SFT, fair SFT and GRPO were tuned, on validation qu
 import itertools
 
 SIZES = (256, 64)  # demonstrations
-# (first seed, how many at most) by what a name begins with. countdown's settings were found with
+# (first seed, how many at most) by what a name begins with. countdown's settings were commands with
 # the demonstrations of seed 0: it begins at 1. Nothing is chosen with a seed that is tested on.
 SEEDS = {
     "words": (0, 10),
@@ -125,48 +125,48 @@ COMMON = {
 
 def all_trials(seeds: int) -> dict[tuple[str, int], str]:
     """{(name, seed): command}, as many seeds of each as are given, or as SEEDS has."""
-    found = {}
+    commands = {}
     for name, flags in (main_commands() | changed_commands() | tuning_commands()).items():
         first, most = SEEDS[name.split("-")[0]]
         for seed in range(first, first + min(seeds, most)):
-            found[name, seed] = f"train.py --seed {seed} {flags}"
-    return found
+            commands[name, seed] = f"train.py --seed {seed} {flags}"
+    return commands
 
 
 def main_commands() -> dict[str, str]:
     """{name: flags} of what the main tables show."""
-    found = {}
+    commands = {}
     for task, main in MAIN.items():
         flags = f"--data {task} {TEST} --demonstrations"
         for size in SIZES:
             key = f"{task}-{size}"
-            found[f"{task}-main-{size}"] = f"{flags} {size} {main} {SFT[key]} {FAIR[key]}"
+            commands[f"{task}-main-{size}"] = f"{flags} {size} {main} {SFT[key]} {FAIR[key]}"
             # fair SFT is trained again as it was best greedy
             fair = f"--method sft_fair {FAIR_GREEDY[key]}"
-            found[f"{task}-fair-greedy-{size}"] = f"{flags} {size} {fair}"
+            commands[f"{task}-fair-greedy-{size}"] = f"{flags} {size} {fair}"
             if task == "countdown":
-                found[f"{task}-likelihood-{size}"] = f"{flags} {size} {LIKELIHOOD}"
-                found[f"{task}-broken-{size}"] = f"{flags} {size} {BROKEN}"
+                commands[f"{task}-likelihood-{size}"] = f"{flags} {size} {LIKELIHOOD}"
+                commands[f"{task}-broken-{size}"] = f"{flags} {size} {BROKEN}"
         # No demonstrations, so once for both sizes. GRPO's questions are those of 256
         # demonstrations and the extra ones.
-        found[f"{task}-base-sharpened"] = f"{flags} 256 {SHARPENED}"
-        found[f"{task}-grpo"] = f"{flags} 256 --method grpo {GRPO}"
-    found["countdown-own-grade"] = f"{flags} 256 {OWN_GRADE}"
-    return found
+        commands[f"{task}-base-sharpened"] = f"{flags} 256 {SHARPENED}"
+        commands[f"{task}-grpo"] = f"{flags} 256 --method grpo {GRPO}"
+    commands["countdown-own-grade"] = f"--data countdown {TEST} --demonstrations 256 {OWN_GRADE}"
+    return commands
 
 
 def changed_commands() -> dict[str, str]:
     """{name: flags} of one thing changed at a time."""
-    found = {}
+    commands = {}
     for part, changes in CHANGES.items():
         for label, change in changes.items():
-            found[f"{part}-{label}"] = f"{COMMON[part]} {change}".strip()
-    return found
+            commands[f"{part}-{label}"] = f"{COMMON[part]} {change}".strip()
+    return commands
 
 
 def tuning_commands() -> dict[str, str]:
     """{name: flags} of SFT's updates, rates, shares, temperatures; of GRPO's steps, rates."""
-    found = {}
+    commands = {}
     for task in MAIN:
         flags = f"--data {task} {VALIDATION} --demonstrations"
         for size, *values in itertools.product(SIZES, UPDATES, RATES, SHARES, TEMPERATURES):
@@ -174,8 +174,8 @@ def tuning_commands() -> dict[str, str]:
             name = f"tune-{task}-{size}-{steps}-{rate}-{share}-{temperature}"
             fair = f"--fair-average {share} --fair-temperature {temperature}"
             fair = f"--method sft_fair --fair-steps {steps} --fair-lr {rate} {fair}"
-            found[name] = f"{flags} {size} {fair}"
+            commands[name] = f"{flags} {size} {fair}"
         for steps, rate in GRPO_TRIED[task]:
             grpo = f"--method grpo --grpo-steps {steps} --grpo-lr {rate}"
-            found[f"tune-{task}-grpo-{steps}-{rate}"] = f"{flags} 256 {grpo}"
-    return found
+            commands[f"tune-{task}-grpo-{steps}-{rate}"] = f"{flags} 256 {grpo}"
+    return commands

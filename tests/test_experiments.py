@@ -126,6 +126,13 @@ def test_a_trial_is_kept_once_and_tried_again_if_it_failed(results, monkeypatch,
 # --- what is run ---
 
 
+@pytest.mark.parametrize("flags", ["--only nonsense", "--jobs 0", "--seeds 11"])
+def test_what_cannot_be_run_is_said(results, monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["run.py", "--tables", *flags.split()])
+    with pytest.raises(UserError, match="no trial begins with 'nonsense'|invalid choice"):
+        run.main()
+
+
 def test_the_commands_are_those_that_made_the_results(monkeypatch):
     """Every row that is kept stands beside the command that today's trials have."""
     monkeypatch.delenv("IRL_RESULTS", raising=False)

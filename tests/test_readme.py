@@ -1,4 +1,4 @@
-"""What README.md and docs/ say about the code is there: files, functions, flags, metrics, tables."""
+"""What README.md and docs/ say about the code is there: files, functions, flags, tables."""
 
 import importlib
 import json
@@ -53,14 +53,13 @@ def test_functions_named_in_the_text_exist():
     assert len(modules) == len(paths)  # no two of one name
     pattern = rf"`({'|'.join(modules)})\.([A-Za-z_]\w*(?:\.\w+)?)(?:\(\))?`"
     files = ("py", "jsonl", "json", "html")
-    names = {found for found in re.findall(pattern, TEXT) if found[1] not in files}
+    names = {name for name in re.findall(pattern, TEXT) if name[1] not in files}
     assert len(names) >= 20
     for module, path in names:
-        found = importlib.import_module(modules[module])
+        thing = importlib.import_module(modules[module])
         for part in path.split("."):
-            attributes = {*dir(found), *getattr(found, "__dataclass_fields__", {})}
-            assert part in attributes, f"{module}.{path}"
-            found = getattr(found, part, None)
+            assert part in {*dir(thing), *getattr(thing, "__dataclass_fields__", {})}, path
+            thing = getattr(thing, part, None)
 
 
 def test_commands_named_in_the_text_exist():
