@@ -5,7 +5,7 @@
         --flags "--data FOLDER" --dev mr_gsm8k.jsonl --test processbench.json
     python -m experiments.real --tables      results/real.json, results/real.md, README.md's table
 
-A stage leaves one file, runs/real-<task>-<name>/<stage>.json, with its seconds and its command, and
+A stage leaves a file, runs/real-<task>-<name>/<stage>.json, with its seconds and its command, and
 is left out when that file is there. What was cut off goes on with the same command:
 training is train.py's (runs/real-<task>-<name>-<run>/), sampling and judging are kept in parts. At
 the end the stages go to a file in results/, and from there into the tables

@@ -161,8 +161,10 @@ def results_of(task: str) -> dict:
                 if source in stage:
                     one["rerank"][source] = choices(stage[source], task)
                     one["auroc"][source] = one["rerank"][source].pop("auroc")
-            if "processbench" in stage:
-                one["processbench"] = stage["processbench"]
+            for name, signals in stage.get("processbench", {}).items():
+                one.setdefault("processbench", {})[name] = {
+                    by: r["f1"] for by, r in signals.items()
+                }
         by_size.setdefault((run["model"], str(run["demonstrations"])), []).append(one)
     found: dict = {}
     for (model, size), seeds in by_size.items():
@@ -237,9 +239,7 @@ def markdown(found: dict) -> str:
             rows = [(rule, k, value) for k in shown for rule, value in columns[k].items()]
             parts += [f"{name}: candidates of {source}", grid(rows)]
         for run, signals in one.get("processbench", {}).items():
-            rows = [
-                (by, f"F1 on ProcessBench, {run}", result["f1"]) for by, result in signals.items()
-            ]
+            rows = [(by, f"F1 on ProcessBench, {run}", f1) for by, f1 in signals.items()]
             parts.append(grid(rows))
     return "\n\n".join(parts) + "\n"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import rerank
 import train
@@ -26,15 +27,15 @@ def test_ties_fall_to_the_highest_sum():
     scores = torch.randn(40, 6) * 100
     votes = rerank.majority_vote(correct, keys, 6, real_tables.tie_weights(scores))
     for q in range(40):
-        answers = set(keys[q].tolist())
-        sums = {
-            a: (int((keys[q] == a).sum()), float(scores[q][keys[q] == a].sum())) for a in answers
-        }
-        assert votes[q] == float(max(sums, key=sums.get) == 1)
+        standing = {}
+        for answer in set(keys[q].tolist()):
+            of_it = scores[q][keys[q] == answer]
+            standing[answer] = (len(of_it), float(of_it.sum()))
+        assert votes[q] == float(max(standing, key=standing.get) == 1)
 
 
 def test_a_trace_without_a_score_breaks_no_tie():
-    """It counts as a vote, and is worth the lowest score; scores that are all alike decide nothing."""
+    """It counts as a vote and is worth the lowest score; equal scores decide nothing."""
     weights = real_tables.tie_weights(T([[-torch.inf, 1.0, 3.0], [2.0, 2.0, 2.0]]))
     assert weights[0].tolist() == pytest.approx([1, 1, 1 + 1 / 6])
     assert weights[1].tolist() == [1, 1, 1]
@@ -97,8 +98,8 @@ def test_a_chat_in_turns_whose_texts_are_text(qwen_tokenizer):
 
 
 @pytest.fixture
-def tiny(qwen_tokenizer, tmp_path, monkeypatch):
-    """A random model with one layer, in a folder of its own."""
+def tiny(tmp_path, monkeypatch):
+    """A random model with one layer, which reads letters, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IRL_RESULTS", str(tmp_path / "results"))
 
@@ -106,9 +107,19 @@ def tiny(qwen_tokenizer, tmp_path, monkeypatch):
         return 0.0
 
     monkeypatch.setattr(train.Run, "validate", no_curve)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for one in messages %}{{ one.role }}: {{ one.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained("tiny")
     config = Qwen2Config(
-        vocab_size=len(qwen_tokenizer),
-        max_position_embeddings=4096,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         hidden_size=8,
         intermediate_size=16,
@@ -117,7 +128,6 @@ def tiny(qwen_tokenizer, tmp_path, monkeypatch):
         num_key_value_heads=1,
     )
     Qwen2ForCausalLM(config).save_pretrained("tiny")
-    qwen_tokenizer.save_pretrained("tiny")
     return ["--model", "tiny", "--demonstrations", "8", "--questions", "2", "--validation", "8"]
 
 
