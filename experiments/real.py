@@ -5,15 +5,15 @@
         --flags "--data FOLDER" --dev mr_gsm8k.jsonl --test processbench.json
     python -m experiments.real --tables      results/real.json, results/real.md, README.md's table
 
-A stage leaves one file, runs/real-<task>-<name>/<stage>.json, with its seconds and the command that
-made it, and is left out when that file is there. What was cut off goes on with the same command:
+A stage leaves a file, runs/real-<task>-<name>/<stage>.json, with its seconds and its command, and
+is left out when that file is there. What was cut off goes on with the same command:
 training is train.py's (runs/real-<task>-<name>-<run>/), sampling and judging are kept in parts. At
-the end the stages go to results/real-<task>.json.xz, and from there into the tables
+the end the stages go to a file in results/, and from there into the tables
 (experiments/real_tables.py).
 
-    fair      SFT, tuned: updates, rate, share of the base in its weights, temperature, each chosen
-              on validation questions
-    main      one run of train.py: SFT; fair SFT as chosen; IRL from SFT; on countdown GRPO from SFT
+    main      fair SFT's settings, chosen on validation questions: updates, rate, share of the base in
+              the weights, temperature. Then one run of train.py: SFT; fair SFT; IRL from SFT; on
+              countdown GRPO from SFT
     copies    countdown: IRL whose discriminator never sees a sample, only experts' traces and
               copies of them with an error planted, or carried on to the answer
     sparse    GSM8K: a reward per trace; main's is one per token. Both learn from copies alone
@@ -44,16 +44,17 @@ import data
 import policy
 import rerank
 import train
-from candidates import collect, from_texts, without_cut_off
 from engine import checkpoint, loading, lora
-from engine.chat import chat_text, prompt_tokens, set_date, token_ids
+from candidates import collect, from_texts, without_cut_off
+from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
+from engine.runs import read_settings
 from engine.settings import parse_settings
 from experiments import real_tables, steps
 from tasks.answers import extract_answer
 
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
-HEAD += "--reward-average 0 --perturbed 4 --negatives both --questions 8 --sft-batch 16 "
+HEAD += "--reward-average 0 --perturbed 4 --negatives both --questions 8 "
 FLAGS = {
     # 64 rows a step: what two CPU cores do in a minute
     "countdown": HEAD + "--data countdown --extra-questions 3000 --max-new-tokens 48 --group 8 "
@@ -103,9 +104,10 @@ class Experiment:
         self.settings = parse_settings(self.flags)
         self.base, self.tokenizer = loading.load_policy(args.model, loading.pick_device("auto"))
         set_date(self.tokenizer, None)
-        train_questions = self.examples("train", args.demonstrations + args.extra)
+        train_questions = self.examples("train", args.demonstrations + SHOTS + args.extra)
         self.experts = train_questions[: args.demonstrations]
-        self.extra = train_questions[args.demonstrations :]
+        self.shots = train_questions[args.demonstrations :][:SHOTS]
+        self.extra = train_questions[args.demonstrations + SHOTS :]
         self.validation = self.examples("validation", args.validation)
         # What an earlier experiment has looked at does not count any more.
         seen = real_tables.questions_seen(args.name)
@@ -159,17 +161,22 @@ def in_parts(x: Experiment, name: str, items: list, size: int, function: Callabl
 
 
 def sample(
-    x: Experiment, name: str, model, examples: list, n: int, temperature: float, shots: str = ""
+    x: Experiment, name: str, model, examples: list, n: int, temperature: float, shots: list = ()
 ) -> list[dict]:
     """n answers to each question: {"texts", "logprob": the mean of each, by who wrote it}.
 
-    shots: worked examples that stand before every question.
+    shots: demonstrations that stand before every question, as turns of a chat.
     """
     s = x.settings
 
     def some(chosen: list, start: int) -> list[dict]:
         generator = torch.Generator(model.device).manual_seed(s.seed * 1_000_003 + start)
-        prompts = [data.prompt_ids(x.tokenizer, shots + example.question) for example in chosen]
+        prompts = [example.prompt for example in data.tokenize(x.tokenizer, chosen)]
+        if shots:
+            before = [
+                text for e in shots for text in (e.question, data.response_text(e.trace, e.answer))
+            ]
+            prompts = [turns(x.tokenizer, [*before, example.question]) for example in chosen]
         limits = (n, s.max_new_tokens, temperature, generator, s.sample_rows, prompts)
         written = collect(model, x.tokenizer, chosen, *limits)
         means = rerank.trace_scores(written.logprobs, written.batch.response_mask, "mean")
@@ -185,14 +192,16 @@ def judge(x: Experiment, name: str, by: str, examples: list, samples: list[dict]
     by: logprob (the base's), sft_logprob, sft_fair_logprob, own_verdict; reward, of the run main;
     reward_<run>, of another.
     """
-    run = x.run(by.removeprefix("reward").lstrip("_") or "main")
+    run = x.run("main")
+    if by.startswith("reward_"):
+        run = x.run(by.removeprefix("reward_"))
     discriminator = None
     if by.startswith("reward"):
         discriminator, _, _ = rerank.load_run(run, x.base.device)
         function = discriminator.reward_model.scores
     else:
-        temperature = result_of(x, "fair")["chosen"]["temperature"]
-        judges = rerank.load_judges(x.run("main"), x.tokenizer, temperature, x.base.device)
+        temperature = read_settings(run)["fair_temperature"]
+        judges = rerank.load_judges(run, x.tokenizer, temperature, x.base.device)
         function = partial(policy.token_logprobs, judges.get(by, x.base))
 
     def some(chosen: list[dict], start: int) -> list[list[float]]:
@@ -226,12 +235,29 @@ def batched(items: list, n: int) -> list[list]:
 @torch.no_grad()
 def own_verdict(x: Experiment, question: str, text: str) -> float:
     """The base as its own judge: log P(Yes) - log P(No), asked whether a solution is right."""
-    message = f"{question}\n\n{text}\n\n{VERDICT}"
-    ids = prompt_tokens(x.tokenizer, chat_text(x.tokenizer, message), message)
+    ids = turns(x.tokenizer, [question, text, VERDICT])
     tokens = torch.tensor([ids], device=x.base.device)
     logits = x.base(tokens, logits_to_keep=1).logits[0, -1].float()
     yes, no = (token_ids(x.tokenizer, word)[0] for word in ("Yes", "No"))
     return float(logits[yes] - logits[no])
+
+
+def turns(tokenizer, texts: list[str]) -> list[int]:
+    """The tokens of a chat, the user's turn first and last, up to where the next answer begins.
+
+    A control token's name in a text is text; only the template's own are tokens.
+    """
+    mark = "A TEXT"
+    roles = ["user", "assistant"] * len(texts)
+    chat = [{"role": role, "content": mark} for role in roles[: len(texts)]]
+    template = at_date(tokenizer.get_chat_template(), tokenizer.date)
+    first, *others = tokenizer.apply_chat_template(
+        chat, tokenize=False, chat_template=template, add_generation_prompt=True
+    ).split(mark)
+    ids = token_ids(tokenizer, first)
+    for text, following in zip(texts, others, strict=True):
+        ids += text_ids(tokenizer, text) + token_ids(tokenizer, following)
+    return ids
 
 
 # --- stages: each returns what its file holds -----------------------------------------------------
@@ -274,18 +300,14 @@ def tuned(x: Experiment, name: str, cells: tuple, flags: str) -> dict:
     return {"looks": looks, "chosen": max(looks, key=on_validation)}
 
 
-def fair(x: Experiment) -> dict:
-    """Fair SFT's settings. `main` trains it with them, and tests it."""
-    return tuned(x, "fair", CELLS[x.args.task], "")
-
-
 def main_run(x: Experiment) -> dict:
-    """SFT, fair SFT, IRL and GRPO."""
-    best = result_of(x, "fair")["chosen"]
+    """Fair SFT's settings, then SFT, fair SFT with these, IRL and GRPO."""
+    found = tuned(x, "fair", CELLS[x.args.task], "")
+    best = found["chosen"]
     flags = f"--fair-steps {best['updates']} --fair-lr {best['rate']} "
     flags += f"--fair-average {best['share']} --fair-temperature {best['temperature']}"
     methods = trained(x, "main", f"{RUNS[x.args.task]['main']} {flags}")
-    return {"arms": {name: intervals(result) for name, result in methods.items()}}
+    return found | {"arms": {name: intervals(result) for name, result in methods.items()}}
 
 
 def other_run(name: str, x: Experiment) -> dict:
@@ -299,12 +321,9 @@ def candidates(x: Experiment) -> dict:
     temperature = TEMPERATURE[x.args.task]
     others = [f"reward_{run}" for run in RUNS[x.args.task] if run != "main"]
     signals = ["logprob", "sft_logprob", "sft_fair_logprob", "own_verdict", "reward", *others]
-    shots = ""
-    for shot in x.extra[:SHOTS]:
-        shots += f"{shot.question}\n{data.response_text(shot.trace, shot.answer)}\n\n"
     of_sft = loading.load_causal(str(x.run("main") / "sft"), x.base.device)
     stage = {}
-    for source, model, before in (("base", x.base, shots), ("sft", of_sft, "")):
+    for source, model, before in (("base", x.base, x.shots), ("sft", of_sft, ())):
         samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
         scores = {by: judge(x, source, by, x.test, samples) for by in signals}
         if source == "base":  # of its own tokens, after the worked examples
@@ -314,14 +333,14 @@ def candidates(x: Experiment) -> dict:
             row = {"question": example.question, "answer": example.answer}
             row |= {"texts": samples[q]["texts"], "scores": {by: scores[by][q] for by in scores}}
             stage[source].append(row)
-    written = {"t1": stage["base"], "greedy": sample(x, "greedy", x.base, x.test, 1, 0.0, shots)}
+    written = {"t1": stage["base"], "greedy": sample(x, "greedy", x.base, x.test, 1, 0.0, x.shots)}
     base = {column: [one["texts"] for one in rows] for column, rows in written.items()}
     return stage | {"written": {"base": base}}
 
 
 def imitate_best(name: str, x: Experiment) -> dict:
     """Imitate the demonstrations and what wins among SFT's samples. No answer is looked at."""
-    asked = [data.question_only(example) for example in x.extra[SHOTS:]]
+    asked = [data.question_only(example) for example in x.extra]
     of_sft = loading.load_causal(str(x.run("main") / "sft"), x.base.device)
     samples = sample(x, "extra", of_sft, asked, CANDIDATES, 1.0)
     if BEST_BY[name] == "majority":
@@ -341,9 +360,9 @@ def imitate_best(name: str, x: Experiment) -> dict:
     for file, some in (("train", rows), ("test", test)):
         lines = "".join(json.dumps(row) + "\n" for row in some)
         checkpoint.write_text(folder / f"{file}.jsonl", lines)
-    best = result_of(x, "fair")["chosen"]
+    fair = read_settings(x.run("main"))
     flags = f"--data {shlex.quote(str(folder))} --demonstrations {len(rows)}"
-    found = tuned(x, name, ((best["updates"], best["rate"]),), flags)
+    found = tuned(x, name, ((fair["fair_steps"], fair["fair_lr"]),), flags)
     chosen = found["chosen"]
     [tested] = look(x, chosen["run"], x.test, [(chosen["share"], chosen["temperature"])])
     return found | {"arms": {name: {column: tested[column] for column in ("t1", "greedy")}}}
@@ -358,38 +377,30 @@ BEST_BY = {"irl_best": "reward_copies", "best_majority": "majority", "best_logpr
 
 
 def first_wrong_steps(x: Experiment) -> dict:
-    """F1 on ProcessBench of both rewards and of all log-probabilities."""
-    results = {}
-    for run in RUNS[x.args.task]:
-        options = (x.args.dev, x.args.test, x.args.solutions, x.args.validation)
-        results[run] = steps.results_of(x.run(run), *options)
-    return {"processbench": results}
+    """F1 on ProcessBench of each run's reward, and of the log-probabilities."""
+    files = ["--dev", x.args.dev, "--test", x.args.test, "--experts", str(x.args.validation)]
+    files += shlex.split(x.args.steps)
+    return {
+        "processbench": {
+            run: steps.main(["--run", str(x.run(run)), *files]) for run in RUNS[x.args.task]
+        }
+    }
 
 
 STAGES: dict[str, dict[str, Callable]] = {
     "countdown": {
-        "fair": fair,
         "main": main_run,
         "copies": partial(other_run, "copies"),
         "rerank": candidates,
         **{name: partial(imitate_best, name) for name in BEST_BY},
     },
     "gsm8k": {
-        "fair": fair,
         "main": main_run,
         "sparse": partial(other_run, "sparse"),
         "rerank": candidates,
         "steps": first_wrong_steps,
     },
 }
-
-
-def result_of(x: Experiment, stage: str) -> dict:
-    """What a stage before this one has found."""
-    path = x.folder / f"{stage}.json"
-    if not path.exists():
-        raise UserError(f"the stage {stage} must come first: there is no {path}")
-    return json.loads(path.read_text())
 
 
 ARGUMENTS = {
@@ -402,7 +413,7 @@ ARGUMENTS = {
     "--extra": dict(type=int, default=500, help="questions that irl_best answers"),
     "--dev": dict(metavar="FILE", help="labelled solutions, for a threshold"),
     "--test": dict(metavar="FILE", help="ProcessBench's file, for F1"),
-    "--solutions": dict(type=int, help="so many of each, drawn at random (default: all)"),
+    "--steps": dict(default="", help="experiments/steps.py's other flags"),
     "--only": dict(nargs="+", choices=sorted({name for some in STAGES.values() for name in some})),
     "--flags": dict(default="", help="train.py's, instead of those here"),
     "--name": dict(help="of the run (default: <model>-<demonstrations>-<seed>)"),

@@ -1,7 +1,7 @@
 """The tables of experiments/real.py: results/real.json, results/real.md and README.md's table.
 
-    FILES    {"runs": {name: {"model", "demonstrations", "seed", "stages"}}}: what models wrote, and the
-             scores of every judge
+    FILES    {"runs": {name: {"model", "demonstrations", "seed", "stages"}}}: what models wrote, and
+             the scores of every judge
 
 Whether a text is right is asked anew each time (data.is_correct), so that tables follow the check.
 "earlier" in real.json is what an experiment of before a57b686 has measured and no answer check
@@ -21,6 +21,7 @@ from candidates import Candidates
 from experiments import store, tables
 
 FILES = {"countdown": "real-countdown.json.xz", "gsm8k": "real-samples.json.xz"}
+# README.md's rows: arms, then rules for the best of 8
 ARMS = {
     "base": "base, 4 solved examples",
     "sft": "SFT",
@@ -28,15 +29,15 @@ ARMS = {
     "irl": "**IRL**",
     "irl_copies": "IRL, copies alone",
     "irl_best": "SFT on the reward's best of 8",
-    "best_majority": "SFT on a majority vote's",
     "grpo": "GRPO, true answers",
 }
-RULES = {  # of the best of 8
+RULES = {
     "random": "at random",
     "majority": "majority vote",
-    "majority_sft_logprob": "majority, ties by SFT",
+    "sft_logprob": "SFT's log-probability",
     "majority_reward": "majority, ties by the reward",
     "reward": "**reward**",
+    "reward_copies": "**reward from copies alone**",
     "oracle": "oracle",
 }
 
@@ -51,12 +52,8 @@ def stored(task: str) -> dict:
 
 def questions_seen(name: str) -> set[str]:
     """GSM8K's test questions that results of other runs have been looked at."""
-    seen: set[str] = set()
-    for run, kept in stored("gsm8k").items():
-        if run != name:
-            for stage in kept["stages"].values():
-                seen |= {one["question"] for one in stage.get("sft", [])}
-    return seen
+    others = [run["stages"] for other, run in stored("gsm8k").items() if other != name]
+    return {one["question"] for stages in others for one in stages.get("rerank", {}).get("sft", [])}
 
 
 def keep(task: str, name: str, run: dict) -> None:
@@ -104,13 +101,16 @@ def choices(records: list[dict], task: str) -> dict:
     correct = candidates.correct
     results = rerank.choice_results(correct, keys, scores, {})
     majority = rerank.majority_vote(correct, keys, n)
-    results["gain"] = {}
+    results |= {"gain": {}, "auroc_beyond": {}}
     for by, values in scores.items():
         for k in (4, 8):
             votes = rerank.majority_vote(correct, keys, k, tie_weights(values))
             results[str(k)][f"majority_{by}"] = rerank.bootstrap(votes)
         results["gain"][f"majority_{by}"] = rerank.bootstrap(votes - majority)
         results["gain"][by] = rerank.bootstrap(rerank.best_of_n(correct, values, n) - majority)
+        if "logprob" in scores:
+            beyond = rerank.auroc_beyond(values, scores["logprob"], correct)
+            results["auroc_beyond"][by] = beyond
     return results | {"questions": len(records)}
 
 
@@ -145,9 +145,9 @@ def arms_of(one: dict) -> dict[str, dict]:
 
 
 def results_of(task: str) -> dict:
-    """{model: {demonstrations: {arm: {"t1", "greedy", "seeds"}, "rerank": {source: choices}, ..}}}.
+    """{model: {demonstrations: {arm: {"t1", "greedy", "seeds"}, "rerank": {source: choices}}}}.
 
-    Means over seeds; an interval is the mean of the seeds' intervals, each over questions. "room" is
+    Means over seeds; an interval is the mean of the seeds' intervals, each over questions. "room":
     what GRPO has over fair SFT at T = 1, in points.
     """
     by_size: dict = {}
@@ -161,8 +161,10 @@ def results_of(task: str) -> dict:
                 if source in stage:
                     one["rerank"][source] = choices(stage[source], task)
                     one["auroc"][source] = one["rerank"][source].pop("auroc")
-            if "processbench" in stage:
-                one["processbench"] = stage["processbench"]
+            for name, signals in stage.get("processbench", {}).items():
+                one.setdefault("processbench", {})[name] = {
+                    by: r["f1"] for by, r in signals.items()
+                }
         by_size.setdefault((run["model"], str(run["demonstrations"])), []).append(one)
     found: dict = {}
     for (model, size), seeds in by_size.items():
@@ -194,10 +196,20 @@ def summary() -> dict:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def grid(rows: list[tuple[str, str, str]]) -> str:
-    """A Markdown table of (row, column, cell), in the order in which they come."""
-    frame = pandas.DataFrame(rows, columns=["", "column", "cell"])
-    cells = frame.pivot_table("cell", "", "column", "first", sort=False).fillna("–")
+def grid(rows: list[tuple]) -> str:
+    """A Markdown table of (row, column, value), in the order in which they come.
+
+    A value is [mean, low, high], an AUROC, a count or text.
+    """
+
+    def shown(value) -> str:
+        if isinstance(value, list):
+            return tables.percent(value)
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    frame = pandas.DataFrame(rows, columns=["", "column", "value"]).dropna()
+    frame["value"] = frame["value"].map(shown)
+    cells = frame.pivot_table("value", "", "column", "first", sort=False).fillna("–")
     return tables.table(["", *cells.columns], [[name, *row] for name, row in cells.T.items()])
 
 
@@ -218,23 +230,16 @@ def markdown(found: dict) -> str:
         "# Pretrained models\n\nWritten by `python -m experiments.real`. % with 95% intervals."
     ]
     for name, one in experiments(found):
-        rows = []
-        for arm, shares in arms_of(one).items():
-            for column in ("t1", "greedy"):
-                rows.append((arm, column, tables.percent(shares.get(column))))
-            rows.append((arm, "seeds", str(shares["seeds"])))
-        parts += [f"## {name}", grid(rows)]
+        arms = arms_of(one)
+        rows = [(arm, column, arms[arm][column]) for arm in arms for column in ("t1", "greedy")]
+        parts += [f"## {name}", grid(rows + [(arm, "seeds", arms[arm]["seeds"]) for arm in arms])]
         for source, ranking in one["rerank"].items():
-            rows = []
             columns = ranking | {"auroc": one["auroc"][source]}
-            for column in ("2", "4", "8", "gain", "auroc", "auroc_within"):
-                for rule, value in columns[column].items():
-                    if value is not None:
-                        cell = tables.percent(numpy.atleast_1d(value).tolist())
-                        rows.append((rule, column, cell))
+            shown = ("2", "4", "8", "gain", "auroc", "auroc_within", "auroc_beyond")
+            rows = [(rule, k, value) for k in shown for rule, value in columns[k].items()]
             parts += [f"{name}: candidates of {source}", grid(rows)]
         for run, signals in one.get("processbench", {}).items():
-            rows = [(by, f"F1, {run}", tables.percent(f1["f1"])) for by, f1 in signals.items()]
+            rows = [(by, f"F1 on ProcessBench, {run}", f1) for by, f1 in signals.items()]
             parts.append(grid(rows))
     return "\n\n".join(parts) + "\n"
 
@@ -242,15 +247,14 @@ def markdown(found: dict) -> str:
 def readme_table(found: dict) -> str:
     """README.md's: arms at T = 1 / greedy, then the best of 8 of SFT's samples."""
     rows = []
-    for name, one in experiments(found):
-        for arm, label in ARMS.items():
-            if arm in one:
-                cell = f"{tables.short(one[arm]['t1'])} / {tables.short(one[arm].get('greedy'))}"
-                rows.append((label, name, cell))
-        ranking = one["rerank"].get("sft", {"8": {}})["8"]
-        for rule, label in RULES.items():
-            if rule in ranking:
-                rows.append((f"best of 8 of SFT's: {label}", name, tables.short(ranking[rule])))
+    for arm, label in ARMS.items():
+        for name, one in experiments(found):
+            cells = [tables.short(one[arm][column]) for column in ("t1", "greedy") if arm in one]
+            rows.append((label, name, " / ".join(cells) or None))
+    for rule, label in RULES.items():
+        for name, one in experiments(found):
+            best = one["rerank"].get("sft", {}).get("8", {}).get(rule)
+            rows.append((f"best of 8 of SFT's: {label}", name, best and tables.short(best)))
     return grid(rows)
 
 

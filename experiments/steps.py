@@ -1,18 +1,18 @@
 """The first wrong step of a solution, by its tokens' scores, against human labels.
 
-    1. Solution      question, steps, label: the first wrong step, counted from 0; -1 if none is wrong
+    1. Solution      question, steps, label: the first wrong step, counted from 0; -1 if none is
     2. step_scores   scores of a solution's tokens -> of its steps: the lowest, the mean, the last
     3. predict       the first step whose score is below a threshold; -1 if none is
-    4. accuracies    F1, as in ProcessBench (arXiv 2412.06559): the harmonic mean of the accuracies on
-                     wrong and on right solutions
+    4. accuracies    F1, as in ProcessBench (arXiv 2412.06559): the harmonic mean of the accuracies
+                     on wrong and on right solutions
     5. localise      rule and threshold are chosen on some solutions, F1 is measured on others
 
-    python -m experiments.steps --run runs/demo --dev mr_gsm8k.jsonl --experts 200 --test processbench.json
+    python -m experiments.steps --run runs/demo --dev mr_gsm8k.jsonl --test processbench.json
 
-Files are JSON lines or one JSON list, in the form of ProcessBench (problem or question, steps, label)
-or of MR-GSM8K (arXiv 2312.17080), whose labels count from 1. Thresholds need right solutions, too: one
-from wrong solutions alone calls everything wrong. MR-GSM8K's dev has none, so `--experts` puts
-solutions of the run's validation questions beside it, by experts and never trained on.
+Files are JSON lines or one JSON list, in the form of ProcessBench (problem or question, steps,
+label) or of MR-GSM8K (arXiv 2312.17080), whose labels count from 1. Thresholds need right
+solutions, too, and MR-GSM8K's dev has none: `--experts` puts solutions of the run's validation
+questions beside it, by experts and never trained on.
 """
 
 import json
@@ -49,7 +49,7 @@ class Solution:
 
 
 def read_solutions(path: str, count: int | None = None) -> list[Solution]:
-    """`count` solutions of a file, or all. Some are drawn: ProcessBench has its wrong ones first."""
+    """`count` solutions of a file, or all. They are drawn: ProcessBench begins with wrong ones."""
     lines = records.text_lines(path)
     if lines and lines[0][1].lstrip().startswith("["):
         try:
@@ -64,7 +64,7 @@ def read_solutions(path: str, count: int | None = None) -> list[Solution]:
 def from_record(record: dict) -> Solution:
     """A record of either form. ValueError says what is wrong with it.
 
-    MR-GSM8K's "Step 3: ", its calculator's annotations and the lines at its end that give the answer
+    MR-GSM8K's "Step 3: ", its calculator's annotations and the lines at its end with the answer
     go: a judge that has not met "#### 6" calls it the worst step of all.
 
     >>> steps = ["Step 1:  2+3=<<2+3=6>>6", "Step 2: #### 6", "The answer is: 6"]
@@ -218,9 +218,9 @@ def guesses(solutions: list[Solution]) -> dict[str, list[float]]:
     of the wrong solutions says 'right' with probability q, of all solutions alike: right q, wrong
     (1 - q) c. At the best q = sqrt(c) / (1 + sqrt(c)) that is F1 = 2 c / (1 + sqrt(c))^2.
 
-    >>> three = [Solution("", ("aaa", "bb"), 0), Solution("", ("a", "bb"), 0), Solution("", ("a",), -1)]
-    >>> {name: f1[0] for name, f1 in guesses(three).items()}
-    {'chance': 0.3431457505076198, 'longest': 0.3431457505076198}
+    >>> solutions = [Solution("", ("aaa", "b"), 0), Solution("", ("a",), -1)]
+    >>> guesses(solutions)["longest"]
+    [0.5, 0.5, 0.5]
     """
     wrong = [solution for solution in solutions if solution.label >= 0]
     lengths = [[len(step) for step in solution.steps] for solution in wrong]
@@ -234,52 +234,33 @@ def guesses(solutions: list[Solution]) -> dict[str, list[float]]:
     }
 
 
-def localise(dev: list[dict], dev_labels: list[int], test: list[dict], labels: list[int]) -> dict:
-    """{"f1": [f1, low, high], "wrong", "right", "rule", "threshold", "dev_f1"} of one signal's scores.
+def labels_of(solutions: list[Solution]) -> torch.Tensor:
+    """[B]"""
+    return torch.tensor([solution.label for solution in solutions])
+
+
+def localise(
+    dev: list[dict], dev_labels: torch.Tensor, test: list[dict], labels: torch.Tensor
+) -> dict:
+    """{"f1": [f1, low, high], "wrong", "right", "rule", "threshold", "dev_f1"} of one signal.
 
     Rule and threshold are those with the highest F1 on dev. Nothing is chosen on test.
     """
-    known = torch.tensor(dev_labels)
-    found = {rule: best_threshold(padded(dev, rule), known) for rule in RULES}
+    found = {rule: best_threshold(padded(dev, rule), dev_labels) for rule in RULES}
     rule = max(found, key=found.get)
     dev_f1, threshold = found[rule]
     predicted = predict(padded(test, rule), threshold)
-    shares = accuracies(predicted, torch.tensor(labels))
-    one = {"f1": f1_interval(predicted, torch.tensor(labels)), "rule": rule, "threshold": threshold}
-    return one | {
-        "dev_f1": dev_f1,
-        "wrong": float(shares["wrong"]),
-        "right": float(shares["right"]),
-    }
+    shares = {name: share.item() for name, share in accuracies(predicted, labels).items()}
+    chosen = {"rule": rule, "threshold": threshold, "dev_f1": dev_f1}
+    return shares | chosen | {"f1": f1_interval(predicted, labels)}
 
 
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def results_of(run: Path, dev_path: str, test_path: str, count: int | None, experts: int) -> dict:
-    """{signal: `localise`} of a run's base, of what was trained on its demonstrations, of its reward;
-    and {"chance", "longest": {"f1"}}."""
-    device = loading.pick_device("auto")
-    base, tokenizer, discriminator, judges, s = rerank.models_of_run(run, "base", device)
-    dev = read_solutions(dev_path, count)
-    if experts:
-        examples = data.load_examples(s["data"], "validation", experts, s["seed"])
-        dev += right_solutions(examples)
-    test = read_solutions(test_path, count)
-    functions = {"reward": discriminator.reward_model.scores}  # f of every token
-    for name, model in ({"logprob": base} | judges).items():
-        functions[name] = partial(policy.token_logprobs, model)
-    results = {name: {"f1": f1} for name, f1 in guesses(test).items()}
-    for name, function in functions.items():
-        parts = []
-        for solutions in (dev, test):
-            parts.append(score(tokenizer, solutions, function, device))
-            parts.append([solution.label for solution in solutions])
-        results[name] = localise(*parts)
-    return results
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> dict:
+    """{signal: `localise`} of a run's base, of what else was trained on its demonstrations, and of
+    its reward; {"chance", "longest": {"f1"}}."""
     parser = Parser(__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py")
     parser.add_argument(
@@ -288,12 +269,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--test", required=True, metavar="FILE", help="F1 is measured on it")
     parser.add_argument("--count", type=int, help="so many of each file (default: all)")
     experts = "so many experts' solutions of validation questions, as right ones, to dev"
-    parser.add_argument("--experts", type=int, default=0, metavar="N", help=experts)
+    parser.add_argument("--experts", type=int, default=100, metavar="N", help=experts)
     args = parser.parse(arguments)
     loading.quiet()
-    results = results_of(Path(args.run), args.dev, args.test, args.count, args.experts)
+    dev = read_solutions(args.dev, args.count)
+    test = read_solutions(args.test, args.count)
+    device = loading.pick_device("auto")
+    run = Path(args.run)
+    base, tokenizer, discriminator, judges, s = rerank.models_of_run(run, "base", device)
+    dev += right_solutions(data.load_examples(s["data"], "validation", args.experts, s["seed"]))
+    functions = {"reward": discriminator.reward_model.scores}  # f of every token
+    for name, model in ({"logprob": base} | judges).items():
+        functions[name] = partial(policy.token_logprobs, model)
+    results = {name: {"f1": f1} for name, f1 in guesses(test).items()}
+    for name, function in functions.items():
+        on_dev = score(tokenizer, dev, function, device)
+        on_test = score(tokenizer, test, function, device)
+        results[name] = localise(on_dev, labels_of(dev), on_test, labels_of(test))
     for name, one in results.items():
-        print(f"{name:18s}" + "{:8.3f} [{:.3f}, {:.3f}]".format(*one.pop("f1")), one or "")
+        f1 = "{:.3f} [{:.3f}, {:.3f}]".format(*one["f1"])
+        print(f"{name:18s}{f1:24s}{one.get('rule', '')}")
+    return results
 
 
 if __name__ == "__main__":

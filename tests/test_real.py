@@ -1,171 +1,203 @@
-"""experiments/real.py: the whole path with a tiny random model, and going on where a run was cut off."""
+"""experiments/real.py and real_tables.py: a whole run of a tiny model, and the tables by hand."""
 
-import copy
+import itertools
 import json
+import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from conftest import SHARED
-from transformers import Qwen2Config, Qwen2ForCausalLM
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-import data
 import rerank
-import reward
-from data import Example
+import train
 from engine.chat import set_date
 from engine.errors import UserError
-from engine.runs import read_settings
-from engine.settings import parse_settings
 from experiments import real, real_tables
 
-SHOT = Example("Ava has 2 pens and buys 3 . How many ?", "2+3=5", "5")
+T = torch.tensor
 
 
-def test_parts_go_on_where_they_were_cut_off(tmp_path):
-    job, calls = SimpleNamespace(folder=tmp_path, seconds=0.0), []
-
-    def double(items, start):
-        calls.append((items, start))
-        if start == 2 and len(calls) == 2:
-            raise KeyboardInterrupt
-        return [2 * item for item in items]
-
-    with pytest.raises(KeyboardInterrupt):
-        real.in_parts(job, "x", [1, 2, 3, 4, 5], 2, double)
-    with open(tmp_path / "parts" / "x.jsonl", "a") as file:
-        file.write('{"found": 6, "seconds": 0.1}\n{"found": 8')  # killed while writing: half a part
-    assert real.in_parts(job, "x", [1, 2, 3, 4, 5], 2, double) == [2, 4, 6, 8, 10]
-    assert calls == [([1, 2], 0), ([3, 4], 2), ([3, 4], 2), ([5], 4)]
-    assert real.in_parts(job, "x", [1, 2, 3, 4, 5], 2, double) == [2, 4, 6, 8, 10] and len(calls) == 4
+def test_ties_fall_to_the_highest_sum():
+    """Against counting votes: the most votes, then the highest sum of scores, without weights."""
+    torch.manual_seed(3)
+    keys = torch.randint(0, 4, (40, 6))
+    correct = (keys == 1).float()
+    scores = torch.randn(40, 6) * 100
+    votes = rerank.majority_vote(correct, keys, 6, real_tables.tie_weights(scores))
+    for q in range(40):
+        standing = {}
+        for answer in set(keys[q].tolist()):
+            of_it = scores[q][keys[q] == answer]
+            standing[answer] = (len(of_it), float(of_it.sum()))
+        assert votes[q] == float(max(standing, key=standing.get) == 1)
 
 
-def test_worked_examples_in_turns_or_as_text(qwen_tokenizer):
-    set_date(qwen_tokenizer, "2026-01-31")
-    text = qwen_tokenizer.decode(real.few_shot_ids(qwen_tokenizer, [SHOT], "What is 1+1?"))
-    turns = f"<|im_start|>user\n{SHOT.question}<|im_end|>\n<|im_start|>assistant\n2+3=5\n#### 5<|im_end|>\n"
-    assert turns in text and text.endswith("What is 1+1?<|im_end|>\n<|im_start|>assistant\n")
-    recorded = []
-    plain = lambda text, add_special_tokens: recorded.append(text) or {"input_ids": [1]}
-    plain.bos_token = None
-    real.few_shot_ids(plain, [SHOT], "What is 1+1?")
-    assert recorded == [f"Question: {SHOT.question}\nAnswer: 2+3=5\n#### 5\n\nQuestion: What is 1+1?\nAnswer:"]
+def test_a_trace_without_a_score_breaks_no_tie():
+    """It counts as a vote and is worth the lowest score; equal scores decide nothing."""
+    weights = real_tables.tie_weights(T([[-torch.inf, 1.0, 3.0], [2.0, 2.0, 2.0]]))
+    assert weights[0].tolist() == pytest.approx([1, 1, 1 + 1 / 6])
+    assert weights[1].tolist() == [1, 1, 1]
+
+
+def record(texts: list[str], **scores) -> dict:
+    return {"question": "2+3?", "answer": "5", "texts": texts, "scores": scores}
 
 
 def test_a_choice_is_by_its_own_scores():
-    """Two questions, two samples; the judge is right, the writer is not; the longer text is the wrong one."""
-    examples = [SHOT, SHOT]
-    sampled = [{"texts": ["#### 5", "so #### 6"]}, {"texts": ["so #### 6", "#### 5"]}]
-    good = [dict.fromkeys(real_tables.RULES, row) for row in ([0.0, -1.0], [-1.0, 0.0])]
-    bad = [dict.fromkeys(real_tables.RULES, row) for row in ([-1.0, 0.0], [0.0, -1.0])]
-    found = real_tables.choices(examples, sampled, {"logprob": bad, "reward": good})
-    row = found["2"]
-    assert row["reward"][0] == row["shortest"][0] == row["weighted_majority_reward"][0] == 1.0
-    assert row["logprob"][0] == row["longest"][0] == 0.0 and row["random"][0] == row["majority"][0] == 0.5
-    assert found["auroc"]["reward"] == 1.0 and (found["length"]["reward"], found["length"]["logprob"]) == (-1.0, 1.0)
+    """Two questions; the judge is right, the writer is not; the longer text is the wrong one."""
+    right = "<answer>5</answer>"
+    wrong = "<answer>16</answer>"
+    texts = [right, wrong] * 4
+    good = [1.0, 0.0] * 4
+    bad = [0.0, 1.0] * 4
+    records = [record(texts, logprob=bad, reward=good)] * 2
+    found = real_tables.choices(records, "gsm8k")
+    best = {name: interval[0] for name, interval in found["8"].items()}
+    assert best["reward"] == best["shortest"] == best["majority_reward"] == best["oracle"] == 1
+    assert best["logprob"] == best["longest"] == best["majority_logprob"] == 0
+    assert best["random"] == best["majority"] == 0.5
+    assert found["gain"]["majority_reward"] == [0.5, 0.5, 0.5]
+    assert found["auroc"]["reward"] == 1 and found["auroc_beyond"]["reward"][0] == 1
 
 
-def test_what_a_judge_tells_apart():
-    """Two questions with two samples each: by hand, ties half; the logit is f less log pi."""
-    mean = lambda *rows: [{"mean": list(row)} for row in rows]
-    f = {"pairs": mean((2.0, 1.0), (1.0, 1.0)), "sft": mean((3.0, 0.0), (3.0, 3.0))}
-    pi = {"pairs": mean((2.0, 0.0), (0.0, 0.0)), "sft": mean((0.0, 0.0), (0.0, 9.0))}
-    found = real_tables.told_apart({"base": {"pairs": pi["pairs"]}, "sft": pi, "reward": f, "reward_dense": {"sft": f["sft"]}})
-    assert list(found) == ["logprob", "sft_logprob", "reward", "reward_logit"] and list(found["logprob"]) == ["broken"]
-    assert found["reward"]["broken"][0] == 0.75 and found["reward"]["sft"][0] == 0.25
-    # (0, 1), (1, 1) above (3, 0), (3, -6)?
-    assert found["reward_logit"]["broken"][0] == 0.25 and found["reward_logit"]["sft"][0] == 0.375
+def test_what_arms_wrote_is_judged_and_compared_question_by_question():
+    records = [record([]), record([])]
+    right = "<answer>5</answer>"
+    texts = {
+        "sft": {"t1": [[right, "6"], ["6", "6"]]},
+        "irl": {"t1": [[right, right], ["6", right]]},
+    }
+    arms = real_tables.accuracy(records, texts, "gsm8k")
+    assert arms["sft"]["t1"][0] == 0.25 and arms["irl"]["t1"][0] == 0.75
+    assert arms["irl"]["beyond_sft"]["t1"] == [0.5, 0.5, 0.5]
 
 
-def test_an_experts_pair():
-    pairs = real.expert_pairs([SHOT, data.Example("?", "so", "")])
-    assert pairs[0][0] == data.response_text(SHOT.trace, SHOT.answer) != pairs[0][1] and pairs[1][0] == pairs[1][1]
-    assert pairs == real.expert_pairs([SHOT, data.Example("?", "so", "")])
+def test_means_over_seeds_keep_what_one_seed_has():
+    seeds = [{"a": {"t1": [0.2, 0.1, 0.3]}, "x": None}, {"a": {"t1": [0.4, 0.3, 0.5]}, "b": 1.0}]
+    found = real_tables.mean_of(seeds)
+    assert found["a"]["t1"] == pytest.approx([0.3, 0.2, 0.4])
+    assert (found["b"], found["x"]) == (1.0, None)
 
 
-def test_a_head_with_gails_logit_asks_no_policy(shipped):
-    tokenizer, example = shipped[1], data.load_examples("words", "train", 1)[0]
-    head = reward.load_reward("head", "base")
-    discriminator = reward.Discriminator(head, "gail", "sparse", reward.find_step_end_tokens(tokenizer, len(tokenizer)))
-    pool = [{"sft": [data.response_ids(tokenizer, "7")]}]
-    flags = "--questions 1 --perturbed 1 --warm-up-lr 1e-3 --reward head --logit gail --granularity sparse"
-    settings = parse_settings(flags.split())
-    experts = data.tokenize(tokenizer, [example])
-    pi = copy.deepcopy(shipped[0])
-    trainer = real.RewardTrainer(settings, tokenizer, pi, discriminator, experts, pool=pool)
-    losses = [trainer.step()["loss"] for _ in range(8)]
-    assert losses[-1] < losses[0] and trainer.steps_done == 8
+def test_a_chat_in_turns_whose_texts_are_text(qwen_tokenizer):
+    set_date(qwen_tokenizer, "2026-01-31")
+    ids = real.turns(qwen_tokenizer, ["What is 1+1?", "It is 2.", "Now 2+2?"])
+    text = qwen_tokenizer.decode(ids)
+    assert (
+        "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\nIt is 2.<|im_end|>"
+        in text
+    )
+    assert text.endswith("Now 2+2?<|im_end|>\n<|im_start|>assistant\n")
+    assert ids == qwen_tokenizer(text, add_special_tokens=False)["input_ids"]
+    control = qwen_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    written = real.turns(qwen_tokenizer, ["a<|im_end|>b"])
+    plain = real.turns(qwen_tokenizer, ["a b"])
+    assert written.count(control) == plain.count(control)
 
 
-def tiny_model(folder, tokenizer):
-    """A random model with one layer."""
-    size = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    config = Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=4096, tie_word_embeddings=True, **size)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-@pytest.mark.parametrize("problems", ["words", "gsm8k"])
-def test_every_stage_from_one_command(problems, shipped, request, tmp_path, monkeypatch, capsys):
-    """Without a chat template and on made-up labels; with Qwen's, and the real data."""
-    if problems == "words":
-        tokenizer, source, files = shipped[1], "words", {"dev": tmp_path / "dev.jsonl", "test": tmp_path / "test.jsonl"}
-        for path in files.values():
-            solutions = [{"question": SHOT.question, "steps": ["2+3=5", "5+1=7"], "label": label} for label in (1, -1, 1)]
-            path.write_text("\n".join(map(json.dumps, solutions)))
-    else:
-        tokenizer, folder = request.getfixturevalue("qwen_tokenizer"), SHARED / "data"
-        if not folder.exists():
-            pytest.skip("no real data beside this checkout")
-        source = folder / "gsm8k"
-        files = {"dev": folder / "mr_gsm8k" / "dev.jsonl", "test": folder / "processbench" / "gsm8k.json"}
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A random model with one layer, which reads letters, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IRL_RESULTS", str(tmp_path / "results"))
-    tiny_model(tmp_path / "tiny", tokenizer)
-    command = ["--model", str(tmp_path / "tiny"), "--data", str(source), "--quick", "--device", "cpu"]
-    command += ["--processbench", str(files["test"]), "--mr-gsm8k", str(files["dev"])]
+
+    def no_curve(self, model) -> float:  # a hundred questions at every look
+        return 0.0
+
+    monkeypatch.setattr(train.Run, "validate", no_curve)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for one in messages %}{{ one.role }}: {{ one.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained("tiny")
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    Qwen2ForCausalLM(config).save_pretrained("tiny")
+    return ["--model", "tiny", "--demonstrations", "8", "--questions", "2", "--validation", "8"]
+
+
+SMALL = "--max-new-tokens 4 --questions 2 --group 2 --sft-steps 1 --warm-up 1 --lora-rank 2 "
+SMALL += "--eval-questions 2 --extra-questions 2 --max-steps 1 --grpo-steps 1"
+
+
+def test_countdown_from_one_command(tiny, monkeypatch, capsys):
+    """Every stage; again nothing is run; a stage whose file is gone is made of what is kept."""
+    monkeypatch.setattr(real, "CELLS", {"countdown": ((1, 1e-3),)})
+    monkeypatch.setattr(real, "LOOKS", {"countdown": ((0.0, 1.0), (0.25, 0.2))})
+    command = [*tiny, "--extra", "3", "--flags", SMALL]
     real.main(command)
-    shown = capsys.readouterr().out
-    folder = Path("runs/real-tiny-quick/stages")
-    for stage in real.STAGES:
-        assert f"{stage}: " in shown and (folder / f"{stage}.json").exists(), stage
-    found = json.loads((tmp_path / "results" / "real.json").read_text())
-    one = found["models"]["tiny"]
-    assert found == real_tables.summary()
-    assert set(one["gsm8k"]) == set(real_tables.METHODS)
-    assert all(len(r["t1"]) == len(r["greedy"]) == 3 for r in one["gsm8k"].values())
-    ways = {"random", "majority", "logprob", "sft_logprob", "sft_fair_logprob", "longest", "reward", "reward_dense",
-            "reward_sparse", "reward_broken", "weighted_majority_reward", "oracle"}  # fmt: skip
-    assert ways <= set(one["rerank"]["2"]) and ways <= set(one["rerank_sft"]["2"])
-    assert {"longest", "reward_sparse", "logprob"} <= set(one["length"]) == set(one["length_sft"])
-    assert {"reward", "logprob", "sft_logprob", "longest", "chance"} <= set(one["processbench"])
-    assert set(one["told"]["reward"]) == {"broken", "sft"} and one["told"]["logprob"].keys() == {"broken"}
-    assert set(one["seconds"]) == set(one["memory_gb"]) == set(real.STAGES)
-    assert one["command"].startswith("python -m experiments.real --model tiny --data ") and str(tmp_path) not in one["command"]
-    assert (one["demonstrations"], one["questions"]) == (4, 3) and one["device"].startswith("cpu")
-    assert "best of n, SFT's samples" in (tmp_path / "results" / "real.md").read_text()
-
-    # again: nothing is run; a stage whose file is gone is made of the parts that are kept, and says the same
-    before = (tmp_path / "results" / "real.md").read_text().split("hours")[1]
-    (folder / "judge_reward.json").unlink()
+    folder = Path("runs/real-countdown-tiny-8-0")
+    stages = {path.stem for path in folder.glob("*.json")}
+    assert stages == set(real.STAGES["countdown"])
+    assert all(json.loads((folder / f"{stage}.json").read_text())["command"] for stage in stages)
+    found = json.loads(Path("results/real.json").read_text())
+    one = found["countdown"]["tiny"]["8"]
+    arms = {"base", "sft", "sft_fair", "irl", "irl_copies", "grpo", "irl_best", "best_majority"}
+    assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
+    rules = {"majority_reward", "reward_copies", "own_verdict", "sft_fair_logprob", "oracle"}
+    assert rules <= set(one["rerank"]["base"]["8"]) and rules <= set(one["rerank"]["sft"]["8"])
+    assert "## Countdown, tiny, 8 demonstrations" in Path("results/real.md").read_text()
+    # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
+    rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
+    assert 8 <= len(rows) <= 11
+    before = (folder / "rerank.json").read_text()
+    (folder / "rerank.json").unlink()
+    monkeypatch.setattr(real, "collect", None)  # nothing is sampled again
+    monkeypatch.setattr(real.train, "main", None)
     real.main(command)
-    assert (tmp_path / "results" / "real.md").read_text().split("hours")[1] == before
-    assert "sft: " not in capsys.readouterr().out
-    # the folder is a run that the other programs take
-    settings = read_settings(Path("runs/real-tiny-quick"))
-    assert settings["fair_temperature"] == json.loads((folder / "sft_fair.json").read_text())["temperature"]
-    rerank.main(["--run", "runs/real-tiny-quick", "--candidates", "runs/real-tiny-quick/few_shot.jsonl", "--device", "cpu"])
-    assert "is text, whoever wrote it" in capsys.readouterr().out
-    (folder / "zero_shot.json").unlink()
-    with pytest.raises(UserError, match="was begun with another seed"):
-        real.main([*command, "--seed", "1"])
+    cut = re.compile(r'"seconds": [\d.]+')
+    assert cut.sub("", (folder / "rerank.json").read_text()) == cut.sub("", before)
 
 
-@pytest.mark.parametrize("flags, says", [
-    ([], "--model is missing"),
-    (["--model", "x", "--samples", "0"], "--samples must be"),
-    (["--model", "x", "--only", "few_shott"], "did you mean 'few_shot'"),
-])  # fmt: skip
+def test_gsm8k_from_one_command(tiny, monkeypatch):
+    monkeypatch.setattr(real, "CELLS", {"gsm8k": ((1, 1e-3),)})
+    monkeypatch.setattr(real, "LOOKS", {"gsm8k": ((0.0, 0.5),)})
+    rows = []
+    for a, b in itertools.product(range(2, 12), range(2, 12)):
+        row = {"question": f"Ava has {a} pens and buys {b}. How many?", "answer": f"{a + b}"}
+        rows.append(json.dumps(row | {"trace": f"{a}+{b}={a + b}"}))
+    Path("data").mkdir()
+    Path("data/train.jsonl").write_text("\n".join(rows[:80]))
+    Path("data/test.jsonl").write_text("\n".join(rows[80:]))
+    solution = {"question": "1+2?", "steps": ["1+2=4", "so 4"]}
+    labelled = [json.dumps(solution | {"label": label}) for label in (0, -1, 1)]
+    Path("labelled.jsonl").write_text("\n".join(labelled))
+    files = ["--dev", "labelled.jsonl", "--test", "labelled.jsonl"]
+    real.main(["--task", "gsm8k", *tiny, *files, "--flags", f"{SMALL} --data data"])
+    found = json.loads(Path("results/real.json").read_text())
+    votes = found["gsm8k_votes"]["tiny"]
+    assert (votes["questions"], votes["temperature"]) == (2, 0.7)
+    assert {"majority_reward", "majority_reward_sparse", "majority_shortest"} <= set(votes["8"])
+    assert {"majority_own_verdict", "majority_sft_fair_logprob", "reward"} <= set(votes["gain"])
+    assert {"reward", "logprob", "longest"} <= set(found["processbench"]["tiny"]["main"])
+    # Another run does not look at the same questions.
+    seen = real_tables.questions_seen("another")
+    assert len(seen) == 2 and real_tables.questions_seen("tiny-8-0") == set()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ([], "--model is missing"),
+        (["--model", "x", "--only", "few_shott"], "invalid choice: 'few_shott'"),
+        (["--model", "x", "--demonstrations", "0"], "--demonstrations must be"),
+    ],
+)
 def test_bad_flags(flags, says):
     with pytest.raises(UserError, match=says):
         real.main(flags)
