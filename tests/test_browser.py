@@ -1,8 +1,9 @@
-"""A real browser opens the report of a run full of attacks: none of them runs, all of them are there to read.
+"""A real browser opens the report of a run full of attacks: none of them runs, all of them are
+there to read.
 
-The page has two defences, escaping and a content security policy. Each is tested without the other, and the attacks are
-shown to work where there is neither. Needs chromium or a relative of it; skipped, and said so, where there is none.
-"""
+The page has two defences, escaping and a content security policy. Each is tested without the other,
+and the attacks are shown to work where there is neither. Needs chromium or a relative of it;
+skipped, and said so, where there is none."""
 
 import itertools
 import re
@@ -31,7 +32,8 @@ POLICY_TAG = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', FRAM
 
 
 def attacks(site: str) -> list[str]:
-    """Texts that mark the page's root with data-ran<number> if they are taken for more than text."""
+    """Texts that mark the page's root with data-ran<number> if they are taken for more than
+    text."""
     forms = (
         "<script>{}</script>",
         "</script><script>{}</script>",
@@ -55,7 +57,8 @@ def attacks(site: str) -> list[str]:
 
 
 def poisoned(texts: list[str]) -> dict:
-    """The files of a run with an attack in place of every string, and as one more key of every object."""
+    """The files of a run with an attack in place of every string, and as one more key of every
+    object."""
     some = itertools.cycle(texts)
 
     def poison(value, key=""):
@@ -93,7 +96,7 @@ def test_attacks_add_no_element_and_no_attribute(tmp_path):
         assert report.printable(text) in Elements(pages[1]).text
 
 
-# In a browser --------------------------------------------------------------------------------------------------
+# In a browser -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,8 @@ def browser() -> str:
 
 @pytest.fixture
 def site():
-    """(address, paths asked for) of a web server on this machine: what a page that loads something would ask."""
+    """(address, paths asked for) of a web server on this machine: what a page that loads
+    something would ask."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
