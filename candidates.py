@@ -1,8 +1,4 @@
-"""Candidates: n responses to each of some questions, and what each model says about their tokens.
-
-rerank.py chooses among them and looks for their first errors. They are sampled (`collect`) or come
-as texts, whoever wrote them (`from_texts`).
-"""
+"""Candidates: n responses to each question, and what each model says about their tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +12,9 @@ import reward
 from data import Batch, Example
 from engine.errors import UserError
 from tasks.answers import extract_answer
+
+# rerank.py chooses among candidates and looks for their first errors. They are sampled (`collect`),
+# or come as texts, whoever wrote them (`from_texts`). Then `signals` asks the models.
 
 # What a model says about tokens: its values [B, T], and 1 where it says one [B, T]. Elsewhere the
 # value means nothing.
@@ -63,10 +62,8 @@ def collect(
     rows: int = 512,
     prompts: list[list[int]] | None = None,
 ) -> Candidates:
-    """Sample n candidates for each example's question, at most `rows` at a time.
-
-    prompts: the questions' tokens, if they are not to be those of data.prompt_ids.
-    """
+    """Sample n candidates for each example's question, at most `rows` at a time."""
+    # A caller may ask in another way, such as with worked examples before the question.
     if prompts is None:
         prompts = [data.prompt_ids(tokenizer, example.question) for example in examples]
     rollout = policy.sample(
@@ -79,6 +76,7 @@ def collect(
         generator=generator,
         rows=rows,
     )
+    # What is judged lies on the CPU: of many candidates a GPU holds a few rows at a time.
     batch = rollout.batch.to("cpu")
     texts = [data.decode(tokenizer, batch.response(row)) for row in range(len(batch))]
     return Candidates(examples, batch, texts, n, rollout.logprobs.cpu(), rollout.finished.cpu())
@@ -87,10 +85,7 @@ def collect(
 def from_texts(
     tokenizer, examples: list[Example], texts: list[str], n: int, context: int | None = None
 ) -> Candidates:
-    """Candidates that somebody else wrote, each up to its first end token.
-
-    UserError if one is, with its question, longer than the models' context.
-    """
+    """Candidates that somebody else wrote, each up to its first end token."""
     finished = [has_ended(tokenizer, text) for text in texts]
     texts = [data.until_end(tokenizer, text) for text in texts]
     prompts = [data.prompt_ids(tokenizer, examples[row // n].question) for row in range(len(texts))]
@@ -101,6 +96,7 @@ def from_texts(
         # a likelihood may read one.
         responses.append(ids if ended else ids[:-1])
     batch = data.make_batch(prompts, responses)
+    # Cut to the models' context, a text would be judged by a part of it.
     for row, length in enumerate(batch.lengths.tolist()):
         if context is not None and length > context:
             raise UserError(
@@ -150,6 +146,7 @@ def signals(
 
 def values_of(function: Callable, model, batch: Batch) -> torch.Tensor:
     """function(batch) [B, T], computed where the model is, some rows at a time."""
+    # without dropout: a model may come from training
     model.eval()
 
     def on_its_device(part: Batch) -> torch.Tensor:
@@ -176,16 +173,16 @@ def without_cut_off(reading: Reading, candidates: Candidates) -> Reading:
 
 
 def per_token_likelihood(discriminator: reward.Discriminator) -> bool:
-    """Whether f is a log-probability of each token: then reward.SUSPICIOUS says what is too low."""
+    """Whether f is a log-probability of each token."""
+    # Then it has a unit, and reward.SUSPICIOUS says what is too low. A head's f has none, and that
+    # of a step or a trace is a sum over more or fewer tokens.
     return discriminator.reward_model.scores_all_actions and discriminator.granularity == "dense"
 
 
 def natural_errors(candidates: Candidates, tokenizer, ends: tuple[int, ...]) -> torch.Tensor:
-    """[B]: the column of the first wrong token of each candidate for an embedded problem, or -1.
-
-    ends: the tokens that end a response.
-    """
-    # -1: the answer is right, or the length limit cut the trace off before any error.
+    """[B]: the column of the first wrong token of each candidate, or -1."""
+    # Only an embedded problem has a checker that reads every line of a trace. -1: the answer is
+    # right, or the length limit cut the trace off before any error.
     places = torch.full((len(candidates.texts),), -1)
     correct = candidates.correct.flatten()
     for row, text in enumerate(candidates.texts):

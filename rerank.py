@@ -74,10 +74,9 @@ RANGES = {"n": (1, 10**6), "questions": (1, 10**9), "seed": (0, 2**63 - 1)}
 
 
 def trace_scores(values: torch.Tensor, read: torch.Tensor, rule: str) -> torch.Tensor:
-    """Scores of tokens to one score per trace: [B, T], [B, T] -> [B].
-
-    `read` is 1 where a score was read. Of those the rule takes the mean, the last or the lowest.
-    """
+    """Scores of tokens to one score per trace: [B, T], [B, T] -> [B]. `read` is 1 where one is."""
+    # mean, the paper's: r_bar = 1/K sum_k r_k of the K scores that were read.
+    # lowest: a trace is as good as its worst step. last: what a score per trace amounts to.
     read = read.bool()
     # Whatever stands elsewhere, NaN too, has no say.
     kept = values.masked_fill(~read, 0.0)
@@ -113,12 +112,12 @@ def best_of_n(correct: torch.Tensor, scores: torch.Tensor, n: int) -> torch.Tens
 def answer_keys(answers: list[list[str | None]], options: list[tuple[str, ...]]) -> torch.Tensor:
     """Answers as integers to vote with: [Q, N] long, equal for the same answer, -1 for none.
 
-    An answer that names one of the question's options, by letter or by text, is that option.
-
     >>> answer_keys([["1,200", "$1200.00", None], ["B", "aorta", "B12"]], [(), ("Heart", "Aorta")])
     tensor([[ 0,  0, -1],
             [ 0,  0,  2]])
     """
+    # An answer that names one of the question's options, by letter or by text, is that option: "B"
+    # and "aorta" vote together.
     rows = [group_answers(row, names) for row, names in zip(answers, options)]
     return torch.tensor(rows, dtype=torch.long)
 
@@ -131,11 +130,9 @@ def majority_vote(
     draws: int = VOTE_SUBSETS,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Accuracy of the answer that weighs most among n of the N candidates: [Q, N] -> [Q].
-
-    Without weights this is self-consistency (arXiv 2203.11171), with them a weighted vote
-    (2206.02336); 2510.01857 takes the reward as the weight.
-    """
+    """Accuracy of the answer that weighs most among n of the N candidates: [Q, N] -> [Q]."""
+    # Without weights this is self-consistency (arXiv 2203.11171), with them a weighted vote
+    # (2206.02336); 2510.01857 takes the reward as the weight.
     questions, total = keys.shape
     if weights is None:
         weights = torch.full(keys.shape, 1.0 / total)
@@ -186,12 +183,12 @@ def vote_weights(scores: torch.Tensor) -> torch.Tensor:
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k of n samples, c of them correct, hold a correct one.
 
-    1 - C(n-c, k) / C(n, k), the unbiased estimator of Chen et al. 2021. So often an oracle finds a
-    correct one among k candidates.
-
     >>> pass_at_k(4, 1, 2), pass_at_k(4, 3, 2), pass_at_k(4, 0, 4)
     (0.5, 1.0, 0.0)
     """
+    # All k are wrong in C(n-c, k) of C(n, k) subsets: the unbiased estimator of Chen et al. 2021.
+    # (1 - (1 - c/n)^k, which draws with repeats, is too low.) So often an oracle finds a correct
+    # one among k candidates.
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -201,6 +198,7 @@ def auroc(scores: torch.Tensor, correct: torch.Tensor) -> float | None:
     >>> auroc(torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([0, 0, 1, 1]))  # 4 pairs, one tie
     0.875
     """
+    # Of all pairs of a right and a wrong one. 0.5 is chance; no threshold has to be chosen.
     right = scores[correct > 0][:, None]  # [P, 1]
     wrong = scores[correct == 0]  # [W]
     pairs = right.numel() * wrong.numel()
@@ -216,10 +214,36 @@ def auroc_within(scores: torch.Tensor, correct: torch.Tensor) -> list[float] | N
     return bootstrap(torch.tensor(areas)) if areas else None
 
 
+def auroc_beyond(
+    scores: torch.Tensor,
+    other: torch.Tensor,
+    correct: torch.Tensor,
+    draws: int = 1000,
+    seed: int = 0,
+) -> list[float] | None:
+    """By how much the scores' pooled AUROC is above the other scores': [Q, N] each -> three."""
+
+    def gap(rows: torch.Tensor) -> float | None:
+        # The same questions for both: what is hard for one is hard for the other.
+        right = correct[rows].flatten()
+        first = auroc(scores[rows].flatten(), right)
+        return None if first is None else first - auroc(other[rows].flatten(), right)
+
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(correct), (draws, len(correct)), generator=generator)
+    gaps = [value for value in map(gap, drawn) if value is not None]
+    if not gaps:
+        return None
+    ends = torch.tensor([0.025, 0.975], dtype=torch.double)
+    quantiles = torch.tensor(gaps, dtype=torch.double).quantile(ends)
+    return [gap(torch.arange(len(correct))), *quantiles.tolist()]
+
+
 def bootstrap(values: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[float]:
     """[mean, low, high]: the mean over questions with its 95% interval (Efron 1979). [Q] in."""
     # Questions are drawn again, not candidates: those of one question resemble each other, and the
     # interval would be too narrow.
+    # The 2.5th and 97.5th percentile of the means of `draws` samples of as many questions.
     values = values.double()
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(values), (draws, len(values)), generator=generator)
@@ -268,10 +292,10 @@ def place_results(
 ) -> dict:
     """How often each signal points at the error: Hit@W, within W tokens of it.
 
-    truth [B]: the column of the first error; with -1 a trace is left out. questions [B]: of which
-    question each trace is. likelihood: whether f is a log-probability.
     -> {"count": traces, "hit0": {signal and rule: [mean, low, high], ..}, "hit1"}
     """
+    # truth [B]: the column of the first error; with -1 a trace is left out. questions [B]: of which
+    # question each trace is. likelihood: whether f is a log-probability.
     mask = batch.response_mask
     wrong = truth >= 0
     results: dict = {"count": int(wrong.sum())}
@@ -316,9 +340,9 @@ def choice_results(
 ) -> dict:
     """Accuracy of every way to choose among n = 1, 2, 4, .. N candidates.
 
-    scores: [Q, N] each. voters: weighted vote -> the score that weighs.
     -> {"4": {"random": [mean, low, high], ..}, .., "beyond", "auroc", "auroc_within"}
     """
+    # scores: name -> [Q, N]. voters: name of a weighted vote -> the score that weighs in it.
     total = correct.shape[1]
     n_right = correct.sum(1).int().tolist()
     results: dict = {}
@@ -348,6 +372,7 @@ def choice_results(
 def rerank_results(candidates: Candidates, readings: dict[str, Reading], seed: int = 0) -> dict:
     """`choice_results` by length, by mean log-probabilities, and by the reward: its mean is
     "reward", and the other RULES stand beside it."""
+    # Length asks no model. A score that is no better than "the longest" has learnt nothing else.
     length = candidates.batch.response_mask.sum(1)
     scores = {"longest": length, "shortest": -length}
     for name in LOGPROBS:
@@ -355,12 +380,14 @@ def rerank_results(candidates: Candidates, readings: dict[str, Reading], seed: i
             scores[name] = trace_scores(*readings[name], "mean")
     voters = {}
     if "reward" in readings:
+        # One that was cut off by the length limit ranks below all that have ended.
         reading = without_cut_off(readings["reward"], candidates)
         for rule in RULES:
             label = "reward" if rule == "mean" else f"reward_{rule}"
             scores[label] = trace_scores(*reading, rule)
         voters["weighted_majority"] = "reward"
     scores = {name: values.view(-1, candidates.n) for name, values in scores.items()}
+    # Answers are compared with each other, never with the true one.
     keys = answer_keys(candidates.answers, [example.options for example in candidates.examples])
     return choice_results(candidates.correct, keys, scores, voters, seed)
 
@@ -368,13 +395,13 @@ def rerank_results(candidates: Candidates, readings: dict[str, Reading], seed: i
 def assess(
     candidates: Candidates, discriminator, policy_model, judges: dict, tokenizer, seed: int = 0
 ) -> dict:
-    """What a reward is worth at inference.
-
-    -> {"rerank", "distributions": scores of right and of wrong traces, and for an embedded task
-    "localise": {"natural", "single"}}; without a discriminator the first alone.
-    """
+    """What a reward is worth at inference: {"rerank", "distributions", "localise"}."""
+    # No verifier takes part in choosing. The true answer is read only to say how often the choice
+    # was right.
     batch = candidates.batch
     examples = candidates.examples
+    # The base's log-probability and those of the SFT models are what a reward has to beat: they
+    # come from the same demonstrations, or from none.
     readings = signals(batch, discriminator, policy_model, judges)
     results = {"rerank": rerank_results(candidates, readings, seed)}
     if discriminator is None:
@@ -414,11 +441,8 @@ def assess(
 
 
 def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example], list[str], int]:
-    """JSON lines with question, candidates and, if known, answer and options.
-
-    -> (examples, texts, n): the first n candidates of each line, or all. UserError with the line
-    that is wrong.
-    """
+    """JSON lines with question, candidates, maybe answer and options: (examples, texts, n)."""
+    # Of each line the first n candidates, or all. UserError names the line that is wrong.
     examples: list[data.Example] = []
     rows: list[list[str]] = []
 
@@ -449,6 +473,7 @@ def read_options(options: object) -> tuple[str, ...]:
     >>> read_options(["Heart", "Aorta"]), read_options({"B": "Aorta", "A": "Heart"})
     (('Heart', 'Aorta'), ('Heart', 'Aorta'))
     """
+    # A model answers with a letter as the question names it: the letters' order decides.
     if isinstance(options, dict):
         options = [options.get(letter) for letter in string.ascii_uppercase[: len(options)]]
     if not isinstance(options, list):
@@ -457,7 +482,8 @@ def read_options(options: object) -> tuple[str, ...]:
 
 
 def load_run(run: Path, device="cpu") -> tuple[reward.Discriminator, object, dict]:
-    """(discriminator, tokenizer, settings) of a finished run of train.py. Raises UserError."""
+    """(discriminator, tokenizer, settings) of a finished run of train.py."""
+    # Its folder holds all that scoring a text needs: model, tokenizer, and how f was trained.
     settings = read_settings(run)
     folder = run / "reward"
     if not folder.is_dir():
@@ -480,10 +506,8 @@ def load_run(run: Path, device="cpu") -> tuple[reward.Discriminator, object, dic
 
 
 def load_judges(run: Path, tokenizer, temperature: float, device) -> dict:
-    """The JUDGES that this run has trained: signal -> model.
-
-    temperature: by which fair SFT's logits are divided (its setting fair_temperature).
-    """
+    """The JUDGES that this run has trained: signal -> model."""
+    # temperature: by which fair SFT's logits were divided for good (its setting fair_temperature).
     judges = {}
     for signal, name in JUDGES.items():
         if (run / name).is_dir():
@@ -500,6 +524,7 @@ def load_judges(run: Path, tokenizer, temperature: float, device) -> dict:
 def models_of_run(run: Path, policy_name: str, device):
     """(policy model, tokenizer, discriminator, judges, settings) of a run's folder."""
     discriminator, tokenizer, settings = load_run(run, device)
+    # Who writes the candidates: the run's base, its trained policy, or any model of that family.
     name = {"base": settings["model"], "run": str(run / "policy")}.get(policy_name, policy_name)
     policy_model, _ = loading.load_policy(name, device)
     # The token ids that one model has written are what the others score.
@@ -521,6 +546,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--policy", default="base", help="who samples: base (the run's), run, or a folder")
     add("--device", default="auto", choices=DEVICES)
     add("--seed", type=int, default=0, help="of the questions, the samples and the intervals")
+    # Whatever is wrong is said now, not after minutes of loading and sampling.
     args = parser.parse(argv)
     check_values(vars(args), RANGES)
     if not args.run and (args.candidates or args.policy != "base"):
@@ -563,6 +589,7 @@ def main(argv: list[str] | None = None) -> None:
             args.seed,
             in_words=settings["model"] not in loading.SHIPPED,
         )
+        # At temperature 1, the policy itself: a sharper one leaves the rules less to choose from.
         generator = torch.Generator(device).manual_seed(args.seed)
         n = args.n or 16
         candidates = collect(policy_model, tokenizer, examples, n, new_tokens, 1.0, generator)

@@ -16,8 +16,8 @@ from collections import Counter
 from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from statistics import fmean
 
+import pandas
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader, TemplateError
 
 from engine import settings
@@ -181,27 +181,23 @@ def histogram(xlabel: str, groups: dict[str, list[float]], bars: int = 30) -> di
     return chart(xlabel, lines, share=True)
 
 
-def curve(metrics: list[dict], methods: str, keys: str, share: bool = False) -> dict:
+def curve(metrics: pandas.DataFrame, methods: str, keys: str, share: bool = False) -> dict:
     """Some methods' metrics against the step, where they are known."""
     lines = []
     for method, key in product(methods.split(), keys.split()):
-        # Of a step that was logged twice the later line counts.
-        known = {}
-        for line in metrics:
-            if line.get("method") == method and isinstance(line.get(key), (int, float)):
-                known[line["step"]] = line[key]
-        points = sorted(known.items())
-        points = points[:: max(1, len(points) // 400)]
-        colour = method if method in METHODS else "irl"
-        name = key.split("/d_")[1] if "/d_" in key else METHODS[method]
-        # A long line is pale, under its running mean.
-        if len(points) > 40:
-            lines.append(("", colour, "pale", points))
-            near = len(points) // 20
-            windows = [points[max(0, i - near) : i + near + 1] for i in range(len(points))]
-            means = [fmean(y for _, y in window) for window in windows]
-            points = [(step, mean) for (step, _), mean in zip(points, means)]
-        lines.append((name, colour, LOOKS.get(name, ""), points))
+        if key in metrics:
+            rows = metrics[metrics["method"] == method]
+            # Of a step that was logged twice, before and after a kill, the later line counts.
+            values = rows.groupby("step")[key].last().dropna().astype(float)
+            values = values.iloc[:: max(1, len(values) // 400)]
+            colour = method if method in METHODS else "irl"
+            name = key.split("/d_")[1] if "/d_" in key else METHODS[method]
+            # A long line is pale, under its running mean.
+            if len(values) > 40:
+                lines.append(("", colour, "pale", list(values.items())))
+                window = len(values) // 20 * 2 + 1
+                values = values.rolling(window, center=True, min_periods=1).mean()
+            lines.append((name, colour, LOOKS.get(name, ""), list(values.items())))
     return chart("step", lines, share)
 
 
@@ -272,7 +268,7 @@ def page_of(name: str, parts: dict) -> str:
         results=results,
         methods=sorted(methods.items(), key=lambda row: [*METHODS, row[0]].index(row[0])),
         method_names=METHODS,
-        curve=partial(curve, parts["metrics"]),
+        curve=partial(curve, pandas.DataFrame(parts["metrics"])),
         pass_at_k=doubling("k", {key: row.get("pass@k", {}) for key, row in methods.items()}),
         best_of_n=doubling("N", of_rule),
         rules=table({f"N = {n}": row for n, row in sizes.items()}),

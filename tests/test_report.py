@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas
 import pytest
 
 from engine.errors import UserError
@@ -20,9 +21,19 @@ FRAME = Path(report.__file__).with_suffix(".html").read_text(encoding="utf-8")
 CSS = Path(report.__file__).with_suffix(".css").read_text(encoding="utf-8").strip()
 # The ways to choose that are drawn
 RULES = [name for name in LINES if name not in METHODS]
-METRICS = ("validation/t1", "policy/loss", "policy/grad_norm", "discriminator/d_expert", "discriminator/d_sample",
-           "discriminator/d_broken",
-           "discriminator/accuracy", "reward/mean", "rollout/entropy", "rollout/length", "rollout/finished")  # fmt: skip
+METRICS = (
+    "validation/t1",
+    "policy/loss",
+    "policy/grad_norm",
+    "discriminator/d_expert",
+    "discriminator/d_sample",
+    "discriminator/d_broken",
+    "discriminator/accuracy",
+    "reward/mean",
+    "rollout/entropy",
+    "rollout/length",
+    "rollout/finished",
+)
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.com/x.png onerror=alert(2)>"
 
 
@@ -33,32 +44,61 @@ def around(value: float) -> list[float]:
 def full_run() -> dict:
     """The four files of a run, as train.py writes them."""
     rng = random.Random(0)
-    method = {"t1": 0.31, "t1_interval": [0.28, 0.34], "greedy": 0.4, "greedy_interval": [0.36, 0.44],
-              "seconds": 12.3, "pass@k": {"1": 0.31, "2": 0.45, "4": 0.6}}  # fmt: skip
+    method = {
+        "t1": 0.31,
+        "t1_interval": [0.28, 0.34],
+        "greedy": 0.4,
+        "greedy_interval": [0.36, 0.44],
+        "seconds": 12.3,
+        "pass@k": {"1": 0.31, "2": 0.45, "4": 0.6},
+    }
     row = {
         key: around(0.5)
         for key in (*RULES, "weighted_majority", "reward_last", "longest", "a_new_rule")
     }
     places = {key: around(0.4) for key in ("reward", "reward_first", "sft_logprob_first", "chance")}
     hits = {"hit0": places, "hit1": places, "count": 312}
-    metrics = [{"method": method, "step": step, key: rng.random()}
-               for method in (*report.METHODS, "warm-up") for key in METRICS for step in range(50)]  # fmt: skip
-    trace = {"question": "What is 2*3?", "answer": "5", "correct": False, "source": "base", "first_wrong": 1,
-             "predicted": 2, "tokens": ["2", "+", "3", "\n", "=5", ""],
-             "rewards": [0.5, -2.0, 1.0, 0.0, None, 0.1]}  # fmt: skip
+    metrics = [
+        {"method": method, "step": step, key: rng.random()}
+        for method in (*report.METHODS, "warm-up")
+        for key in METRICS
+        for step in range(50)
+    ]
+    trace = {
+        "question": "What is 2*3?",
+        "answer": "5",
+        "correct": False,
+        "source": "base",
+        "first_wrong": 1,
+        "predicted": 2,
+        "tokens": ["2", "+", "3", "\n", "=5", ""],
+        "rewards": [0.5, -2.0, 1.0, 0.0, None, 0.1],
+    }
     return {
-        "settings.json": {"model": "/home/somebody/models/base", "data": "words", "seed": 7, "lr": 1e-4},
+        "settings.json": {
+            "model": "/home/somebody/models/base",
+            "data": "words",
+            "seed": 7,
+            "lr": 1e-4,
+        },
         "metrics.jsonl": metrics,
         "results.json": {
             "methods": {name: method for name in report.METHODS},
             "reward": {"auroc": 0.95},
-            "rerank": {"1": row, "4": row, "16": row, "auroc": {"reward": 0.871, "logprob": None},
-                       "auroc_within": {"reward": around(0.7)}},
+            "rerank": {
+                "1": row,
+                "4": row,
+                "16": row,
+                "auroc": {"reward": 0.871, "logprob": None},
+                "auroc_within": {"reward": around(0.7)},
+            },
             "localise": {"natural": hits, "single": hits},
-            "distributions": {key: [rng.gauss(0, 1) for _ in range(50)] for key in ("right", "wrong")},
+            "distributions": {
+                key: [rng.gauss(0, 1) for _ in range(50)] for key in ("right", "wrong")
+            },
         },
         "traces.json": [trace],
-    }  # fmt: skip
+    }
 
 
 def write(folder: Path, files: dict) -> Path:
@@ -134,8 +174,15 @@ def test_everything_of_a_full_run_is_shown(page):
     )
     assert all(name in elements.text for name in report.METHODS.values())
     legends = set(re.findall("</i>([^<]*)</span>", page))
-    assert legends == {*report.METHODS.values(), "expert", "sample", "broken", *(names()[rule] for rule in RULES),
-                       "right answer (50)", "wrong answer (50)"}  # fmt: skip
+    assert legends == {
+        *report.METHODS.values(),
+        "expert",
+        "sample",
+        "broken",
+        *(names()[rule] for rule in RULES),
+        "right answer (50)",
+        "wrong answer (50)",
+    }
     assert (
         CSS in page
         and not re.search("{[{%#]|[%#}]}", page.replace(CSS, ""))
@@ -181,9 +228,13 @@ def test_tokens_are_coloured_by_their_reward(page):
     token = r'<span class="(t[^"]*)" style="--d:([\d.]+)" title="([^"]*)">(.*?)</span>(\n)?'
     spans = re.findall(token, page)
     assert [(classes, depth) for classes, depth, *_ in spans] == [
-        ("t up", "0.25"), ("t down first", "1.00"), ("t up pointed", "0.50"), ("t", "0.00"), ("t", "0.00"),
+        ("t up", "0.25"),
+        ("t down first", "1.00"),
+        ("t up pointed", "0.50"),
+        ("t", "0.00"),
+        ("t", "0.00"),
         ("t up", "0.05"),
-    ]  # fmt: skip
+    ]
     assert spans[1][2] == "token 1: reward −2.00, first wrong token"
     assert spans[2][2] == "token 2: reward +1.00, predicted"
     assert spans[3][3:] == (
@@ -249,9 +300,7 @@ def test_what_is_read():
     # of a step that was logged twice the later line counts
     logged = [(2, 0.1), (1, 0.5), (2, 0.3), (3, None)]
     metrics = [{"method": "irl", "step": step, "reward/mean": value} for step, value in logged]
-    ((*_, points),) = report.curve([*metrics, {"method": "grpo", "step": 9}], "irl", "reward/mean")[
-        "lines"
-    ]
+    ((*_, points),) = report.curve(pandas.DataFrame(metrics), "irl", "reward/mean")["lines"]
     assert len(points) == 2 and points[0][1] < points[1][1]  # down is down
 
 
@@ -330,7 +379,8 @@ def test_axes():
 
 
 def test_a_figure_shows_its_numbers_where_they_are():
-    """The places of points follow the axes' own numbers: the curve is at a tick's height where it has its value."""
+    """The places of points follow the axes' own numbers: the curve is at a tick's height where
+    it has its value."""
     drawn = {"sft": ((0, 0.25), (10, 0.5)), "irl": ((0, 0.0), (10, 1.0))}
     points = [(method, *point) for method, line in drawn.items() for point in line]
     figure = page_with(

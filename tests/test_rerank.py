@@ -1,4 +1,5 @@
-"""rerank.py, equation by equation: numbers worked out by hand, or the same thing counted the slow way."""
+"""rerank.py, equation by equation: numbers worked out by hand, or the same thing counted the
+slow way."""
 
 import copy
 import itertools
@@ -38,19 +39,22 @@ from tasks.answers import same_answer
 T = torch.tensor
 INF = math.inf
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. One score per trace
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 REWARDS = T([[9.0, 1.0, -2.0, 4.0], [9.0, 3.0, 9.0, 9.0]])  # the 9s are read nowhere
 ENDS = T([[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
 
 
-@pytest.mark.parametrize("rule, expected", [
-    ("mean", [1.0, 3.0]),
-    ("last", [4.0, 3.0]),
-    ("lowest", [-2.0, 3.0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule, expected",
+    [
+        ("mean", [1.0, 3.0]),
+        ("last", [4.0, 3.0]),
+        ("lowest", [-2.0, 3.0]),
+    ],
+)
 def test_trace_scores_by_hand(rule, expected):
     assert rerank.trace_scores(REWARDS, ENDS, rule).tolist() == expected
 
@@ -61,9 +65,9 @@ def test_a_trace_without_scores_is_minus_infinity(rule):
     assert rerank.trace_scores(rewards, T([[0.0, 0.0], [1.0, 0.0]]), rule).tolist() == [-INF, 1.0]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Choosing
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def best_by_enumeration(correct, scores, n):
@@ -76,12 +80,15 @@ def best_by_enumeration(correct, scores, n):
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize("scores", [
-    [0.3, 0.9, 0.1, 0.5, 0.7, 0.2],
-    [0.3, 0.9, 0.9, 0.1, 0.3, 0.3],  # ties
-    [0.3, -INF, 0.9, -INF, 0.3, -INF],
-    [1.0] * 6,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [0.3, 0.9, 0.1, 0.5, 0.7, 0.2],
+        [0.3, 0.9, 0.9, 0.1, 0.3, 0.3],  # ties
+        [0.3, -INF, 0.9, -INF, 0.3, -INF],
+        [1.0] * 6,
+    ],
+)
 def test_best_of_n_is_the_mean_over_all_subsets(scores):
     correct = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
     for n in range(1, 7):
@@ -119,10 +126,24 @@ def test_keys_of_words():
     assert found[0] == found[1] != found[2] and found[3] == -1
 
 
-@pytest.mark.parametrize("a, b", [
-    ("1,200", "1200"), ("3/4", "0.75"), ("-5", "5"), ("The heart.", "heart"), ("7 pens", "7"), ("10%", "10"),
-    ("lung", "heart"), ("7", "seven"), ("+5 dB", "-5 dB"), ("< 5", "5"), ("< 5", "> 5"), ("A", "the"), ("A", "a."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("1,200", "1200"),
+        ("3/4", "0.75"),
+        ("-5", "5"),
+        ("The heart.", "heart"),
+        ("7 pens", "7"),
+        ("10%", "10"),
+        ("lung", "heart"),
+        ("7", "seven"),
+        ("+5 dB", "-5 dB"),
+        ("< 5", "5"),
+        ("< 5", "> 5"),
+        ("A", "the"),
+        ("A", "a."),
+    ],
+)
 def test_keys_agree_with_same_answer(a, b):
     one, other = keys(a, b)
     assert (one == other) == (same_answer(a, b) or same_answer(b, a))
@@ -165,15 +186,17 @@ def test_no_answer_wins_only_alone():
 
 
 def test_weighted_vote_by_hand():
-    """0.6 for one 7 against 0.5 for two 8s; at equal weight (0.5 : 0.5) each answer gets half, not each row.
-    An answer's weight is the sum over all who give it: 0.1 + 0.5 is less than 0.35 + 0.3."""
+    """0.6 for one 7 against 0.5 for two 8s; at equal weight (0.5 : 0.5) each answer gets half,
+    not each row. An answer's weight is the sum over all who give it: 0.1 + 0.5 is less than 0.35
+    + 0.3."""
     assert majority([1.0, 0.0, 0.0], ["7", "8", "8"], [0.6, 0.25, 0.25]) == 1.0
     assert majority([1.0, 0.0, 0.0], ["7", "8", "8"], [0.5, 0.25, 0.25]) == 0.5
     assert majority([1.0, 1.0, 0.0, 0.0], ["7", "7", "8", "8"], [0.1, 0.5, 0.35, 0.3]) == 0.0
 
 
 def test_majority_enumerates_small_cases():
-    """Of the 6 pairs of 7 7 8 9: one is 7 7 (right), four tie between 7 and another (half), 8 9 is wrong."""
+    """Of the 6 pairs of 7 7 8 9: one is 7 7 (right), four tie between 7 and another (half), 8 9
+    is wrong."""
     found, correct = T([keys("7", "7", "8", "9")]), T([[1.0, 1.0, 0.0, 0.0]])
     assert rerank.majority_vote(correct, found, 2).item() == pytest.approx((1 + 4 * 0.5) / 6)
     assert rerank.majority_vote(correct, found, 1).item() == 0.5  # one candidate: a random one
@@ -194,8 +217,8 @@ def test_majority_sampling_comes_near_the_enumeration_and_is_seeded():
 
 
 def test_random_subsets_have_no_repeats():
-    """Of 16 different answers one is right. Among 8 of them it wins with chance 1/8, if it is there: one that was drawn
-    twice would win alone."""
+    """Of 16 different answers one is right. Among 8 of them it wins with chance 1/8, if it is
+    there: one that was drawn twice would win alone."""
     correct, found = torch.zeros(3, 16), torch.arange(16).expand(3, 16)
     correct[:, 5] = 1.0
     values = torch.stack(
@@ -213,9 +236,9 @@ def test_vote_weights_by_hand():
     assert rerank.vote_weights(T([[-INF, -INF], [-INF, 2.0]])).tolist() == [[0.5, 0.5], [0.0, 1.0]]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. How good is a score
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_pass_at_k_is_the_share_of_subsets():
@@ -246,7 +269,8 @@ def test_auroc_ends():
 
 
 def test_bootstrap():
-    """The interval of a mean of 400 coin tosses is near 1.96 standard errors either side, and is seeded."""
+    """The interval of a mean of 400 coin tosses is near 1.96 standard errors either side, and is
+    seeded."""
     values = T([0.0, 1.0] * 200)
     mean, low, high = rerank.bootstrap(values, draws=4000)
     assert mean == 0.5
@@ -256,9 +280,9 @@ def test_bootstrap():
     assert one == again != other
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Where a trace first goes wrong
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_predicted_place_by_hand():
@@ -272,7 +296,8 @@ def test_predicted_place_by_hand():
 
 
 def test_drop_skips_what_was_not_read():
-    """Scores 5, 4, 1 in columns 1, 3, 5: the fall of 3 ends in column 5. A lone score is its own place."""
+    """Scores 5, 4, 1 in columns 1, 3, 5: the fall of 3 ends in column 5. A lone score is its own
+    place."""
     values = T([[0.0, 5.0, -9.0, 4.0, -9.0, 1.0], [0.0, 0.0, 0.0, -1.0, 0.0, 0.0]])
     ends = T([[0.0, 1.0, 0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]])
     assert rerank.predicted_place(values, ends, "drop").tolist() == [5, 3]
@@ -295,7 +320,8 @@ def hits_of(results: dict) -> dict[str, list[float]]:
 
 
 def test_hits_and_exact_chance():
-    """Within 1 of column 2 are 2 of the response's 5 tokens (column 1 is prompt), of column 4 are 3."""
+    """Within 1 of column 2 are 2 of the response's 5 tokens (column 1 is prompt), of column 4
+    are 3."""
 
     def of(truth: int, place: int, name: str) -> list[float]:
         values = {"logprob": -torch.nn.functional.one_hot(T([place]), 8).float()}
@@ -338,7 +364,8 @@ def test_place_results_by_hand():
 
 
 def test_questions_not_traces_are_bootstrapped():
-    """Three traces of question 0 are hits, one of question 1 is none: 1/2 over questions, not 3/4."""
+    """Three traces of question 0 are hits, one of question 1 is none: 1/2 over questions, not
+    3/4."""
     batch = BATCH[[0, 0, 0, 0]]
     values = {"logprob": torch.zeros(4, 7)}
     values["logprob"][:, 4] = -1.0
@@ -349,9 +376,9 @@ def test_questions_not_traces_are_bootstrapped():
     assert place_results(batch, T([-1] * 4), values) == {"count": 0}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Candidates and results on the shipped base
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def make_discriminator(model, tokenizer, granularity="dense"):
@@ -401,7 +428,8 @@ def test_collect_keeps_n_rows_a_question(shipped):
 
 
 def test_signals_are_those_of_a_plain_forward_pass(shipped):
-    """Row by row, without padding: log softmax of the logits one column earlier; f of a step is their sum."""
+    """Row by row, without padding: log softmax of the logits one column earlier; f of a step is
+    their sum."""
     model, tokenizer = shipped
     candidates = written(tokenizer, [RIGHT, WRONG, ("3*12=36", "36")])
     discriminator = make_discriminator(model, tokenizer, "interval")
@@ -445,8 +473,8 @@ def test_a_head_is_read_at_segment_ends_not_summed(shipped):
 
 
 def test_natural_errors_point_at_the_first_wrong_token(shipped):
-    """WRONG errs at its '+', the second token after <think>\\n; LATE at the 4 of 40. A right answer has none,
-    whatever stands before it."""
+    """WRONG errs at its '+', the second token after <think>\\n; LATE at the 4 of 40. A right
+    answer has none, whatever stands before it."""
     tokenizer = shipped[1]
     candidates = written(tokenizer, [RIGHT, WRONG, LATE, ("3+12=15\n14+36=50", "50")])
     places = natural_errors(candidates, tokenizer, data.end_tokens(tokenizer))
@@ -472,7 +500,8 @@ def test_a_cut_trace_without_an_error_has_no_place(shipped):
 
 
 def test_rerank_results_by_hand(shipped):
-    """4 candidates, 2 right. The reward puts the right ones on top, the log-probability at the bottom."""
+    """4 candidates, 2 right. The reward puts the right ones on top, the log-probability at the
+    bottom."""
     candidates = written(shipped[1], [RIGHT, WRONG, WRONG, RIGHT])
     mask = candidates.batch.response_mask
     order = T([[4.0], [1.0], [2.0], [3.0]])
@@ -498,8 +527,11 @@ def test_rerank_results_by_hand(shipped):
         mean["4"]["majority"] == 0.5
         and mean["4"]["weighted_majority"] == mean["4"]["reward"] == 1.0
     )
-    assert {name: gain[0] for name, gain in found["beyond"].items() if name in ("majority", "reward", "logprob")} == {
-        "majority": 0.0, "reward": 0.5, "logprob": -0.5}  # fmt: skip
+    assert {
+        name: gain[0]
+        for name, gain in found["beyond"].items()
+        if name in ("majority", "reward", "logprob")
+    } == {"majority": 0.0, "reward": 0.5, "logprob": -0.5}
     assert found["auroc"]["reward"] == 1.0 and found["auroc"]["logprob"] == 0.0
     json.dumps(found, allow_nan=False)
 
@@ -534,7 +566,8 @@ def test_a_judge_is_the_averaged_model_before_its_logits_are_divided(run, shippe
 
 
 def test_auroc_within_does_not_see_which_question_is_easy():
-    """A score that knows hard questions from easy ones and nothing else; one that only ranks each question's candidates."""
+    """A score that knows hard questions from easy ones and nothing else; one that only ranks
+    each question's candidates."""
     correct = T([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     easy, ranks = T([[2.0] * 4, [1.0] * 4, [0.0] * 4]), correct + T([[0.0], [5.0], [9.0]])
     assert (
@@ -552,13 +585,26 @@ def test_auroc_within_does_not_see_which_question_is_easy():
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
+def test_auroc_beyond_compares_two_scores_on_the_same_questions():
+    """Against itself nothing, against the truth what is missing; both move alike."""
+    generator = torch.Generator().manual_seed(0)
+    correct = (torch.rand(50, 4, generator=generator) < 0.5).float()
+    noisy = correct + torch.randn(50, 4, generator=generator)
+    assert rerank.auroc_beyond(noisy, noisy, correct, 100) == [0.0, 0.0, 0.0]
+    gap, low, high = rerank.auroc_beyond(correct, noisy, correct, 100)
+    assert gap == pytest.approx(1 - rerank.auroc(noisy.flatten(), correct.flatten()))
+    assert 0 < low < gap < high < 0.5
+    assert rerank.auroc_beyond(noisy, noisy, torch.ones(50, 4), 10) is None
+
+
+# --------------------------------------------------------------------------------------------------
 # Traces that were cut off
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def head_that_likes_the_cut_one(shipped, granularity: str):
-    """A finished right candidate, and one that was cut off, whose last token the head likes best: (candidates, readings)."""
+    """A finished right candidate, and one that was cut off, whose last token the head likes
+    best: (candidates, readings)."""
     base, tokenizer = shipped
     example = data.load_examples("words", "test", 1)[0]
     right = data.response_ids(tokenizer, data.response_text(example.trace, example.answer))
@@ -608,11 +654,18 @@ def test_where_all_were_cut_off_each_is_as_good_as_the_other(shipped):
     assert rerank.rerank_results(nobody, readings)["2"]["reward"][0] == 0.5
 
 
-@pytest.mark.parametrize("text, ended", [
-    ("<think>\n1+1=2\n</think>\n<answer>2</answer>", True), ("<think>\n1+1=2\n</think>\n<answer>2", False),
-    ("<think>\n1+1=", False), ("1+1=2, so 2", True), ("", True), ("<answer>1</answer> no: <answer>2", False),
-    ("<think>\n1+1=<|end|>", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, ended",
+    [
+        ("<think>\n1+1=2\n</think>\n<answer>2</answer>", True),
+        ("<think>\n1+1=2\n</think>\n<answer>2", False),
+        ("<think>\n1+1=", False),
+        ("1+1=2, so 2", True),
+        ("", True),
+        ("<answer>1</answer> no: <answer>2", False),
+        ("<think>\n1+1=<|end|>", True),
+    ],
+)
 def test_a_text_that_leaves_a_tag_open_gets_no_end_token(shipped, text, ended):
     """Nobody wrote one: neither a score per trace nor a likelihood may read it."""
     tokenizer = shipped[1]
@@ -625,8 +678,9 @@ def test_a_text_that_leaves_a_tag_open_gets_no_end_token(shipped, text, ended):
 
 
 def test_a_gain_over_random_is_paired_by_question():
-    """Of the easy questions' samples 3 of 4 are right, of the hard ones' 1. The score lifts 3/4 to 1 and 1/4 to 1/2: by 1/4
-    everywhere, so that the gain has no spread, though both accuracies have."""
+    """Of the easy questions' samples 3 of 4 are right, of the hard ones' 1. The score lifts 3/4
+    to 1 and 1/4 to 1/2: by 1/4 everywhere, so that the gain has no spread, though both
+    accuracies have."""
     correct = T([[1.0, 1.0, 0.0, 1.0]] * 5 + [[0.0, 0.0, 0.0, 1.0]] * 5)
     score = T([[1.0, 1.0, 0.0, 1.0]] * 5 + [[0.0, 0.0, 1.0, 1.0]] * 5)
     found = rerank.choice_results(
@@ -637,7 +691,8 @@ def test_a_gain_over_random_is_paired_by_question():
 
 
 def test_assess_finds_a_known_reward(shipped):
-    """With the base as reward and as policy, reward and logprob are the same number under two names."""
+    """With the base as reward and as policy, reward and logprob are the same number under two
+    names."""
     model, tokenizer = shipped
     examples = data.load_examples("words", "test", 4)
     candidates = collect(model, tokenizer, examples, 4, 64, 1.0, torch.Generator().manual_seed(0))
@@ -670,14 +725,19 @@ def test_assess_finds_a_known_reward(shipped):
     assert {trace["predicted"] is None for trace in traces} == {True, False}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. The command line
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "model": loading.BASE, "data": "words", "reward": "likelihood", "logit": "airl", "granularity": "dense",
-    "max_new_tokens": 64, "fair_temperature": 0.2,
-}  # fmt: skip
+    "model": loading.BASE,
+    "data": "words",
+    "reward": "likelihood",
+    "logit": "airl",
+    "granularity": "dense",
+    "max_new_tokens": 64,
+    "fair_temperature": 0.2,
+}
 
 
 @pytest.fixture
@@ -695,8 +755,11 @@ def lines(path: Path, *records) -> str:
     return str(path)
 
 
-GOOD = {"question": "Ava has 14 pens. Ava buys 3 bags of 12. How many pens?",
-        "candidates": [data.response_text(*RIGHT), data.response_text(*WRONG)], "answer": 50}  # fmt: skip
+GOOD = {
+    "question": "Ava has 14 pens. Ava buys 3 bags of 12. How many pens?",
+    "candidates": [data.response_text(*RIGHT), data.response_text(*WRONG)],
+    "answer": 50,
+}
 
 
 def test_run_on_samples(run, capsys):
@@ -722,7 +785,8 @@ def test_candidates_without_answers_print_the_choice(run, tmp_path, capsys):
 
 
 def test_samples_of_a_model_with_another_tokenizer_are_judged_as_text(run, tmp_path, capsys):
-    """Text is in between: tokenised anew, and said so. Its tokens as they are would be others here, and are refused."""
+    """Text is in between: tokenised anew, and said so. Its tokens as they are would be others
+    here, and are refused."""
     symbols = ["<end>", *"0123456789+*-=\n "]
     chars = Tokenizer(models.WordLevel({c: i for i, c in enumerate(symbols)}, unk_token=" "))
     chars.pre_tokenizer, chars.decoder = (
@@ -755,19 +819,28 @@ def test_samples_of_a_model_with_another_tokenizer_are_judged_as_text(run, tmp_p
 NO_ANSWER = {"question": "?", "candidates": ["1", "2"]}
 
 
-@pytest.mark.parametrize("records, says", [
-    (["{broken"], "c.jsonl:1: "),
-    ([GOOD, "[1]"], "c.jsonl:2: not a JSON object"),
-    ([GOOD, {"candidates": ["x", "y"], "answer": "1"}], "c.jsonl:2: field 'question'"),
-    ([{"question": "?", "answer": "1"}], "c.jsonl:1: field 'candidates'"),
-    ([{"question": "?", "candidates": ["a", 1]}], "c.jsonl:1: field 'candidates'"),
-    ([GOOD, {"question": "?", "candidates": ["a"], "answer": "1"}], "c.jsonl:2: 1 candidates: too few"),
-    ([GOOD, NO_ANSWER], "c.jsonl:2: field 'answer' must be"),
-    (['{"question": "\\ud800", "candidates": ["a"]}'], "c.jsonl:1: "),
-    (["[" * 100_000], "c.jsonl:1: "),
-    ([""], "is empty"),
-    ([{"question": "?", "candidates": ["1 " * 500]}], "candidate 1 of question 1 is .* tokens long"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "records, says",
+    [
+        (["{broken"], "c.jsonl:1: "),
+        ([GOOD, "[1]"], "c.jsonl:2: not a JSON object"),
+        ([GOOD, {"candidates": ["x", "y"], "answer": "1"}], "c.jsonl:2: field 'question'"),
+        ([{"question": "?", "answer": "1"}], "c.jsonl:1: field 'candidates'"),
+        ([{"question": "?", "candidates": ["a", 1]}], "c.jsonl:1: field 'candidates'"),
+        (
+            [GOOD, {"question": "?", "candidates": ["a"], "answer": "1"}],
+            "c.jsonl:2: 1 candidates: too few",
+        ),
+        ([GOOD, NO_ANSWER], "c.jsonl:2: field 'answer' must be"),
+        (['{"question": "\\ud800", "candidates": ["a"]}'], "c.jsonl:1: "),
+        (["[" * 100_000], "c.jsonl:1: "),
+        ([""], "is empty"),
+        (
+            [{"question": "?", "candidates": ["1 " * 500]}],
+            "candidate 1 of question 1 is .* tokens long",
+        ),
+    ],
+)
 def test_bad_candidates_are_named_by_line(run, tmp_path, records, says):
     with pytest.raises(UserError, match=says):
         rerank.main(["--run", str(run), "--candidates", lines(tmp_path / "c.jsonl", *records)])
@@ -789,15 +862,18 @@ def test_fewer_candidates_asked_for_are_the_first(tmp_path):
     )
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--n", "0"], "--n must be from 1"),
-    (["--questions", "-1"], "--questions must be"),
-    (["--seed", "-1"], "--seed must be"),
-    (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
-    (["--run", "no/such/run"], "no run folder"),
-    (["--candidates", "x.jsonl"], "--candidates and --policy need"),
-    (["--policy", "run"], "--candidates and --policy need"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--n", "0"], "--n must be from 1"),
+        (["--questions", "-1"], "--questions must be"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
+        (["--run", "no/such/run"], "no run folder"),
+        (["--candidates", "x.jsonl"], "--candidates and --policy need"),
+        (["--policy", "run"], "--candidates and --policy need"),
+    ],
+)
 def test_bad_flags(flags, says):
     with pytest.raises(UserError, match=says):
         rerank.main(flags)
@@ -807,15 +883,21 @@ def settings_are(text: str):
     return lambda run: (run / "settings.json").write_text(text)
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda run: (run / "settings.json").unlink(), "cannot read .*settings.json"),
-    (settings_are("{"), "cannot read .*settings.json"),
-    (settings_are("[]"), "holds no settings"),
-    (settings_are(json.dumps(SETTINGS | {"reward": "x"})), "'reward' must be one of .*, not 'x'"),
-    (settings_are(json.dumps(SETTINGS | {"model": None})), "'model' is None, expected str"),
-    (lambda run: shutil.rmtree(run / "reward"), "holds no reward/"),
-    (lambda run: (run / "reward" / "tokenizer.json").write_text("{"), "cannot load model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda run: (run / "settings.json").unlink(), "cannot read .*settings.json"),
+        (settings_are("{"), "cannot read .*settings.json"),
+        (settings_are("[]"), "holds no settings"),
+        (
+            settings_are(json.dumps(SETTINGS | {"reward": "x"})),
+            "'reward' must be one of .*, not 'x'",
+        ),
+        (settings_are(json.dumps(SETTINGS | {"model": None})), "'model' is missing"),
+        (lambda run: shutil.rmtree(run / "reward"), "holds no reward/"),
+        (lambda run: (run / "reward" / "tokenizer.json").write_text("{"), "cannot load model"),
+    ],
+)
 def test_broken_run_folders(run, change, says):
     change(run)
     with pytest.raises(UserError, match=says):
