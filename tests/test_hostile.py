@@ -33,7 +33,7 @@ from data import Example
 from engine import loading
 from engine.errors import UserError, exit_status, printable
 from show import report, trace
-from tasks import pretrain, records
+from tasks import records
 from tasks.answers import extract_answer, odd_answers, same_answer
 
 ROOT = Path(data.__file__).parent
@@ -200,7 +200,6 @@ USES = {
     "odd_answers": lambda text: odd_answers([text, "1"]),
     "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),
     "printable": printable,
-    "a tokenizer's pieces": re.compile(pretrain.PIECE).findall,
     "report": page_of_trace,
 }
 
