@@ -33,6 +33,8 @@ for line in sys.stdin:
         status = 1
         try:
             status = train.main(job["arguments"])
+        except SystemExit as stop:
+            status = stop.code
         finally:
             sys.stdout.flush()
             os._exit(status)
