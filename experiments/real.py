@@ -11,8 +11,8 @@ training is train.py's (runs/real-<task>-<name>-<run>/), sampling and judging ar
 the end the stages go to a file in results/, and from there into the tables
 (experiments/real_tables.py).
 
-    main      fair SFT's settings, chosen on validation questions: updates, rate, share of the base in
-              the weights, temperature. Then one run of train.py: SFT; fair SFT; IRL from SFT; on
+    main      fair SFT's settings, chosen on validation questions: updates, rate, share of the base
+              in the weights, temperature. Then one run of train.py: SFT; fair SFT; IRL from SFT; on
               countdown GRPO from SFT
     copies    countdown: IRL whose discriminator never sees a sample, only experts' traces and
               copies of them with an error planted, or carried on to the answer

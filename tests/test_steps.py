@@ -124,7 +124,8 @@ def test_scores_do_not_depend_on_padding_or_on_what_follows(shipped):
     ids, owners = steps.as_response(tokenizer, long)
     batch = data.make_batch([data.prompt_ids(tokenizer, question)], [ids])
     with torch.no_grad():
-        values = policy.token_logprobs_plain(model, batch)[0, -len(ids) :]
+        logprobs = model(batch.tokens).logits[0].log_softmax(-1)  # [T, V]
+    values = logprobs[-len(ids) - 1 : -1].gather(1, T(ids)[:, None]).squeeze(1)
     second = values[T(owners) == 1]
     expected = {"lowest": second.min(), "mean": second.mean(), "last": second[-1]}
     for rule in steps.RULES:
