@@ -194,6 +194,7 @@ def end_tokens(tokenizer, model=None) -> tuple[int, ...]:
     known = [end_of_turn(tokenizer, template), tokenizer.eos_token_id]
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known += listed if isinstance(listed, (list, tuple)) else [listed]
+    # in this order, each once
     return tuple(dict.fromkeys(token for token in known if token is not None))
 
 
@@ -235,6 +236,7 @@ def fit_context(
     kept = []
     dropped = 0
     unwritten = []
+    # Some tokenizers have one token for the beginning, the end and all that they do not know.
     unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, *end_tokens(tokenizer)}
     for example in examples:
         if len(kept) == count:
@@ -253,7 +255,9 @@ def fit_context(
             f"examples, such as {unwritten[0].question[:60]!r}: these problems need another --model"
         )
     if dropped and not kept:
-        raise UserError(f"none of the {dropped} examples fits the context of {context} tokens")
+        raise UserError(
+            f"none of the {dropped} examples fits the model's context of {context} tokens"
+        )
     return kept, dropped
 
 
@@ -351,6 +355,7 @@ def demonstration_batch(examples: list[Example], device="cpu") -> Batch:
 def is_correct(example: Example, response: str) -> bool:
     """The verifier: does the response's answer agree with the example's? An embedded task may ask
     for more."""
+    # Countdown's reads every line: the right target after two false ones is wrong.
     if example.task:
         return EMBEDDED[example.task].is_right(example, response)
     return same_answer(extract_answer(response), example.answer, example.options)

@@ -167,10 +167,10 @@ def from_record(record: dict) -> Solution:
     >>> from_record({"prompt": "1+2?", "completion": "1+2 is \\\\boxed{3}."})[:3]
     ('1+2?', '1+2 is', '3')
     """
-    if "messages" in record:
+    if "question" not in record and "messages" in record:
         question, trace = contents_of(record["messages"], ["user", "assistant"])
         record = record | {"question": question, "trace": trace}
-    elif "prompt" in record:
+    elif "question" not in record and "prompt" in record:
         (question,) = contents_of(record["prompt"], ["user"])
         (trace,) = contents_of(record.get("completion"), ["assistant"])
         record = record | {"question": question, "trace": trace}

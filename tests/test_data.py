@@ -433,6 +433,7 @@ MESSAGES = [
 @pytest.mark.parametrize(
     "record, solution",
     [
+        ({"question": "?", "trace": "t", "answer": 5, "prompt": []}, ("?", "t", "5", ())),
         ({"messages": MESSAGES}, ("3+2?", "3+2=5", "5", ())),
         (
             {"messages": [{"role": "system", "content": "Be brief."}, *MESSAGES]},
