@@ -57,7 +57,7 @@ def plain_expected_reward(hidden, weight, temperature=1.0, softcap=0.0, V=131):
     f = logits[1].log_softmax(-1)
     total = 0.0
     for v in range(len(weight)):
-        f_v = f[:, v] if v < V else logprob.NEVER
+        f_v = f[:, v] if v < V else -100.0  # the reward would never do it
         total = total + log_pi[:, v].exp() * (f_v - 0.3 * log_pi[:, v])
     return total
 
