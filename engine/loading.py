@@ -40,7 +40,7 @@ def resolve_model(name: str) -> str:
         return name
     if name not in SHORT_NAMES:
         raise UserError(
-            f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model, "
+            f"no model '{name}'{nearest(name, SHORT_NAMES)}: give a folder, a hub name owner/model "
             f"or one of {', '.join(SHORT_NAMES)}"
         )
     return SHORT_NAMES[name]
@@ -95,7 +95,7 @@ def load_policy(name: str, device="cpu", dtype=torch.float32):
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
-            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, but its model {rows} embeddings"
+            f"the tokenizer of '{name}' has {len(tokenizer)} tokens, its model {rows} embeddings"
         )
     return model, tokenizer
 

@@ -129,8 +129,8 @@ def test_the_update_of_a_weight_has_at_most_the_adapters_rank(base):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_model_is_an_ordinary_one(batch, tmp_path, dtype):
-    """from_pretrained, which knows nothing of adapters, loads the merged weights; the shared base is
-    left as it was."""
+    """from_pretrained, which knows nothing of adapters, loads the merged weights; the shared base
+    is left as it was."""
     base = loading.load_policy(loading.BASE, dtype=dtype)[0]
     before = [p.clone() for p in base.parameters()]
     model = disturbed(lora.adapt(base, 4, 8.0))
