@@ -262,9 +262,8 @@ def pages() -> dict[str, dict[str, str]]:
     }
     for part in trials.CHANGES:
         results[part] = changed_table(trained, part)
-    readme = score_table("best of 8 of the base, chosen by", README_CHOICES, {"best of 8": " 256"})
     return {
-        "README.md": {"results": main_table(trained, README_METHODS), "inference": readme},
+        "README.md": {"results": main_table(trained, README_METHODS)},
         "docs/results.md": results,
     }
 

@@ -1,9 +1,12 @@
 """A trace in the terminal, coloured token by token, and where it goes wrong.
 
-python -m show.trace --run runs/demo --question "..." --trace "..."
+    python -m show.trace --run runs/demo --question "..." --trace "..."
+
+`--svg FILE` draws it, too; several `--trace` stand side by side there, as in docs/trace.svg.
 """
 
 import sys
+from html import escape
 from pathlib import Path
 
 import torch
@@ -15,12 +18,17 @@ from engine.errors import Parser, UserError, exit_status, printable
 from rerank import load_run
 
 
-def colour(text: str, value: float, scale: float) -> str:
-    """`text` on an ANSI background: orange at value = -scale, none at 0, blue at +scale."""
+def shade(value: float, scale: float) -> list[int]:
+    """Red, green, blue: orange at value = -scale, white at 0, blue at +scale."""
     strength = max(-1.0, min(1.0, value / scale))
     # The report's colours, which a colour-blind reader can tell apart
     full = (58, 134, 226) if strength > 0 else (244, 136, 22)
-    red, green, blue = (round(255 + (part - 255) * abs(strength)) for part in full)
+    return [round(255 + (part - 255) * abs(strength)) for part in full]
+
+
+def colour(text: str, value: float, scale: float) -> str:
+    """`text` on an ANSI background of its shade."""
+    red, green, blue = shade(value, scale)
     visible = printable(text).replace("\n", "⏎\n")
     return f"\x1b[48;2;{red};{green};{blue}m\x1b[38;2;0;0;0m{visible}\x1b[0m"
 
@@ -66,23 +74,66 @@ def show(scored: list[tuple[str, float]], likelihood: bool = True) -> str:
     )
 
 
+CELL = 9.6  # width of a letter of 16 pixels in a monospaced font
+LINE = 30  # height of a line
+
+
+def picture(question: str, traces: list[list[tuple[str, float]]]) -> str:
+    """An SVG of traces side by side, each a list of (token, f), below their question."""
+    scale = max(1.0, *(abs(value) for scored in traces for _, value in scored))
+    shapes = [f'<text x="16" y="{LINE}" fill="#5b6676">{escape(printable(question))}</text>']
+    left = 16.0
+    bottom = 0.0
+    for scored in traces:
+        x = left
+        y = 2.2 * LINE
+        for token, value in scored:
+            shown = printable(token).replace("\n", "⏎")
+            width = CELL * len(shown)
+            fill = "rgb({}, {}, {})".format(*shade(value, scale))
+            shapes.append(f'<rect x="{x}" y="{y - 18}" width="{width}" height="24" fill="{fill}"/>')
+            shapes.append(f'<text x="{x}" y="{y}" textLength="{width}">{escape(shown)}</text>')
+            x += width
+            if "\n" in token:
+                x = left
+                y += LINE
+        bottom = max(bottom, y)
+        left += 330
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + 40}" height="{bottom + 20}" '
+        'font-family="monospace" font-size="16" fill="#1b2230" xml:space="preserve">'
+        f'<rect width="100%" height="100%" rx="8" fill="#fff"/>{"".join(shapes)}</svg>\n'
+    )
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--run", required=True, help="a folder written by train.py")
     parser.add_argument("--question", required=True)
-    parser.add_argument("--trace", required=True, help="the reasoning (\\n for a new line)")
+    parser.add_argument(
+        "--trace", required=True, action="append", help="the reasoning (\\n for a new line)"
+    )
     parser.add_argument("--answer", help="the final answer, scored too if given")
+    parser.add_argument("--svg", help="a file to draw the traces in, side by side")
     args = parser.parse()
     loading.quiet()
     discriminator, tokenizer, _ = load_run(Path(args.run))
-    response = args.trace.replace("\\n", "\n")
-    # A whole response may be given, too.
-    if "<think>" not in response:
-        response = data.response_text(response, args.answer or "")
-    if not args.answer:
-        response = response.removesuffix("<answer></answer>")
-    scored = token_scores(discriminator.reward_model, tokenizer, args.question, response)
-    print(show(scored, discriminator.reward_model.scores_all_actions))
+    traces = []
+    for trace in args.trace:
+        response = trace.replace("\\n", "\n")
+        # A whole response may be given, too.
+        if "<think>" not in response:
+            response = data.response_text(response, args.answer or "")
+        if not args.answer:
+            response = response.removesuffix("<answer></answer>")
+        scored = token_scores(discriminator.reward_model, tokenizer, args.question, response)
+        print(show(scored, discriminator.reward_model.scores_all_actions))
+        traces.append(scored)
+    if args.svg:
+        try:
+            Path(args.svg).write_text(picture(args.question, traces), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {args.svg}: {error}") from None
 
 
 if __name__ == "__main__":
