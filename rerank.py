@@ -214,31 +214,6 @@ def auroc_within(scores: torch.Tensor, correct: torch.Tensor) -> list[float] | N
     return bootstrap(torch.tensor(areas)) if areas else None
 
 
-def auroc_beyond(
-    scores: torch.Tensor,
-    other: torch.Tensor,
-    correct: torch.Tensor,
-    draws: int = 1000,
-    seed: int = 0,
-) -> list[float] | None:
-    """By how much the scores' pooled AUROC is above the other scores': [Q, N] each -> three."""
-
-    def gap(rows: torch.Tensor) -> float | None:
-        # The same questions for both: what is hard for one is hard for the other.
-        right = correct[rows].flatten()
-        first = auroc(scores[rows].flatten(), right)
-        return None if first is None else first - auroc(other[rows].flatten(), right)
-
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(correct), (draws, len(correct)), generator=generator)
-    gaps = [value for value in map(gap, drawn) if value is not None]
-    if not gaps:
-        return None
-    ends = torch.tensor([0.025, 0.975], dtype=torch.double)
-    quantiles = torch.tensor(gaps, dtype=torch.double).quantile(ends)
-    return [gap(torch.arange(len(correct))), *quantiles.tolist()]
-
-
 def bootstrap(values: torch.Tensor, draws: int = 1000, seed: int = 0) -> list[float]:
     """[mean, low, high]: the mean over questions with its 95% interval (Efron 1979). [Q] in."""
     # Questions are drawn again, not candidates: those of one question resemble each other, and the

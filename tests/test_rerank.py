@@ -585,18 +585,6 @@ def test_auroc_within_does_not_see_which_question_is_easy():
     )
 
 
-def test_auroc_beyond_compares_two_scores_on_the_same_questions():
-    """Against itself nothing, against the truth what is missing; both move alike."""
-    generator = torch.Generator().manual_seed(0)
-    correct = (torch.rand(50, 4, generator=generator) < 0.5).float()
-    noisy = correct + torch.randn(50, 4, generator=generator)
-    assert rerank.auroc_beyond(noisy, noisy, correct, 100) == [0.0, 0.0, 0.0]
-    gap, low, high = rerank.auroc_beyond(correct, noisy, correct, 100)
-    assert gap == pytest.approx(1 - rerank.auroc(noisy.flatten(), correct.flatten()))
-    assert 0 < low < gap < high < 0.5
-    assert rerank.auroc_beyond(noisy, noisy, torch.ones(50, 4), 10) is None
-
-
 # --------------------------------------------------------------------------------------------------
 # Traces that were cut off
 # --------------------------------------------------------------------------------------------------
