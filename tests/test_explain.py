@@ -32,7 +32,9 @@ def in_a_new_folder(tmp_path, monkeypatch):
 
 
 def lecture(flags: str = "") -> explain.Lecture:
-    return train.Run(parse_settings([*SMALL, *flags.split()]), device="cpu").make_loop(explain.Lecture)
+    return train.Run(parse_settings([*SMALL, *flags.split()]), device="cpu").make_loop(
+        explain.Lecture
+    )
 
 
 def tables(printed: str) -> list[dict[int, dict[str, float | None]]]:

@@ -77,7 +77,7 @@ def test_commands_named_in_the_text_exist():
 def test_flags_named_in_the_text_exist():
     known = {"--" + f.name.replace("_", "-") for f in fields(Settings)}
     known |= {"--help", "--resume", "--name", "--device", "--date", "--explain"}
-    known |= {"--only", "--quick", "--tables", "--experts", "--nnodes"}
+    known |= {"--only", "--quick", "--tables", "--experts", "--nnodes", "--svg"}
     flags = set(re.findall(r"`(--[a-z][a-z-]+)[ `]", TEXT))
     assert len(flags) >= 15 and flags - {"--index-url"} <= known, flags - known
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -467,3 +468,13 @@ def test_explain_names_the_token_and_refuses_unknown_words(shipped):
 )
 def test_where_a_trace_goes_wrong_by_hand(values, likelihood, line):
     assert line in trace.show(list(zip("abcd", values)), likelihood)
+
+
+def test_a_picture_shows_every_token_as_text_in_its_shade():
+    drawn = trace.picture("a < b?", [[("1\n", 0.0), ("<", -2.0)], [("\x1b", 1.0)]])
+    root = ElementTree.fromstring(drawn)
+    texts = [node.text for node in root if node.tag.endswith("text")]
+    assert texts[:3] == ["a < b?", "1⏎", "<"] and "\x1b" not in drawn
+    # f = -2 is the largest: it has the full colour, and 0 has none
+    fills = [node.get("fill") for node in root if node.tag.endswith("rect")]
+    assert fills[1:3] == ["rgb(255, 255, 255)", "rgb(244, 136, 22)"]

@@ -58,7 +58,9 @@ def test_the_demo_writes_everything(capsys):
         )
     assert 0 <= results["reward"]["auroc"] <= 1
     logprobs = {"logprob", "sft_logprob", "sft_fair_logprob"}
-    assert {"random", "longest", "shortest", "majority", "reward", "oracle"} | logprobs <= set(results["rerank"]["4"])
+    assert {"random", "longest", "shortest", "majority", "reward", "oracle"} | logprobs <= set(
+        results["rerank"]["4"]
+    )
     assert {"reward", "chance"} | logprobs <= set(results["localise"]["natural"]["hit0"])
     assert results["settings"] == json.loads((run / "settings.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
