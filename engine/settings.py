@@ -285,7 +285,7 @@ TUNED = {
         micro_batch=96,
         eval_questions=500,
     ),
-    # SFT's are what experiments/choose.py found for 64 demonstrations. GRPO gets IRL's steps and
+    # SFT's are what experiments/trials.py chose for 64 demonstrations. GRPO gets IRL's steps and
     # rate.
     "countdown-base": dict(
         method="all",
