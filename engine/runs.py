@@ -1,6 +1,7 @@
 """A run's folder as it is read: where it is, and its settings."""
 
 import json
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -39,7 +40,7 @@ def run_folder(name: str) -> Path:
 
 def read_settings(run: Path) -> dict:
     """The settings that train.py left in a run's folder, checked. Those in READ are there."""
-    if not run.is_dir():
+    if not os.path.isdir(run):  # unlike Path.is_dir, False for a name that no file can have
         raise UserError(f"no run folder {run}: make one with train.py")
     path = run / "settings.json"
     try:

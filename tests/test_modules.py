@@ -28,7 +28,7 @@ SHOWS = {  # module and arguments: what must be seen, as patterns over the whole
         r" +reward +mean .*\n +policy +loss"
     ],
     "rerank.py": [r"best of 16 ", r"majority +0\.\d", r"oracle +0\.\d"],
-    "baselines.py": [r"step 15 +loss 0\.\d", r"step 3 +mean 0\.\d+, loss -?\d"],
+    "baselines.py": [r"step 15 +loss 0\.\d", r"step +3 +mean 0\.\d+, loss -?\d"],
     "train.py --explain --questions 2 --group 2 --warm-up 1 --device cpu": [
         r"1\. ROLLOUT",
         r"4\. POLICY",

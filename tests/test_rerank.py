@@ -881,7 +881,7 @@ def settings_are(text: str):
             settings_are(json.dumps(SETTINGS | {"reward": "x"})),
             "'reward' must be one of .*, not 'x'",
         ),
-        (settings_are(json.dumps(SETTINGS | {"model": None})), "'model' is missing"),
+        (settings_are(json.dumps(SETTINGS | {"model": None})), "'model' is None, expected str"),
         (lambda run: shutil.rmtree(run / "reward"), "holds no reward/"),
         (lambda run: (run / "reward" / "tokenizer.json").write_text("{"), "cannot load model"),
     ],
