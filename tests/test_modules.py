@@ -107,6 +107,16 @@ def test_no_module_imports_itself_by_a_detour():
     assert not left, f"these import each other: {left}"
 
 
+@pytest.mark.parametrize("room, above", [("engine", TOP | {"show"}), ("tasks", TOP | {"show"})])
+def test_a_room_imports_nothing_from_above(room, above):
+    for path in (ROOT / room).glob("*.py"):
+        # A command that makes the shipped bases: it stands on everything.
+        if path.stem == "pretrain":
+            continue
+        needed = {name.split(".")[0] for name in imports_of(path)}
+        assert not needed & above, f"{path.name} imports {needed & above}"
+
+
 @pytest.mark.parametrize("module", sorted(TOP - {"train", "logprob", "candidates"}))
 def test_the_table_on_top_names_what_is_there(module):
     """Each equation's row ends with the names of its functions, here or `module.name`, and of
