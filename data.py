@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from engine.chat import (
     chat_text,
@@ -329,14 +328,6 @@ def make_batch(prompts: list[list[int]], responses: list[list[int]], device="cpu
         tokens[row, : len(ids)] = torch.tensor(ids)
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
     return Batch(tokens, prompt_lengths, lengths).to(device)
-
-
-def cat_batches(*batches: Batch) -> Batch:
-    """Rows of several batches one below the other, padded to the longest."""
-    rows = [row for batch in batches for row in batch.tokens]
-    prompt_lengths = torch.cat([batch.prompt_lengths for batch in batches])
-    lengths = torch.cat([batch.lengths for batch in batches])
-    return Batch(pad_sequence(rows, batch_first=True), prompt_lengths, lengths)
 
 
 def demonstration_batch(examples: list[Example], device="cpu") -> Batch:

@@ -373,17 +373,6 @@ class IRL:
                 self.reference = lora.share(self.policy_model)
 
 
-@torch.no_grad()
-def first_logprob(model, experts: list[Example]) -> float:
-    """Mean log pi of the demonstrations' first token."""
-    # The exact loss's gradient on an action is proportional to pi(a), and sampling must meet it: a
-    # policy that never begins as the experts do learns it from SFT alone.
-    prompts = [example.prompt for example in experts]
-    first_tokens = [example.response[:1] for example in experts]
-    batch = data.make_batch(prompts, first_tokens, model.device)
-    return float(policy.token_logprobs(model, batch).sum()) / len(experts)
-
-
 def main() -> None:
     loading.quiet()
     settings = parse_settings("--questions 16 --group 4 --max-steps 3 --device cpu".split())

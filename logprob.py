@@ -3,8 +3,7 @@
     1. logits            x = h W^T, softcap and temperature; log pi of every action of a few rows
     2. given tokens      token_logprobs: [N]. Any loss on them is ordinary autograd
     3. all actions       expected_reward_sum: E_{a~pi}[f - alpha log pi], its gradient written out
-    4. entropies         of each row, to look at
-    5. fused kernels     --fused: Triton, on CUDA
+    4. fused kernels     --fused: Triton, on CUDA
 
 Sizes: N rows (response tokens of a micro-batch), H the model's width, V the vocabulary.
 hidden h [N, H], weight W [V, H], tokens [N].
@@ -275,26 +274,7 @@ def expected_reward_sum(
     )
 
 
-# 4. Entropies -------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def entropies(hidden, weight, softcap=0.0) -> torch.Tensor:
-    """-sum_a pi(a) log pi(a) of each row, without a gradient: [N].
-
-    >>> entropies(torch.zeros(1, 3), torch.ones(2, 3))
-    tensor([0.6931])
-    """
-    # As in the forward pass of `token_logprobs`, a block of logits at a time.
-    matrix = widened(weight)
-    values = torch.empty(len(hidden), dtype=matrix.dtype, device=hidden.device)
-    for rows in row_pieces(len(hidden), len(matrix), BLOCK):
-        log_pi = all_logprobs(hidden[rows], matrix, 1.0, softcap)  # [R, V]
-        values[rows] = -(log_pi.exp() * log_pi).sum(-1)
-    return values
-
-
-# 5. Fused kernels ---------------------------------------------------------------------------------
+# 4. Fused kernels ---------------------------------------------------------------------------------
 
 # What --fused puts here: a function like token_logprobs, for CUDA. It is off by default, since
 # `python -m experiments.bench` found it slower than the blocks on the one card that was tried.

@@ -189,13 +189,6 @@ def logprobs_of(
     return spread(logprobs, batch.response_mask)
 
 
-def token_entropies(model, batch: Batch) -> torch.Tensor:
-    """-sum_a pi(a|s_t) log pi(a|s_t) at each response token: [B, T]."""
-    weight, softcap = logprob.output_layer(model)
-    entropies = logprob.entropies(hidden_states(model, batch), weight, softcap)  # [N]
-    return spread(entropies, batch.response_mask)
-
-
 def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Values of the masked positions, in row order, back to their places: [N, ..] -> [B, T, ..]."""
     out = values.new_zeros(*mask.shape, *values.shape[1:])

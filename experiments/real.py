@@ -44,8 +44,8 @@ import data
 import policy
 import rerank
 import train
-from engine import checkpoint, loading, lora
 from candidates import collect, from_texts, without_cut_off
+from engine import checkpoint, loading, lora
 from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
 from engine.runs import read_settings

@@ -353,15 +353,6 @@ def agree(predicted: str, truth: str) -> bool:
     return not (number or stated) and plain_words(predicted) == plain_words(truth) != ""
 
 
-def normalise_text(text: str) -> str:
-    """`plain_words` without an option's letter before them.
-
-    >>> [normalise_text(t) for t in ("B. The left  ventricle!", "A", "≤ 5 mg", "−5 dB", "12:30")]
-    ['left ventricle', 'a', '< = 5 mg', '- 5 db', '12 : 30']
-    """
-    return plain_words(re.sub(OPTION_LETTER, "", text))
-
-
 def plain_words(text: str) -> str:
     """Lower case, no punctuation or articles, single spaces. Empty only if `text` is."""
     text = text.lower().translate(ONE_SPELLING)

@@ -221,14 +221,6 @@ def test_masks_come_from_lengths_and_hold_the_end_token():
     assert batch[:1].tokens.tolist() == [[5, 6, 0, 3]]
 
 
-def test_batches_of_different_width_join():
-    joined = data.cat_batches(data.make_batch([[1]], [[2]]), data.make_batch([[1]], [[2, 3, 4]]))
-    assert joined.tokens.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]] and joined.lengths.tolist() == [
-        2,
-        4,
-    ]
-
-
 def test_tokens_decode_to_the_same_text(shipped):
     _, tokenizer = shipped
     for example in data.load_examples("words", "test", 50, steps=4):

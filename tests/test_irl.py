@@ -672,14 +672,6 @@ def test_the_reference_is_the_policy_at_its_first_step(shipped, settings, start,
     assert not held & {id(p) for p in lora.trained(loop.reference)}
 
 
-def test_the_first_token_is_that_of_the_demonstrations(shipped):
-    experts = examples_of(shipped[1], "words", "train", 5)
-    batch = demonstrations(shipped[1], experts)
-    first = policy.token_logprobs(shipped[0], batch)[torch.arange(5), batch.prompt_lengths]
-    expected = pytest.approx(float(first.mean().detach()), abs=1e-5)
-    assert irl.first_logprob(shipped[0], experts) == expected
-
-
 # SFT and GRPO ---------------------------------------------------------------------------------
 
 
