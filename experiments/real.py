@@ -322,7 +322,7 @@ def candidates(x: Experiment) -> dict:
     others = [f"reward_{run}" for run in RUNS[x.args.task] if run != "main"]
     signals = ["logprob", "sft_logprob", "sft_fair_logprob", "own_verdict", "reward", *others]
     of_sft = loading.load_causal(str(x.run("main") / "sft"), x.base.device)
-    stage = {}
+    stage = {"temperature": temperature}
     for source, model, before in (("base", x.base, x.shots), ("sft", of_sft, ())):
         samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
         scores = {by: judge(x, source, by, x.test, samples) for by in signals}
