@@ -63,12 +63,17 @@ def new_folder(path: Path):
     parallel.wait()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file at once."""
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     sync(temporary)
     os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 @contextmanager

@@ -64,17 +64,14 @@ def folder() -> Path:
 
 def keep(name: str, text: str) -> None:
     """A file of results, replaced at once; compressed if its name ends in .gz or .xz."""
-    data = text.encode("utf-8")
+    content = text.encode("utf-8")
     if name.endswith(".gz"):
-        data = gzip.compress(data, mtime=0)  # no time of day: the same text gives the same file
+        content = gzip.compress(content, mtime=0)  # no time of day: the same text, the same file
     elif name.endswith(".xz"):
-        data = lzma.compress(data)
+        content = lzma.compress(content)
     path = folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(data)
-    checkpoint.sync(temporary)
-    temporary.replace(path)
+    checkpoint.write_bytes(path, content)
 
 
 def read(table: str) -> pandas.DataFrame:
@@ -91,6 +88,8 @@ def add(table: str, trial: str, seed: int, rows: list[dict]) -> None:
     with _one_at_a_time:
         before = read(table)
         others = before[(before["trial"] != trial) | (before["seed"] != seed)]
-        both = pandas.concat([part for part in (others, new) if len(part)])
+        # Of two tables without rows pandas makes none.
+        parts = [part for part in (others, new) if len(part)] or [new]
+        both = pandas.concat(parts)
         # nine digits: means over seeds come out as they did when they were kept whole
         keep(FILES[table], both.to_csv(index=False, float_format="%.9g"))

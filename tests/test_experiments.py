@@ -57,6 +57,14 @@ def test_rows_of_a_trial_replace_what_it_had(results):
     assert (results / "trials.csv").read_bytes() == before
 
 
+def test_a_trial_without_rows_is_kept_where_nothing_is_there_yet(results):
+    store.add("curves", "a", 0, [])
+    assert store.read("curves").empty
+    store.add("curves", "b", 0, [{"method": "irl", "step": 20}])
+    store.add("curves", "b", 0, [])
+    assert store.read("curves").empty
+
+
 @pytest.mark.parametrize("table", store.COLUMNS)
 def test_every_table_is_read_as_it_was_kept(results, table):
     row = {name: 0.5 for name in store.COLUMNS[table][2:]}
