@@ -229,9 +229,9 @@ def fit_context(
     new_tokens: int = 0,
     count: int | None = None,
 ) -> tuple[list[Example], int]:
-    """(the first `count` examples that fit a model's context, how many before them do not). One
-    fits if its prompt with its own trace, and with `new_tokens` sampled ones, has at most `context`
-    tokens."""
+    """(the first `count` examples that fit a model's context, tokenised; how many before them do
+    not). One fits if its prompt with its own trace, and with `new_tokens` sampled ones, has at most
+    `context` tokens."""
     kept = []
     dropped = 0
     unwritten = []
@@ -240,11 +240,11 @@ def fit_context(
     for example in examples:
         if len(kept) == count:
             break
-        (tokens,) = tokenize(tokenizer, [example])
-        if not unknown.isdisjoint(tokens.prompt + tokens.response):
+        (example,) = tokenize(tokenizer, [example])
+        if not unknown.isdisjoint(example.prompt + example.response):
             unwritten.append(example)
         # Cutting a trace short instead would teach the reward that experts stop in mid-sentence.
-        if len(tokens.prompt) + max(len(tokens.response), new_tokens) <= context:
+        if len(example.prompt) + max(len(example.response), new_tokens) <= context:
             kept.append(example)
         else:
             dropped += 1
@@ -263,8 +263,8 @@ def fit_context(
 def load_fitting(
     tokenizer, context: int, new_tokens: int, source: str, split: str, count: int, *problems, **more
 ) -> tuple[list[Example], int]:
-    """load_examples(source, split, count, ..) that fit the context, and how many did not. In the
-    place of one that is too long comes the next one of the data, while there are any."""
+    """load_examples(source, split, count, ..) that fit the context, tokenised, and how many did
+    not. In the place of one that is too long comes the next one of the data, while there are any."""
     # Problems that are made have no end, and are about as long as each other: no others are tried.
     available = count if source in EMBEDDED else None
     examples = load_examples(source, split, available, *problems, **more)

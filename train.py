@@ -188,11 +188,11 @@ class Run:
                 print(f"{name.replace('_', ' ')}: only {count} are there, not {wanted}")
         # By this a resumed run knows its data: with other examples it would not be the same run.
         self.data_sum = zlib.crc32(repr((experts, extra, self.validation, self.test)).encode())
-        self.experts = parallel.share(data.tokenize(self.tokenizer, experts))
-        self.extra = parallel.share(data.tokenize(self.tokenizer, extra))
-        # Example by example: a tokenised one is used in many steps. GRPO learns from the answers of
-        # all of them.
-        self.answered = parallel.share(data.tokenize(self.tokenizer, experts + extra))
+        # They have been tokenised, once: each is used in many steps.
+        self.experts = parallel.share(experts)
+        self.extra = parallel.share(extra)
+        # GRPO learns from the answers of all of them.
+        self.answered = parallel.share(experts + extra)
 
     # --- models -----------------------------------------------------------------------------------
 

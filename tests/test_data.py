@@ -389,6 +389,9 @@ def test_examples_that_are_too_long_are_replaced_by_others(shipped, tmp_path):
     whole = data.load_examples(str(tmp_path), "train", None, 0)
     assert len(examples) == 30 and dropped > 0
     assert examples == [e for e in whole if len(e.trace) < 20][:30]  # in the data's order
+    # with their tokens: nobody has to make them again
+    tokens = [(e.prompt, e.response) for e in data.tokenize(shipped[1], examples)]
+    assert [(e.prompt, e.response) for e in examples] == tokens
     every, _ = data.load_fitting(*load, 500, 0)
     assert len(every) == sum(len(e.trace) < 20 for e in whole)  # no more are there
     assert data.load_fitting(shipped[1], 256, 64, "words", "test", 7, 0) == (
