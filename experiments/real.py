@@ -302,12 +302,12 @@ def tuned(x: Experiment, name: str, cells: tuple, flags: str) -> dict:
 
 def main_run(x: Experiment) -> dict:
     """Fair SFT's settings, then SFT, fair SFT with these, IRL and GRPO."""
-    found = tuned(x, "fair", CELLS[x.args.task], "")
-    best = found["chosen"]
+    tuning = tuned(x, "fair", CELLS[x.args.task], "")
+    best = tuning["chosen"]
     flags = f"--fair-steps {best['updates']} --fair-lr {best['rate']} "
     flags += f"--fair-average {best['share']} --fair-temperature {best['temperature']}"
     methods = trained(x, "main", f"{RUNS[x.args.task]['main']} {flags}")
-    return found | {"arms": {name: intervals(result) for name, result in methods.items()}}
+    return tuning | {"arms": {name: intervals(result) for name, result in methods.items()}}
 
 
 def other_run(name: str, x: Experiment) -> dict:
@@ -338,6 +338,17 @@ def candidates(x: Experiment) -> dict:
     return stage | {"written": {"base": base}}
 
 
+def votes(answers: list[list[str | None]], options: list[tuple[str, ...]]) -> list[list[int]]:
+    """How many of a question's answers say what each one says; -1 for no answer.
+
+    >>> votes([["1,200", None, "$1200.00", None, None, "7"]], [()])
+    [[2, -1, 2, -1, -1, 1]]
+    """
+    keys = rerank.answer_keys(answers, options)  # [Q, n]
+    alike = (keys[:, :, None] == keys[:, None, :]).sum(-1)
+    return alike.masked_fill(keys < 0, -1).tolist()
+
+
 def imitate_best(name: str, x: Experiment) -> dict:
     """Imitate the demonstrations and what wins among SFT's samples. No answer is looked at."""
     asked = [data.question_only(example) for example in x.extra]
@@ -345,12 +356,12 @@ def imitate_best(name: str, x: Experiment) -> dict:
     samples = sample(x, "extra", of_sft, asked, CANDIDATES, 1.0)
     if BEST_BY[name] == "majority":
         answers = [[extract_answer(text) for text in one["texts"]] for one in samples]
-        said = [[row.count(answer) for answer in row] for row in answers]
+        scores = votes(answers, [example.options for example in asked])
     else:
-        said = judge(x, "extra", BEST_BY[name], asked, samples)
+        scores = judge(x, "extra", BEST_BY[name], asked, samples)
     rows = [as_row(example) for example in x.experts]
-    for example, one, scores in zip(asked, samples, said):
-        text = one["texts"][scores.index(max(scores))]
+    for example, one, row in zip(asked, samples, scores):
+        text = one["texts"][row.index(max(row))]
         written = re.fullmatch(r"<think>\n(.*)\n</think>\n<answer>(.*)</answer>", text, re.DOTALL)
         if written:
             rows.append(as_row(replace(example, trace=written[1], answer=written[2])))
@@ -362,10 +373,10 @@ def imitate_best(name: str, x: Experiment) -> dict:
         checkpoint.write_text(folder / f"{file}.jsonl", lines)
     fair = read_settings(x.run("main"))
     flags = f"--data {shlex.quote(str(folder))} --demonstrations {len(rows)}"
-    found = tuned(x, name, ((fair["fair_steps"], fair["fair_lr"]),), flags)
-    chosen = found["chosen"]
+    tuning = tuned(x, name, ((fair["fair_steps"], fair["fair_lr"]),), flags)
+    chosen = tuning["chosen"]
     [tested] = look(x, chosen["run"], x.test, [(chosen["share"], chosen["temperature"])])
-    return found | {"arms": {name: {column: tested[column] for column in ("t1", "greedy")}}}
+    return tuning | {"arms": {name: {column: tested[column] for column in ("t1", "greedy")}}}
 
 
 def as_row(example: data.Example) -> dict:

@@ -165,34 +165,34 @@ def results_of(task: str) -> dict:
                     by: r["f1"] for by, r in signals.items()
                 }
         by_size.setdefault((run["model"], str(run["demonstrations"])), []).append(one)
-    found: dict = {}
+    results: dict = {}
     for (model, size), seeds in by_size.items():
         one = mean_of(seeds)
         for name, arm in arms_of(one).items():
             arm["seeds"] = sum(name in seed for seed in seeds)
         if {"grpo", "sft_fair"} <= one.keys():
             one["room"] = round(100 * (one["grpo"]["t1"][0] - one["sft_fair"]["t1"][0]), 1)
-        found.setdefault(model, {})[size] = one
-    return found
+        results.setdefault(model, {})[size] = one
+    return results
 
 
 def summary() -> dict:
     """results/real.json."""
     path = store.folder() / "real.json"
-    found: dict = {"earlier": {}}
+    results: dict = {"earlier": {}}
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-    found |= {"countdown": results_of("countdown"), "gsm8k": results_of("gsm8k")}
-    found |= {"gsm8k_votes": {}, "processbench": {}}
-    for model, sizes in found["gsm8k"].items():
+        results = json.loads(path.read_text(encoding="utf-8"))
+    results |= {"countdown": results_of("countdown"), "gsm8k": results_of("gsm8k")}
+    results |= {"gsm8k_votes": {}, "processbench": {}}
+    for model, sizes in results["gsm8k"].items():
         one = sizes[max(sizes, key=int)]
         votes = one["rerank"].get("base", {})
         # The first 100 questions, sampled at temperature 1, had been looked at before the rule of
         # ties was fixed: they do not count here.
         if one.get("temperature") == 0.7:
-            found["gsm8k_votes"][model] = votes | {"temperature": 0.7}
-        found["processbench"][model] = one.get("processbench", {})
-    return found
+            results["gsm8k_votes"][model] = votes | {"temperature": 0.7}
+        results["processbench"][model] = one.get("processbench", {})
+    return results
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -215,23 +215,23 @@ def grid(rows: list[tuple]) -> str:
     return tables.table(["", *cells.columns], [[name, *row] for name, row in cells.T.items()])
 
 
-def experiments(found: dict) -> list[tuple[str, dict]]:
+def experiments(results: dict) -> list[tuple[str, dict]]:
     """(its name, its results) of every task, model and size."""
     names = {"countdown": "Countdown", "gsm8k": "GSM8K"}
     return [
         (f"{names[task]}, {model}, {size} demonstrations", one)
         for task in names
-        for model, sizes in found[task].items()
+        for model, sizes in results[task].items()
         for size, one in sizes.items()
     ]
 
 
-def markdown(found: dict) -> str:
+def markdown(results: dict) -> str:
     """results/real.md: every number of real.json but those of earlier experiments."""
     parts = [
         "# Pretrained models\n\nWritten by `python -m experiments.real`. % with 95% intervals."
     ]
-    for name, one in experiments(found):
+    for name, one in experiments(results):
         arms = arms_of(one)
         rows = [(arm, column, arms[arm][column]) for arm in arms for column in ("t1", "greedy")]
         parts += [f"## {name}", grid(rows + [(arm, "seeds", arms[arm]["seeds"]) for arm in arms])]
@@ -246,15 +246,15 @@ def markdown(found: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def readme_table(found: dict) -> str:
+def readme_table(results: dict) -> str:
     """README.md's: arms at T = 1 / greedy, then the best of 8 of SFT's samples."""
     rows = []
     for arm, label in ARMS.items():
-        for name, one in experiments(found):
+        for name, one in experiments(results):
             cells = [tables.short(one[arm][column]) for column in ("t1", "greedy") if arm in one]
             rows.append((label, name, " / ".join(cells) or None))
     for rule, label in RULES.items():
-        for name, one in experiments(found):
+        for name, one in experiments(results):
             best = one["rerank"].get("sft", {}).get("8", {}).get(rule)
             rows.append((f"best of 8 of SFT's: {label}", name, best and tables.short(best)))
     return grid(rows)
@@ -262,11 +262,11 @@ def readme_table(found: dict) -> str:
 
 def write() -> None:
     """results/real.json and results/real.md, and README.md's table."""
-    found = summary()
-    store.keep("real.json", json.dumps(found, indent=1) + "\n")
-    store.keep("real.md", markdown(found))
+    results = summary()
+    store.keep("real.json", json.dumps(results, indent=1) + "\n")
+    store.keep("real.md", markdown(results))
     if store.folder() == store.ROOT / "results":
         text = (store.ROOT / "README.md").read_text(encoding="utf-8")
-        table = readme_table(found)
+        table = readme_table(results)
         store.keep("../README.md", tables.between_marks(text, "real", table, "real"))
     print(f"tables: {store.folder() / 'real.md'}")

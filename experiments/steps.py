@@ -57,8 +57,8 @@ def read_solutions(path: str, count: int | None = None) -> list[Solution]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: {error}") from None
         lines = list(enumerate(map(json.dumps, whole), 1))
-    found = records.read_objects(path, lines, from_record, "question, steps and label")
-    return random.Random(0).sample(found, min(count or len(found), len(found)))
+    solutions = records.read_objects(path, lines, from_record, "question, steps and label")
+    return random.Random(0).sample(solutions, min(count or len(solutions), len(solutions)))
 
 
 def from_record(record: dict) -> Solution:
@@ -246,9 +246,9 @@ def localise(
 
     Rule and threshold are those with the highest F1 on dev. Nothing is chosen on test.
     """
-    found = {rule: best_threshold(padded(dev, rule), dev_labels) for rule in RULES}
-    rule = max(found, key=found.get)
-    dev_f1, threshold = found[rule]
+    best = {rule: best_threshold(padded(dev, rule), dev_labels) for rule in RULES}
+    rule = max(best, key=best.get)
+    dev_f1, threshold = best[rule]
     predicted = predict(padded(test, rule), threshold)
     shares = {name: share.item() for name, share in accuracies(predicted, labels).items()}
     chosen = {"rule": rule, "threshold": threshold, "dev_f1": dev_f1}
