@@ -112,7 +112,7 @@ def load_examples(
 
 
 def draw(items: list, count: int, rng: random.Random) -> list:
-    # without repeats where there are enough
+    """`count` items, without repeats where there are enough; none of none."""
     if len(items) >= count:
         return rng.sample(items, count)
     return rng.choices(items, k=count) if items else []
@@ -165,8 +165,9 @@ def response_ids(tokenizer, text: str) -> list[int]:
 
 
 def prompt_opening(tokenizer) -> str:
-    # What the prompt has already written of the response: "<think>" and a newline with some chat
-    # templates, else nothing. It is not written again, and `decode` puts it back.
+    """What the prompt has already written of the response: "<think>" and a newline with some chat
+    templates, else nothing."""
+    # It is not written again, and `decode` puts it back.
     return opening(tokenizer, str(getattr(tokenizer, "chat_template", None) or ""))
 
 
@@ -181,7 +182,7 @@ def tokenize(tokenizer, examples: list[Example]) -> list[Example]:
 
 
 def question_only(example: Example) -> Example:
-    # What a policy may see of an example. Trace and answer are taken away.
+    """What a policy may see of an example: trace and answer are taken away."""
     return replace(example, trace="", answer="", response=[])
 
 
@@ -290,13 +291,13 @@ class Batch:
 
     @property
     def attention_mask(self) -> torch.Tensor:
-        # [B, T], 1 on real tokens
+        """[B, T], 1 on real tokens."""
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (positions < self.lengths[:, None]).long()
 
     @property
     def response_mask(self) -> torch.Tensor:
-        # [B, T] float, 1 on response tokens, the end token among them
+        """[B, T] float, 1 on response tokens, the end token among them."""
         positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return self.attention_mask * (positions >= self.prompt_lengths[:, None]).float()
 
@@ -304,18 +305,19 @@ class Batch:
         return len(self.tokens)
 
     def __getitem__(self, rows) -> "Batch":
-        # a slice, a list or a tensor of rows, cut to the longest of them
+        """A slice, a list or a tensor of rows, cut to the longest of them."""
         lengths = self.lengths[rows]
         longest = int(lengths.max()) if len(lengths) else 0
         return Batch(self.tokens[rows][:, :longest], self.prompt_lengths[rows], lengths)
 
     def to(self, device) -> "Batch":
+        """The same batch on another device."""
         return Batch(
             self.tokens.to(device), self.prompt_lengths.to(device), self.lengths.to(device)
         )
 
     def response(self, row: int) -> list[int]:
-        # the response tokens of one row, without padding
+        """The response tokens of one row, without padding."""
         return self.tokens[row, int(self.prompt_lengths[row]) : int(self.lengths[row])].tolist()
 
 
@@ -331,7 +333,7 @@ def make_batch(prompts: list[list[int]], responses: list[list[int]], device="cpu
 
 
 def demonstration_batch(examples: list[Example], device="cpu") -> Batch:
-    # tokenised demonstrations: prompt, <think> trace </think>, answer, end token
+    """Tokenised demonstrations as a batch: prompt, <think> trace </think>, answer, end token."""
     prompts = [example.prompt for example in examples]
     responses = [example.response for example in examples]
     return make_batch(prompts, responses, device)
@@ -360,6 +362,7 @@ def first_error(expert: Example, response: str) -> int | None:
 
 
 def main() -> None:
+    """One example: an expert's trace, a pupil's, and where the pupil's first goes wrong."""
     problem = words.words_problems("train", 1)[0]
     expert = words.solve(problem)
     pupil = words.solve(problem, words.Pupil(), random.Random(1))

@@ -374,6 +374,7 @@ class IRL:
 
 
 def main() -> None:
+    """Three iterations on word problems."""
     loading.quiet()
     settings = parse_settings("--questions 16 --group 4 --max-steps 3 --device cpu".split())
     model, tokenizer = loading.load_policy("base")

@@ -435,6 +435,7 @@ def divide_logits(model, divisor: float) -> None:
 
 
 def main() -> None:
+    """Sample four responses, and compare their log-probabilities with a fresh forward pass."""
     loading.quiet()
     model, tokenizer = loading.load_policy(loading.BASE)
     (example,) = data.tokenize(tokenizer, data.load_examples("words", "test", 1))

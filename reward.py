@@ -204,7 +204,7 @@ class LikelihoodReward(torch.nn.Module):
         self.model = model
 
     def states(self, batch: Batch) -> torch.Tensor:
-        # What f(s_t, .) is read off: the hidden state *before* token t. [B, T, H]
+        """What f(s_t, .) is read off: the hidden state *before* token t. [B, T, H]"""
         return policy.spread(policy.hidden_states(self.model, batch), batch.response_mask)
 
     def scores(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor:
@@ -227,7 +227,7 @@ class HeadReward(torch.nn.Module):
         self.model = model
 
     def states(self, batch: Batch) -> torch.Tensor:
-        # What f(s_t, a_t) is read off: the hidden state *after* token t. [B, T, H]
+        """What f(s_t, a_t) is read off: the hidden state *after* token t. [B, T, H]"""
         hidden = policy.hidden_states(self.model, batch, after=True)
         return policy.spread(hidden, batch.response_mask)
 
@@ -277,7 +277,7 @@ class Discriminator:
     clip: float = 0.0
 
     def score_mask(self, batch: Batch) -> torch.Tensor:
-        # [B, T], 1 where a score is read.
+        """[B, T], 1 where a score is read."""
         return segment_ends(batch, self.granularity, self.step_end_tokens)
 
     def segments(
@@ -422,11 +422,12 @@ class Replay:
         self.past = {}
 
     def add(self, question: str, responses: list[list[int]]) -> None:
+        """Keep these responses; the oldest ones go."""
         latest = deque(self.past.get(question, []) + responses, self.per_question)
         self.past[question] = list(latest)
 
     def draw(self, question: str, count: int, rng: random.Random) -> list[list[int]]:
-        # `count` of them at most.
+        """At most `count` old responses to a question."""
         past = self.past.get(question, [])
         return rng.sample(past, min(count, len(past)))
 
@@ -473,7 +474,7 @@ SUSPICIOUS = -1.0
 
 
 def main() -> None:
-    # Learn a reward from 64 demonstrations in some seconds, and show a mistake in its eyes.
+    """Learn a reward from 64 demonstrations in some seconds, and show a mistake in its eyes."""
     loading.quiet()
     base, tokenizer = loading.load_policy("base")
     discriminator = make_discriminator(load_reward("likelihood", "base"), tokenizer)
