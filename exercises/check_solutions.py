@@ -1,6 +1,6 @@
 """Proof that the exercises can be solved, and that as handed out they are not.
 
-python exercises/check_solutions.py      # about 10 seconds, for instructors and for the repository's own tests
+python exercises/check_solutions.py      # about 10 seconds; the repository's tests run it, too
 """
 
 import doctest
@@ -18,7 +18,16 @@ def run_pytest(*options: str) -> dict[str, str | None]:
     """{test: None if it passed, else its message} of `pytest exercises` in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(HERE),
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+        ]
         done = subprocess.run([*command, *options], cwd=HERE.parent, capture_output=True, text=True)
         if not report.exists():
             raise AssertionError(f"pytest did not run:\n{done.stdout}{done.stderr}")
@@ -39,20 +48,28 @@ def load(path: Path):
 
 
 def check_solutions() -> None:
-    """Raise AssertionError unless all solutions pass, all blanks fail kindly and their examples are true."""
+    """AssertionError unless all solutions pass, all blanks fail kindly, their examples are true."""
     solved = run_pytest("--solutions")
     failed = {name: message for name, message in solved.items() if message}
-    assert not failed, "solutions fail:\n" + "\n".join(f"{name}: {message}" for name, message in failed.items())
+    assert not failed, "solutions fail:\n" + "\n".join(
+        f"{name}: {message}" for name, message in failed.items()
+    )
 
     blank = run_pytest()
     numbers = [path.stem.split("_")[1] for path in HERE.glob("test_*.py")]
     for number in numbers:
         assert any(f"test_{number}_" in name for name in blank), f"exercise {number} has no test"
-        assert any(f"test_{number}_" in name for name in solved), f"exercise {number} has no test of its solution"
+        assert any(f"test_{number}_" in name for name in solved), (
+            f"exercise {number} has no test of its solution"
+        )
     for name, message in blank.items():
-        assert message and "not solved yet" in message, f"{name}: as handed out it should fail kindly, not: {message}"
+        assert message and "not solved yet" in message, (
+            f"{name}: as handed out it should fail kindly, not: {message}"
+        )
     bug = [message for name, message in blank.items() if "test_9_" in name]
-    assert all("too flat" in message for message in bug), "exercise 9: the planted bug does not show"
+    assert all("too flat" in message for message in bug), (
+        "exercise 9: the planted bug does not show"
+    )
 
     for path in sorted(HERE.glob("ex*.py")):
         names = vars(load(HERE / "solutions" / path.name))
@@ -62,10 +79,14 @@ def check_solutions() -> None:
             doctest.DocTestRunner().run(example, out=lines.append)
             assert not lines, "".join(lines)
 
-    shipped, fixed = (path.read_text(encoding="utf-8").splitlines() for path in
-                      (HERE / "ex9_bug.py", HERE / "solutions" / "ex9_bug.py"))  # fmt: skip
+    shipped, fixed = (
+        path.read_text(encoding="utf-8").splitlines()
+        for path in (HERE / "ex9_bug.py", HERE / "solutions" / "ex9_bug.py")
+    )
     changed = [number for number, (a, b) in enumerate(zip(shipped, fixed), 1) if a != b]
-    assert len(shipped) == len(fixed) and len(changed) == 1, f"exercise 9 and its solution differ in lines {changed}"
+    assert len(shipped) == len(fixed) and len(changed) == 1, (
+        f"exercise 9 and its solution differ in lines {changed}"
+    )
 
 
 if __name__ == "__main__":

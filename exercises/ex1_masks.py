@@ -13,8 +13,11 @@ Many tokenizers pad with the end token. Here both are 0.
 import torch
 
 
-def response_mask(tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """1.0 on response tokens, the end token included; 0.0 on the question and on padding. [B, T], [B], [B] -> [B, T]
+def response_mask(
+    tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """1.0 on response tokens, the end token included; 0.0 on the question and on padding.
+    [B, T], [B], [B] -> [B, T]
 
         mask[b, t] = 1 if prompt_lengths[b] <= t < lengths[b] else 0
 
@@ -27,10 +30,11 @@ def response_mask(tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: t
 
 
 def labels(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The targets of a cross-entropy: the token where mask is 1, -100 elsewhere. [B, T], [B, T] -> [B, T]
+    """The targets of a cross-entropy: the token where mask is 1, -100 elsewhere.
+    [B, T], [B, T] -> [B, T]
 
-    -100 is what torch.nn.functional.cross_entropy leaves out (its `ignore_index`). `tokens` must stay as they are: the
-    model still has to read them.
+    -100 is what torch.nn.functional.cross_entropy leaves out (its `ignore_index`). `tokens` must
+    stay as they are: the model still has to read them.
 
     >>> labels(torch.tensor([[5, 7, 0, 0]]), torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
     tensor([[-100,    7,    0, -100]])

@@ -1,14 +1,16 @@
-"""Exercise 5: expert or policy? In the repository: reward.py, `discriminator_logits`, `bce_loss`, `trace_weights`.
+"""Exercise 5: expert or policy? In the repository: reward.py, `discriminator_logits`, `bce_loss`,
+`trace_weights`.
 
-The reward model gives each token a score f(s, a). The discriminator D(s, a) is the probability that the token is the
-expert's, and its logit is the reward that the policy gets.
+The reward model gives each token a score f(s, a). The discriminator D(s, a) is the probability that
+the token is the expert's, and its logit is the reward that the policy gets.
 """
 
 import torch
 
 
 def discriminator_logits(scores: torch.Tensor, policy_logprobs: torch.Tensor) -> torch.Tensor:
-    """The logit of AIRL's D, that is log D - log(1 - D), from f and log pi. [B, T], [B, T] -> [B, T]
+    """The logit of AIRL's D, that is log D - log(1 - D), from f and log pi.
+    [B, T], [B, T] -> [B, T]
 
         D(s,a) = exp f(s,a) / (exp f(s,a) + pi(a|s))           (Fu, Luo & Levine, arXiv 1710.11248)
 
@@ -36,7 +38,8 @@ def bce_loss(logits: torch.Tensor, is_expert: bool, smoothing: float) -> torch.T
 
 
 def trace_weights(mask: torch.Tensor) -> torch.Tensor:
-    """Weights w for which (w * loss).sum() is the mean over a trace's tokens, then over traces. [B, T] -> [B, T]
+    """Weights w for which (w * loss).sum() is the mean over a trace's tokens, then over traces.
+    [B, T] -> [B, T]
 
     So a long trace counts as much as a short one. A trace without any counted token has weights 0.
 

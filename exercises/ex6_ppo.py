@@ -3,7 +3,9 @@
 import torch
 
 
-def ppo_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float) -> torch.Tensor:
+def ppo_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
+) -> torch.Tensor:
     """PPO's clipped loss of each token, to be *minimised*. [B, T] each -> [B, T]
 
         objective = min(ratio A, clip(ratio, 1 - clip, 1 + clip) A),  ratio = pi(a|s) / pi_old(a|s)

@@ -1,4 +1,4 @@
-"""`check`: compare an answer with the right one, and if it is wrong, say which typical mistake gives just that."""
+"""`check`: compare an answer with the right one; if it is wrong, say which mistake gives that."""
 
 import pytest
 import torch
@@ -26,12 +26,14 @@ def fail(name: str, hint: str, *lines: str) -> None:
 def check(name: str, got, expected, wrong: dict | None = None) -> None:
     """Pass if `got` equals `expected`, else fail with a hint.
 
-    wrong: {hint: what the typical mistake returns for this input}. A mistake that is right for this input would make
-    the hint a lie, so that is an error in the test itself.
+    wrong: {hint: what the typical mistake returns for this input}. A mistake that is right for this
+    input would make the hint a lie, so that is an error in the test itself.
     """
     wrong = wrong or {}
     for hint, value in wrong.items():
-        assert not same(value, expected), f"this input does not tell the mistake from the right answer: {hint}"
+        assert not same(value, expected), (
+            f"this input does not tell the mistake from the right answer: {hint}"
+        )
     if got is None:
         fail(name, "the function returns None. Is there a `return`?")
     expected = torch.as_tensor(expected)
@@ -44,11 +46,25 @@ def check(name: str, got, expected, wrong: dict | None = None) -> None:
         if same(got, value):
             fail(name, hint, *lines)
     if got.shape != expected.shape:
-        reduced = " Do not sum or average here: one value per token is wanted." if got.dim() < expected.dim() else ""
-        fail(name, f"the shape is {list(got.shape)}, but {list(expected.shape)} is wanted.{reduced}", *lines)
+        hint = f"the shape is {list(got.shape)}, but {list(expected.shape)} is wanted."
+        if got.dim() < expected.dim():
+            hint += " Do not sum or average here: one value per token is wanted."
+        fail(name, hint, *lines)
     if expected.is_floating_point() and not got.is_floating_point():
-        fail(name, f"the values are {got.dtype}; turn them into floats, they are to be multiplied with.", *lines)
+        fail(
+            name,
+            f"the values are {got.dtype}; turn them into floats, they are to be multiplied with.",
+            *lines,
+        )
     if got.is_floating_point() and not got.isfinite().all():
-        fail(name, "there is a nan or an inf. Which division, logarithm or exponential made it?", *lines)
+        fail(
+            name,
+            "there is a nan or an inf. Which division, logarithm or exponential made it?",
+            *lines,
+        )
     if not same(got, expected):
-        fail(name, "no typical mistake. Do the docstring's example by hand, then with your code.", *lines)
+        fail(
+            name,
+            "no typical mistake. Do the docstring's example by hand, then with your code.",
+            *lines,
+        )

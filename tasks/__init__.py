@@ -1,1 +1,1 @@
-"""The embedded tasks: problems made from a seed, an exact checker for each, and the shipped bases with what made them."""
+"""The embedded tasks: problems made from a seed, an exact checker for each, the shipped bases."""

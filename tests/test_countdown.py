@@ -1,4 +1,4 @@
-"""tasks/countdown.py: problems, the checker of whole traces, the corpus; and the base that ships with it."""
+"""tasks/countdown.py: problems, the checker of whole traces, the corpus; and the shipped base."""
 
 import itertools
 import random
@@ -78,21 +78,26 @@ def test_every_expert_is_right_and_so_are_its_tokens():
 QUESTION = Solution("7 12 4 > 15", "", "15")
 
 
-@pytest.mark.parametrize("text, at", [
-    (response("12+7=19", "19-4=15", answer=15), None),
-    (response("7+12=19", "19-4=15", answer=15), None),
-    (response("12-4=8", "8+7=15", answer=15), None),
-    (response("12+7=19", "19-4=15", answer=19), "19</answer>"),  # says what it has not found: '1' is still right
-    (response("12+7=18", "18-4=14", answer=14), "8\n18"),  # a false line
-    (response("12+7=19", "19-4=14", answer=15), "4\n</think>"),  # a false line to the target
-    (response("12-7=5", "5+4=9", answer=9), "7=5"),  # true, but the target is out of reach: only 4 may be taken from 12
-    (response("12+3=15", answer=15), "3=15"),  # a number that is not there
-    (response("12+12=24", "24-9=15", answer=15), "12=24"),  # a number used twice
-    (response("12+7=19", answer=19), "</think>"),  # stops too early
-    (response("12+7=19", "19-4=15", "15+0=15", answer=15), "15+0"),  # goes on
-    (response("12+7=19", "19-4=15", answer=15) + " ", " "),
-    ("", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, at",
+    [
+        (response("12+7=19", "19-4=15", answer=15), None),
+        (response("7+12=19", "19-4=15", answer=15), None),
+        (response("12-4=8", "8+7=15", answer=15), None),
+        # says what it has not found: '1' is still right
+        (response("12+7=19", "19-4=15", answer=19), "19</answer>"),
+        (response("12+7=18", "18-4=14", answer=14), "8\n18"),  # a false line
+        (response("12+7=19", "19-4=14", answer=15), "4\n</think>"),  # a false line to the target
+        # true, but the target is out of reach: only 4 may be taken from 12
+        (response("12-7=5", "5+4=9", answer=9), "7=5"),
+        (response("12+3=15", answer=15), "3=15"),  # a number that is not there
+        (response("12+12=24", "24-9=15", answer=15), "12=24"),  # a number used twice
+        (response("12+7=19", answer=19), "</think>"),  # stops too early
+        (response("12+7=19", "19-4=15", "15+0=15", answer=15), "15+0"),  # goes on
+        (response("12+7=19", "19-4=15", answer=15) + " ", " "),
+        ("", ""),
+    ],
+)
 def test_the_first_error_is_where_no_good_line_goes(text, at):
     found = countdown.first_error(QUESTION, text)
     assert countdown.is_right(QUESTION, text) == (at is None)

@@ -156,8 +156,10 @@ def test_the_best_threshold_by_trying_all():
 
 def scored(rows: list, **others) -> list[dict]:
     """Step scores as steps.score gives them: the same by every rule, but for the others."""
-    return [dict.fromkeys(steps.RULES, row) | {r: o[i] for r, o in others.items()}
-            for i, row in enumerate(rows)]  # fmt: skip
+    return [
+        dict.fromkeys(steps.RULES, row) | {r: o[i] for r, o in others.items()}
+        for i, row in enumerate(rows)
+    ]
 
 
 def test_the_test_set_chooses_nothing():

@@ -1,4 +1,7 @@
-"""Solution of exercise 6. The minimum is taken with A inside, so that for A < 0 it is the larger ratio that counts."""
+"""Solution of exercise 6.
+
+The minimum is taken with A inside, so that for A < 0 it is the larger ratio that counts.
+"""
 
 import torch
 

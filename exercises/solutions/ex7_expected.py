@@ -1,8 +1,8 @@
 """Solution of exercise 7.
 
-With p = softmax(f/alpha): E[f - alpha log pi] = -alpha KL(pi || p) + alpha logsumexp(f/alpha). The KL is least, 0, at
-pi = p. For f = log expert, p is expert^(1/alpha), normalised: alpha = 1/2 squares the probabilities, so what was likely
-becomes likelier.
+With p = softmax(f/alpha): E[f - alpha log pi] = -alpha KL(pi || p) + alpha logsumexp(f/alpha). The
+KL is least, 0, at pi = p. For f = log expert, p is expert^(1/alpha), normalised: alpha = 1/2
+squares the probabilities, so what was likely becomes likelier.
 """
 
 
