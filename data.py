@@ -265,7 +265,7 @@ def load_fitting(
     tokenizer, context: int, new_tokens: int, source: str, split: str, count: int, *problems, **more
 ) -> tuple[list[Example], int]:
     """load_examples(source, split, count, ..) that fit the context, tokenised, and how many did
-    not. In the place of one that is too long comes the next one of the data, while there are any."""
+    not. In the place of one that is too long comes the next of the data, while there are any."""
     # Problems that are made have no end, and are about as long as each other: no others are tried.
     available = count if source in EMBEDDED else None
     examples = load_examples(source, split, available, *problems, **more)

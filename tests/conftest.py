@@ -146,7 +146,7 @@ def true_gradient(theta, rewards, gamma=1.0):
 
 
 def changed(settings, **changes):
-    """Settings with other values; those that have no flag (temperature, ppo_clip, ..) change, too."""
+    """Settings with other values; those that have no flag (temperature, ppo_clip, ..), too."""
     fields = Settings.__dataclass_fields__
     changed = replace(settings, **{name: x for name, x in changes.items() if name in fields})
     constants = {name: x for name, x in changes.items() if name not in fields}

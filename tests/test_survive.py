@@ -568,8 +568,9 @@ def make_nan(patch, steps, stage="policy"):
     if stage == "discriminator":
         losses = [(train.reward, "discriminator_loss")]
     for owner, name in losses:
+        real = getattr(owner, name)
 
-        def loss(*args, real=getattr(owner, name)):
+        def loss(*args, real=real):
             return real(*args) * (float("nan") if now and now[-1] in steps else 1.0)
 
         patch.setattr(owner, name, loss)
