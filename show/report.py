@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -243,8 +243,9 @@ def visible(value):
     return printable(value) if isinstance(value, str) else value
 
 
-def page_of(name: str, parts: dict) -> str:
-    """report.html with what `read_run` has found in the run of this name."""
+@cache  # compiled once
+def template():
+    """report.html."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -253,6 +254,11 @@ def page_of(name: str, parts: dict) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return templates.get_template("report.html")
+
+
+def page_of(name: str, parts: dict) -> str:
+    """report.html with what `read_run` has found in the run of this name."""
     results = parts["results"]
     methods = {key: row for key, row in results.get("methods", {}).items() if isinstance(row, dict)}
     ranking = results.get("rerank", {})
@@ -261,7 +267,7 @@ def page_of(name: str, parts: dict) -> str:
     scores = results.get("distributions", {})
     groups = {kind: scores.get(kind, []) for kind in ("right", "wrong")}
     rewards = [reward for trace in parts["traces"] for reward in trace.get("rewards", [])]
-    return templates.get_template("report.html").render(
+    return template().render(
         name=name,
         missing=parts["missing"],
         settings={key: tidy(value) for key, value in parts["settings"].items()},
