@@ -20,9 +20,10 @@ the end the stages go to a file in results/, and from there into the tables
     rerank    8 candidates for each test question, of the base that was shown worked examples and of
               SFT, and what every model says of them; also the base's own verdict, asked "Is this
               solution right?"
-    irl_best  countdown: SFT's best of 8 by the reward from copies, on questions that have no
-              demonstration, are imitated beside the demonstrations, with fair SFT's updates. Its
-              rivals best_majority (a majority vote chooses) and best_logprob (SFT's probability)
+    irl_best  countdown: on questions that have no demonstration, SFT's best of 8 by the reward from
+              copies is imitated beside the demonstrations, where D takes it for an expert's (logit
+              above 0), with fair SFT's updates or twice as many. Its rivals imitate as many, the
+              surest: best_majority (a majority vote chooses), best_logprob (SFT's probability)
     steps     GSM8K: the first wrong step on ProcessBench (experiments/steps.py)
 
 True answers are read by tests, by GRPO, and by what is chosen on validation questions.
@@ -349,8 +350,11 @@ def votes(answers: list[list[str | None]], options: list[tuple[str, ...]]) -> li
     return alike.masked_fill(keys < 0, -1).tolist()
 
 
-def imitate_best(name: str, x: Experiment) -> dict:
-    """Imitate the demonstrations and what wins among SFT's samples. No answer is looked at."""
+def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
+    """(score, question, SFT's sample with the highest score), the surest first.
+
+    No answer is looked at.
+    """
     asked = [data.question_only(example) for example in x.extra]
     of_sft = loading.load_causal(str(x.run("main") / "sft"), x.base.device)
     samples = sample(x, "extra", of_sft, asked, CANDIDATES, 1.0)
@@ -359,9 +363,31 @@ def imitate_best(name: str, x: Experiment) -> dict:
         scores = votes(answers, [example.options for example in asked])
     else:
         scores = judge(x, "extra", BEST_BY[name], asked, samples)
+    best = [
+        (max(row), example, one["texts"][row.index(max(row))])
+        for example, one, row in zip(asked, samples, scores)
+    ]
+
+    def score(winner: tuple) -> float:
+        return winner[0]
+
+    return sorted(best, key=score, reverse=True)
+
+
+def imitate_best(name: str, x: Experiment) -> dict:
+    """Imitate the demonstrations, and what wins among SFT's samples where the winner is sure."""
+    best = winners(name, x)
+    if name == "irl_best":
+        # Those that D takes for an expert's: their logit is above 0.
+        kept = sum(score > 0 for score, _, _ in best)
+    else:
+        # No vote and no log-probability says where to stop. A rival takes as many, its surest.
+        path = x.folder / "irl_best.json"
+        if not path.exists():
+            raise UserError(f"{name} imitates as many winners as irl_best: run that stage first")
+        kept = json.loads(path.read_text())["winners"]
     rows = [as_row(example) for example in x.experts]
-    for example, one, row in zip(asked, samples, scores):
-        text = one["texts"][row.index(max(row))]
+    for _, example, text in best[:kept]:
         written = re.fullmatch(r"<think>\n(.*)\n</think>\n<answer>(.*)</answer>", text, re.DOTALL)
         if written:
             rows.append(as_row(replace(example, trace=written[1], answer=written[2])))
@@ -373,10 +399,13 @@ def imitate_best(name: str, x: Experiment) -> dict:
         checkpoint.write_text(folder / f"{file}.jsonl", lines)
     fair = read_settings(x.run("main"))
     flags = f"--data {shlex.quote(str(folder))} --demonstrations {len(rows)}"
-    tuning = tuned(x, name, ((fair["fair_steps"], fair["fair_lr"]),), flags)
+    # With more to imitate, as many updates as fair SFT, or twice as many.
+    cells = tuple((times * fair["fair_steps"], fair["fair_lr"]) for times in (1, 2))
+    tuning = tuned(x, name, cells, flags)
     chosen = tuning["chosen"]
     [tested] = look(x, chosen["run"], x.test, [(chosen["share"], chosen["temperature"])])
-    return tuning | {"arms": {name: {column: tested[column] for column in ("t1", "greedy")}}}
+    arms = {name: {column: tested[column] for column in ("t1", "greedy")}}
+    return tuning | {"winners": kept, "arms": arms}
 
 
 def as_row(example: data.Example) -> dict:

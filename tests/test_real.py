@@ -3,12 +3,14 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import data
 import rerank
 import train
 from engine.chat import set_date
@@ -154,6 +156,9 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
     rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
     assert 8 <= len(rows) <= 11
+    # The rivals imitate as many winners.
+    counts = [json.loads((folder / f"{name}.json").read_text())["winners"] for name in real.BEST_BY]
+    assert counts == counts[:1] * 3 and len(rows) <= 8 + counts[0]
     before = {stage: without_seconds(folder / f"{stage}.json") for stage in ("main", "rerank")}
     for stage in before:
         (folder / f"{stage}.json").unlink()
@@ -192,6 +197,20 @@ def test_gsm8k_from_one_command(tiny, monkeypatch):
     # Another run does not look at the same questions.
     seen = real_tables.questions_seen("another")
     assert len(seen) == 2 and real_tables.questions_seen("tiny-8-0") == set()
+
+
+def test_winners_are_the_surest_and_those_that_d_takes_for_experts(monkeypatch):
+    """Of three questions' samples: the best of each by the reward, in the order of its logit."""
+    examples = [data.Example(f"{name}?", "", "5") for name in "abc"]
+    texts = [["a0", "a1"], ["b0", "b1"], ["c0", "c1"]]
+    scores = [[-2.0, -1.0], [0.5, -3.0], [0.1, 2.0]]
+    monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
+    monkeypatch.setattr(real, "judge", lambda *_: scores)
+    monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
+    x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), run=Path)
+    best = real.winners("irl_best", x)
+    assert [(score, text) for score, _, text in best] == [(2.0, "c1"), (0.5, "b0"), (-1.0, "a1")]
+    assert all(not example.answer for _, example, _ in best)
 
 
 @pytest.mark.parametrize(
