@@ -26,7 +26,6 @@ import argparse
 import itertools
 import math
 import random
-import string
 import sys
 from pathlib import Path
 
@@ -429,7 +428,7 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example]
             raise ValueError("field 'candidates' is missing: a list of one or more response texts")
         # countdown's checker reads the lines of a response, too; elsewhere the answer decides.
         task = "countdown" if countdown.is_question(question) else ""
-        options = read_options(record.get("options") or [])
+        options, answer = records.read_options(record, answer)
         examples.append(data.Example(question, "", answer, options, task=task))
         rows.append([check_text(text) for text in texts[:n]])
         # One table is made of all lines.
@@ -440,20 +439,6 @@ def read_candidates(path: str, n: int | None = None) -> tuple[list[data.Example]
 
     records.read_objects(path, records.text_lines(path), read, "question and candidates")
     return examples, [text for row in rows for text in row], len(rows[0])
-
-
-def read_options(options: object) -> tuple[str, ...]:
-    """The options of a question: a list of texts, or an object with one for each letter.
-
-    >>> read_options(["Heart", "Aorta"]), read_options({"B": "Aorta", "A": "Heart"})
-    (('Heart', 'Aorta'), ('Heart', 'Aorta'))
-    """
-    # A model answers with a letter as the question names it: the letters' order decides.
-    if isinstance(options, dict):
-        options = [options.get(letter) for letter in string.ascii_uppercase[: len(options)]]
-    if not isinstance(options, list):
-        raise ValueError('field \'options\' must be a list of texts, or {"A": "..", "B": ".."}')
-    return tuple(records.field({"options": text}, "options", needed=True) for text in options)
 
 
 def load_run(run: Path, device="cpu") -> tuple[reward.Discriminator, object, dict]:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,17 +187,31 @@ def from_record(record: dict) -> Solution:
             "(<answer>5</answer>, #### 5 or \\boxed{5}). Where it "
             f"stands behind the last '=', convert with: {CONVERT}"
         )
-    options = record.get("options") or []
-    if isinstance(options, dict):  # {"A": "7", "B": "5"}
-        if "".join(options) not in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
-            # no letters that we would know: the answer is the text of the option that it names
-            answer = options.get(answer, answer)
-        options = list(options.values())
-    if not isinstance(options, list):
-        raise ValueError(f"field 'options' must be a list of strings, not {type(options).__name__}")
-    options = tuple(field({"options": option}, "options") for option in options)
+    options, answer = read_options(record, answer)
     trace, marks = without_marks(without_tags(trace))  # tags first: marks know their places
     return Solution(question, trace, answer, options, marks)
+
+
+def read_options(record: dict, answer: str) -> tuple[tuple[str, ...], str]:
+    """(the options of a question, its answer): a list of texts, or an object that names them.
+
+    >>> read_options({"options": {"B": "Aorta", "A": "Heart"}}, "B")
+    (('Heart', 'Aorta'), 'B')
+    >>> read_options({"options": {"1": "Heart", "2": "Aorta"}}, "2")
+    (('Heart', 'Aorta'), 'Aorta')
+    """
+    options = record.get("options") or []
+    if isinstance(options, dict):
+        names = sorted(options)
+        if not "".join(names).isupper():
+            # not called by letters, as responses call them: the text is the answer
+            answer = options.get(answer, answer)
+        elif names != list(string.ascii_uppercase[: len(names)]):
+            raise ValueError(f"field 'options' has the letters {', '.join(names)}: A, B, .. needed")
+        options = [options[name] for name in names]
+    if not isinstance(options, list):
+        raise ValueError('field \'options\' must be a list of texts, or {"A": "..", "B": ".."}')
+    return tuple(field({"options": text}, "options", needed=True) for text in options), answer
 
 
 def contents_of(chat: str | list, roles: list[str]) -> list[str]:

@@ -449,6 +449,11 @@ MESSAGES = [
             {"question": "?", "options": {"A": "7", "B": 5}, "trace": "t", "answer": "B"},
             ("?", "t", "B", ("7", "5")),
         ),
+        # letters in another order: B is the second option all the same
+        (
+            {"question": "?", "options": {"B": 5, "A": "7"}, "trace": "t", "answer": "B"},
+            ("?", "t", "B", ("7", "5")),
+        ),
         (
             {"question": "?", "options": {"1": "7", "2": "5"}, "trace": "t", "answer": 2},
             ("?", "t", "5", ("7", "5")),
@@ -467,6 +472,10 @@ def test_other_formats_are_read(record, solution):
         ({"messages": "hello"}, "list of messages"),
         ({"messages": [{"role": "user", "content": None}]}, "a content"),
         ({"prompt": MESSAGES, "completion": "5"}, "one of the user$"),
+        (
+            {"question": "?", "options": {"A": "7", "C": "5"}, "trace": "t", "answer": "C"},
+            "letters A, C: A, B, .. needed",
+        ),
     ],
 )
 def test_what_cannot_be_read_says_how_to_convert_it(record, message):
