@@ -65,7 +65,6 @@ SIGNALS = {
     "sft_logprob": "SFT's log-probability: lowest",
     "sft_fair_logprob": "fair SFT's log-probability: lowest",
     "logprob": "base's log-probability: lowest",
-    "entropy": "base's entropy: highest",
     "chance": "chance",
 }
 # docs/collapses.md: ways to go wrong, what each is compared with, and the metrics that tell.
