@@ -205,7 +205,9 @@ def read_options(record: dict, answer: str) -> tuple[tuple[str, ...], str]:
         names = sorted(options)
         if not "".join(names).isupper():
             # not called by letters, as responses call them: the text is the answer
-            answer = options.get(answer, answer)
+            answer = str(options.get(answer, answer))
+            if answer not in ["", *map(str, options.values())]:
+                raise ValueError(f"field 'options' names no {answer[:40]!r}, which is the answer")
         elif names != list(string.ascii_uppercase[: len(names)]):
             raise ValueError(f"field 'options' has the letters {', '.join(names)}: A, B, .. needed")
         options = [options[name] for name in names]
