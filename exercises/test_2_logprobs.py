@@ -9,13 +9,11 @@ from hints import check
 
 def test_by_hand():
     # Adding a constant to the logits of a column changes no probability.
-    logits = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]]]).log() + torch.tensor(
-        [[[3.0], [-1.0], [2.0]]]
-    )
+    logits = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]]]).log()
+    logits = logits + torch.tensor([[[3.0], [-1.0], [2.0]]])
     tokens, mask = torch.tensor([[0, 1, 0]]), torch.tensor([[0.0, 1.0, 1.0]])
-    over_time = torch.nn.functional.pad(logits[:, :-1].log_softmax(1)[0, [0, 1], [1, 0]], (1, 0))[
-        None
-    ]
+    of_tokens = logits[:, :-1].log_softmax(1)[0, [0, 1], [1, 0]]
+    over_time = torch.nn.functional.pad(of_tokens, (1, 0))[None]
     check(
         "token_logprobs",
         token_logprobs(logits, tokens, mask),

@@ -6,10 +6,8 @@ from hints import check, fail
 
 
 def test_by_hand():
-    rewards, mask = (
-        torch.tensor([[9.0, 1.0, 2.0, 4.0, 7.0]]),
-        torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]]),
-    )
+    rewards = torch.tensor([[9.0, 1.0, 2.0, 4.0, 7.0]])
+    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]])
     # 1 + 2/2 + 4/4 = 3, 2 + 4/2 = 4, 4
     check(
         "returns_to_go",
@@ -49,10 +47,8 @@ def test_by_hand():
 
 def test_by_the_definition():
     torch.manual_seed(0)
-    rewards, mask = (
-        torch.randn(3, 6),
-        torch.tensor([[0.0, 1, 1, 1, 0, 0], [0.0, 0, 1, 1, 1, 1], [0.0, 1, 0, 0, 0, 0]]),
-    )
+    rewards = torch.randn(3, 6)
+    mask = torch.tensor([[0.0, 1, 1, 1, 0, 0], [0.0, 0, 1, 1, 1, 1], [0.0, 1, 0, 0, 0, 0]])
     before, expected = rewards.clone(), torch.zeros(3, 6)
     for b in range(3):
         for t in range(6):

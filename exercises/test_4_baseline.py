@@ -6,9 +6,11 @@ from hints import check, fail
 
 RETURNS = torch.tensor(
     [
+        # three samples of one question
         [1.0, 4.0, 5.0],
         [3.0, 8.0, 0.0],
-        [8.0, 0.0, 0.0],  # three samples of one question
+        [8.0, 0.0, 0.0],
+        # three of another one
         [2.0, 6.0, 7.0],
         [4.0, 3.0, 9.0],
         [9.0, 1.0, 0.0],

@@ -406,7 +406,7 @@ def test_reports_of_odd_runs(survives, tmp_path):
     names = list(full_run())
     raw_files = st.dictionaries(st.sampled_from(names), raw, min_size=1, max_size=2)
 
-    @fuzz(150, odd_runs() | raw_files)
+    @fuzz(300, odd_runs() | raw_files)
     def check(files):
         for name in names:
             (tmp_path / name).unlink(missing_ok=True)

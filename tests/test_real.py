@@ -199,7 +199,7 @@ def test_gsm8k_from_one_command(tiny, monkeypatch):
     assert len(seen) == 2 and real_tables.questions_seen("tiny-8-0") == set()
 
 
-def test_winners_are_the_surest_and_those_that_d_takes_for_experts(monkeypatch):
+def test_winners_come_the_surest_first(monkeypatch):
     """Of three questions' samples: the best of each by the reward, in the order of its logit."""
     examples = [data.Example(f"{name}?", "", "5") for name in "abc"]
     texts = [["a0", "a1"], ["b0", "b1"], ["c0", "c1"]]
@@ -211,6 +211,35 @@ def test_winners_are_the_surest_and_those_that_d_takes_for_experts(monkeypatch):
     best = real.winners("irl_best", x)
     assert [(score, text) for score, _, text in best] == [(2.0, "c1"), (0.5, "b0"), (-1.0, "a1")]
     assert all(not example.answer for _, example, _ in best)
+
+
+def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
+    tmp_path, monkeypatch
+):
+    """D > 1/2 for two of three; a rival's scores, all negative, do not say where to stop."""
+    right = "<think>\n1+1=2\n</think>\n<answer>2</answer>"
+    scores = {"irl_best": (2.0, 0.5, -1.0), "best_majority": (-1.0, -2.0, -3.0)}
+
+    def winners(name, x):
+        return [(score, data.Example(f"{score}?", "", ""), right) for score in scores[name]]
+
+    chosen = {"run": "a", "share": 0.0, "temperature": 1.0}
+    monkeypatch.setattr(real, "winners", winners)
+    monkeypatch.setattr(real, "read_settings", lambda _: {"fair_steps": 1, "fair_lr": 1e-3})
+    monkeypatch.setattr(real, "tuned", lambda *_: {"chosen": chosen})
+    monkeypatch.setattr(real, "look", lambda *_: [{"t1": [0, 0, 0], "greedy": [0, 0, 0]}])
+    expert = data.Example("2+1?", "2+1=3", "3")
+    x = SimpleNamespace(
+        experts=[expert], validation=[expert], test=[], folder=tmp_path, run=lambda name: name
+    )
+    with pytest.raises(UserError, match="run that stage first"):
+        real.imitate_best("best_majority", x)
+    for name in scores:
+        stage = real.imitate_best(name, x)
+        (tmp_path / f"{name}.json").write_text(json.dumps(stage))
+        rows = (tmp_path / name / "train.jsonl").read_text().splitlines()
+        asked = [json.loads(row)["question"] for row in rows]
+        assert asked == ["2+1?", *(f"{score}?" for score in scores[name][:2])]
 
 
 @pytest.mark.parametrize(
