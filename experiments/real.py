@@ -11,22 +11,27 @@ training is train.py's (runs/real-<task>-<name>-<run>/), sampling and judging ar
 the end the stages go to a file in results/, and from there into the tables
 (experiments/real_tables.py).
 
-    main      fair SFT's settings, chosen on validation questions: updates, rate, share of the base
-              in the weights, temperature. Then one run of train.py: SFT; fair SFT; IRL from SFT; on
-              countdown GRPO from SFT
+    sft       SFT; its updates and rate are chosen on validation questions. Fair SFT is the same
+              model with a share of the base in its weights and its logits divided by a temperature,
+              both chosen there too. All that follows starts from SFT, policies and rewards alike
     copies    countdown: IRL whose discriminator never sees a sample, only experts' traces and
-              copies of them with an error planted, or carried on to the answer
-    sparse    GSM8K: a reward per trace; main's is one per token. Both learn from copies alone
+              copies of them with an error in them
+    irl_best  countdown: on questions that have no demonstration, SFT's best of 8 by the reward from
+              copies is imitated beside the demonstrations, where D takes it for an expert's (logit
+              above 0), with as many updates as SFT. Its rivals imitate as many winners, the surest:
+              best_majority (a majority vote chooses), best_logprob (SFT's probability). best_true
+              imitates right answers, of which somebody has to know that they are right: the most
+              that a reward could bring in this way
+    irl       countdown: IRL. GSM8K: a reward per token, from copies alone
+    grpo      countdown: GRPO on true answers, with as many steps
+    sparse    GSM8K: a reward per trace
     rerank    8 candidates for each test question, of the base that was shown worked examples and of
               SFT, and what every model says of them; also the base's own verdict, asked "Is this
               solution right?"
-    irl_best  countdown: on questions that have no demonstration, SFT's best of 8 by the reward from
-              copies is imitated beside the demonstrations, where D takes it for an expert's (logit
-              above 0), with fair SFT's updates or twice as many. Its rivals imitate as many, the
-              surest: best_majority (a majority vote chooses), best_logprob (SFT's probability)
     steps     GSM8K: the first wrong step on ProcessBench (experiments/steps.py)
 
-True answers are read by tests, by GRPO, and by what is chosen on validation questions.
+True answers are read by tests, by GRPO and best_true, and by what is chosen on validation
+questions.
 """
 
 import json
@@ -49,43 +54,44 @@ from candidates import collect, from_texts, without_cut_off
 from engine import checkpoint, loading, lora
 from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
-from engine.runs import read_settings
 from engine.settings import parse_settings
 from experiments import real_tables, steps
 from tasks.answers import extract_answer
 
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
-HEAD += "--reward-average 0 --perturbed 4 --negatives both --questions 8 "
+HEAD += "--reward-average 0 --perturbed 4 --negatives both --questions 8 --eval-questions 2 "
 FLAGS = {
-    # 64 rows a step: what two CPU cores do in a minute
+    # 64 rows a step: what two CPU cores do in half a minute
     "countdown": HEAD + "--data countdown --extra-questions 3000 --max-new-tokens 48 --group 8 "
-    "--eval-questions 300 --micro-tokens 16384 --micro-batch 64 --sample-rows 256 --sft-steps 60 "
-    "--sft-lr 1e-3 --granularity sparse --reward-clip 0.1 --advantage-scale group --max-steps 200 "
-    "--policy-lr 1e-4 --grpo-steps 200 --grpo-lr 1e-4 --warm-up 60 --warm-up-lr 5e-4",
-    # the reward is all that is wanted: one step of a policy, two test questions
-    "gsm8k": HEAD
-    + "--data gsm8k --extra-questions 64 --max-new-tokens 256 --group 2 --max-steps 1 "
-    "--eval-questions 2 --micro-batch 4 --sample-rows 48 --sft-steps 96 --sft-lr 1e-4 "
-    "--granularity dense --rollouts-per-expert 0 --warm-up 128 --warm-up-lr 3e-4",
+    "--micro-tokens 16384 --micro-batch 64 --sample-rows 256 --granularity sparse "
+    "--reward-clip 0.1 --advantage-scale group --max-steps 100 --policy-lr 1e-4 --grpo-steps 100 "
+    "--grpo-lr 1e-4 --warm-up 60 --warm-up-lr 5e-4",
+    # the reward is all that is wanted: one step of a policy
+    "gsm8k": HEAD + "--data gsm8k --extra-questions 64 --max-new-tokens 256 --group 2 "
+    "--max-steps 1 --micro-batch 4 --sample-rows 48 --granularity dense --rollouts-per-expert 0 "
+    "--warm-up 128 --warm-up-lr 3e-4",
 }
-RUNS = {  # of train.py
+RUNS = {  # of train.py, from SFT
     "countdown": {
-        "main": "--method sft,sft_fair,irl,grpo",
+        "irl": "--method irl",
         "copies": "--method irl --rollouts-per-expert 0",
+        "grpo": "--method grpo",
     },
     "gsm8k": {
-        "main": "--method sft,sft_fair,irl",
-        "sparse": "--method irl --start base --granularity sparse",
+        "irl": "--method irl",
+        "sparse": "--method irl --granularity sparse",
     },
 }
-# Fair SFT's: (updates, rate), then (share of the base, temperature) of each
+ARMS = {"copies": "irl_copies"}  # by run, where they differ
+REWARDS = {"countdown": ("reward", "reward_copies"), "gsm8k": ("reward", "reward_sparse")}
+# SFT's (updates, rate), then fair SFT's (share of the base, temperature)
 CELLS = {
     "countdown": ((60, 1e-3), (120, 5e-4), (120, 1e-3), (240, 1e-3)),
     "gsm8k": ((96, 1e-4),),
 }
 LOOKS = {
     "countdown": ((0.0, 1.0), (0.0, 0.5), (0.0, 0.2), (0.25, 0.5), (0.25, 0.2)),
-    "gsm8k": ((0.0, 0.5), (0.25, 0.5)),
+    "gsm8k": ((0.0, 1.0), (0.0, 0.5), (0.25, 0.5)),
 }
 TEMPERATURE = {"countdown": 1.0, "gsm8k": 0.7}  # of candidates: 0.7 is what users sample with
 SHOTS = 4  # worked examples before a question
@@ -103,6 +109,12 @@ class Experiment:
         self.flags += ["--model", args.model, "--demonstrations", str(args.demonstrations)]
         self.flags += ["--seed", str(args.seed)]
         self.settings = parse_settings(self.flags)
+        self.cells = CELLS[args.task]
+        self.looks = LOOKS[args.task]
+        if args.sft:
+            updates, rate, share, temperature = args.sft
+            self.cells = ((int(updates), rate),)
+            self.looks = ((share, temperature),)
         self.base, self.tokenizer = loading.load_policy(args.model, loading.pick_device("auto"))
         set_date(self.tokenizer, None)
         train_questions = self.examples("train", args.demonstrations + SHOTS + args.extra)
@@ -127,9 +139,20 @@ class Experiment:
         """The folder of a run of train.py."""
         return self.folder.with_name(f"{self.folder.name}-{name}")
 
+    def found(self, stage: str) -> dict:
+        """What a stage has left. UserError if it has not run."""
+        path = self.folder / f"{stage}.json"
+        if not path.exists():
+            raise UserError(f"{path} is not there: run the stage {stage} first")
+        return json.loads(path.read_text())
 
-def trained(x: Experiment, name: str, flags: str) -> dict:
-    """Have train.py make a run, or go on with it; its results."""
+    def sft(self) -> str:
+        """The folder of SFT's model."""
+        return str(self.run(self.found("sft")["chosen"]["run"]) / "policy")
+
+
+def trained(x: Experiment, name: str, flags: str) -> None:
+    """Have train.py make a run, or go on with it."""
     folder = x.run(name)
     arguments = ["--name", folder.name]
     if (folder / "settings.json").exists():
@@ -139,7 +162,6 @@ def trained(x: Experiment, name: str, flags: str) -> dict:
     status = train.main(arguments)
     if status:
         sys.exit(status)
-    return json.loads((folder / "results.json").read_text())["methods"]
 
 
 def in_parts(x: Experiment, name: str, items: list, size: int, function: Callable) -> list:
@@ -190,20 +212,17 @@ def sample(
 def judge(x: Experiment, name: str, by: str, examples: list, samples: list[dict]) -> list:
     """What one model says of each question's samples: [n], the mean over each trace.
 
-    by: logprob (the base's), sft_logprob, sft_fair_logprob, own_verdict; reward, of the run main;
-    reward_<run>, of another.
+    by: logprob (the base's), sft_logprob, own_verdict; reward, of the run irl; reward_<run>, of
+    another.
     """
-    run = x.run("main")
-    if by.startswith("reward_"):
-        run = x.run(by.removeprefix("reward_"))
     discriminator = None
     if by.startswith("reward"):
+        run = x.run(by.removeprefix("reward").removeprefix("_") or "irl")
         discriminator, _, _ = rerank.load_run(run, x.base.device)
         function = discriminator.reward_model.scores
     else:
-        temperature = read_settings(run)["fair_temperature"]
-        judges = rerank.load_judges(run, x.tokenizer, temperature, x.base.device)
-        function = partial(policy.token_logprobs, judges.get(by, x.base))
+        writer = loading.load_causal(x.sft(), x.base.device) if by == "sft_logprob" else x.base
+        function = partial(policy.token_logprobs, writer)
 
     def some(chosen: list[dict], start: int) -> list[list[float]]:
         asked = examples[start : start + len(chosen)]
@@ -264,11 +283,6 @@ def turns(tokenizer, texts: list[str]) -> list[int]:
 # --- stages: each returns what its file holds -----------------------------------------------------
 
 
-def intervals(result: dict) -> dict:
-    """{"t1", "greedy": [mean, low, high]} of a result of train.py."""
-    return {column: [result[column], *result[f"{column}_interval"]] for column in ("t1", "greedy")}
-
-
 def look(x: Experiment, run: str, examples: list, chosen: list, _start: int = 0) -> list[dict]:
     """The accuracy of a run's policy with each (share of the base, temperature) that is chosen."""
     looks = []
@@ -277,11 +291,18 @@ def look(x: Experiment, run: str, examples: list, chosen: list, _start: int = 0)
         lora.average(model, lora.start_of(x.base), share)
         policy.divide_logits(model, temperature)
         result = train.evaluate(model, x.tokenizer, examples, x.settings)
-        looks.append({"run": run, "share": share, "temperature": temperature} | intervals(result))
+        columns = {name: [result[name], *result[f"{name}_interval"]] for name in ("t1", "greedy")}
+        looks.append({"run": run, "share": share, "temperature": temperature} | columns)
     return looks
 
 
-def tuned(x: Experiment, name: str, cells: tuple, flags: str) -> dict:
+def on_test(x: Experiment, run: str, share: float = 0.0, temperature: float = 1.0) -> dict:
+    """{"t1", "greedy": [mean, low, high]} of a run's policy on the test questions."""
+    [result] = look(x, run, x.test, [(share, temperature)])
+    return {column: result[column] for column in ("t1", "greedy")}
+
+
+def tuned(x: Experiment, name: str, cells: tuple, flags: str = "") -> dict:
     """SFT with every cell's updates and rate, looked at with every share and temperature.
 
     {"looks", "chosen": the one that is best on validation at T = 1}.
@@ -289,10 +310,8 @@ def tuned(x: Experiment, name: str, cells: tuple, flags: str) -> dict:
     looks = []
     for updates, rate in cells:
         run = f"{name}-{updates}-{rate:g}"
-        trained(
-            x, run, f"--method sft --eval-questions 1 --sft-steps {updates} --sft-lr {rate} {flags}"
-        )
-        seen = in_parts(x, run, LOOKS[x.args.task], 1, partial(look, x, run, x.validation))
+        trained(x, run, f"--method sft --sft-steps {updates} --sft-lr {rate} {flags}")
+        seen = in_parts(x, run, x.looks, 1, partial(look, x, run, x.validation))
         looks += [{"updates": updates, "rate": rate} | one for one in seen]
 
     def on_validation(one: dict) -> float:
@@ -301,28 +320,30 @@ def tuned(x: Experiment, name: str, cells: tuple, flags: str) -> dict:
     return {"looks": looks, "chosen": max(looks, key=on_validation)}
 
 
-def main_run(x: Experiment) -> dict:
-    """Fair SFT's settings, then SFT, fair SFT with these, IRL and GRPO."""
-    tuning = tuned(x, "fair", CELLS[x.args.task], "")
+def train_sft(x: Experiment) -> dict:
+    """SFT and fair SFT, with the settings that are best on validation."""
+    tuning = tuned(x, "sft", x.cells)
     best = tuning["chosen"]
-    flags = f"--fair-steps {best['updates']} --fair-lr {best['rate']} "
-    flags += f"--fair-average {best['share']} --fair-temperature {best['temperature']}"
-    methods = trained(x, "main", f"{RUNS[x.args.task]['main']} {flags}")
-    return tuning | {"arms": {name: intervals(result) for name, result in methods.items()}}
+    arms = {
+        "sft": on_test(x, best["run"]),
+        "sft_fair": on_test(x, best["run"], best["share"], best["temperature"]),
+    }
+    return tuning | {"arms": arms}
 
 
-def other_run(name: str, x: Experiment) -> dict:
-    """IRL, or the reward alone, with something else in it."""
-    methods = trained(x, name, RUNS[x.args.task][name])
-    return {"arms": {f"irl_{name}": intervals(methods["irl"])}}
+def from_sft(name: str, x: Experiment) -> dict:
+    """A run of train.py whose base is SFT; on countdown its policy is an arm."""
+    trained(x, name, f"{RUNS[x.args.task][name]} --model {shlex.quote(x.sft())} --start base")
+    if x.args.task == "gsm8k":
+        return {}
+    return {"arms": {ARMS.get(name, name): on_test(x, name)}}
 
 
 def candidates(x: Experiment) -> dict:
     """{"base", "sft": [{"question", "answer", "texts", "scores": {signal: [n]}}], "written"}."""
     temperature = TEMPERATURE[x.args.task]
-    others = [f"reward_{run}" for run in RUNS[x.args.task] if run != "main"]
-    signals = ["logprob", "sft_logprob", "sft_fair_logprob", "own_verdict", "reward", *others]
-    of_sft = loading.load_causal(str(x.run("main") / "sft"), x.base.device)
+    signals = ["logprob", "sft_logprob", "own_verdict", *REWARDS[x.args.task]]
+    of_sft = loading.load_causal(x.sft(), x.base.device)
     stage = {"temperature": temperature}
     for source, model, before in (("base", x.base, x.shots), ("sft", of_sft, ())):
         samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
@@ -353,16 +374,21 @@ def votes(answers: list[list[str | None]], options: list[tuple[str, ...]]) -> li
 def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     """(score, question, SFT's sample with the highest score), the surest first.
 
-    No answer is looked at.
+    best_true alone looks at answers.
     """
     asked = [data.question_only(example) for example in x.extra]
-    of_sft = loading.load_causal(str(x.run("main") / "sft"), x.base.device)
+    of_sft = loading.load_causal(x.sft(), x.base.device)
     samples = sample(x, "extra", of_sft, asked, CANDIDATES, 1.0)
-    if BEST_BY[name] == "majority":
+    if name == "best_true":
+        scores = [
+            [float(data.is_correct(example, text)) for text in one["texts"]]
+            for example, one in zip(x.extra, samples)
+        ]
+    elif name == "best_majority":
         answers = [[extract_answer(text) for text in one["texts"]] for one in samples]
         scores = votes(answers, [example.options for example in asked])
     else:
-        scores = judge(x, "extra", BEST_BY[name], asked, samples)
+        scores = judge(x, "extra", JUDGES[name], asked, samples)
     best = [
         (max(row), example, one["texts"][row.index(max(row))])
         for example, one, row in zip(asked, samples, scores)
@@ -377,15 +403,12 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
 def imitate_best(name: str, x: Experiment) -> dict:
     """Imitate the demonstrations, and what wins among SFT's samples where the winner is sure."""
     best = winners(name, x)
-    if name == "irl_best":
-        # Those that D takes for an expert's: their logit is above 0.
+    if name in ("irl_best", "best_true"):
+        # Those that D takes for an expert's: their logit is above 0. A right answer's score is 1.
         kept = sum(score > 0 for score, _, _ in best)
     else:
         # No vote and no log-probability says where to stop. A rival takes as many, its surest.
-        path = x.folder / "irl_best.json"
-        if not path.exists():
-            raise UserError(f"{name} imitates as many winners as irl_best: run that stage first")
-        kept = json.loads(path.read_text())["winners"]
+        kept = x.found("irl_best")["winners"]
     rows = [as_row(example) for example in x.experts]
     for _, example, text in best[:kept]:
         written = re.fullmatch(r"<think>\n(.*)\n</think>\n<answer>(.*)</answer>", text, re.DOTALL)
@@ -397,14 +420,11 @@ def imitate_best(name: str, x: Experiment) -> dict:
     for file, some in (("train", rows), ("test", test)):
         lines = "".join(json.dumps(row) + "\n" for row in some)
         checkpoint.write_text(folder / f"{file}.jsonl", lines)
-    fair = read_settings(x.run("main"))
     flags = f"--data {shlex.quote(str(folder))} --demonstrations {len(rows)}"
-    # With more to imitate, as many updates as fair SFT, or twice as many.
-    cells = tuple((times * fair["fair_steps"], fair["fair_lr"]) for times in (1, 2))
-    tuning = tuned(x, name, cells, flags)
-    chosen = tuning["chosen"]
-    [tested] = look(x, chosen["run"], x.test, [(chosen["share"], chosen["temperature"])])
-    arms = {name: {column: tested[column] for column in ("t1", "greedy")}}
+    chosen = x.found("sft")["chosen"]
+    tuning = tuned(x, name, ((chosen["updates"], chosen["rate"]),), flags)
+    best = tuning["chosen"]
+    arms = {name: on_test(x, best["run"], best["share"], best["temperature"])}
     return tuning | {"winners": kept, "arms": arms}
 
 
@@ -413,30 +433,35 @@ def as_row(example: data.Example) -> dict:
     return {"question": example.question, "trace": example.trace, "answer": example.answer}
 
 
-BEST_BY = {"irl_best": "reward_copies", "best_majority": "majority", "best_logprob": "sft_logprob"}
+JUDGES = {"irl_best": "reward_copies", "best_logprob": "sft_logprob"}
 
 
 def first_wrong_steps(x: Experiment) -> dict:
     """F1 on ProcessBench of each run's reward, and of the log-probabilities."""
     files = ["--dev", x.args.dev, "--test", x.args.test, "--experts", str(x.args.validation)]
     files += shlex.split(x.args.steps)
-    return {
-        "processbench": {
-            run: steps.main(["--run", str(x.run(run)), *files]) for run in RUNS[x.args.task]
-        }
-    }
+    found = {run: steps.main(["--run", str(x.run(run)), *files]) for run in RUNS[x.args.task]}
+    for signals in found.values():
+        signals["sft_logprob"] = signals.pop("logprob")  # the base of these runs is SFT
+    return {"processbench": found}
 
 
 STAGES: dict[str, dict[str, Callable]] = {
     "countdown": {
-        "main": main_run,
-        "copies": partial(other_run, "copies"),
+        "sft": train_sft,
+        "copies": partial(from_sft, "copies"),
+        "irl_best": partial(imitate_best, "irl_best"),
+        "best_majority": partial(imitate_best, "best_majority"),
+        "best_logprob": partial(imitate_best, "best_logprob"),
+        "best_true": partial(imitate_best, "best_true"),
+        "irl": partial(from_sft, "irl"),
+        "grpo": partial(from_sft, "grpo"),
         "rerank": candidates,
-        **{name: partial(imitate_best, name) for name in BEST_BY},
     },
     "gsm8k": {
-        "main": main_run,
-        "sparse": partial(other_run, "sparse"),
+        "sft": train_sft,
+        "irl": partial(from_sft, "irl"),
+        "sparse": partial(from_sft, "sparse"),
         "rerank": candidates,
         "steps": first_wrong_steps,
     },
@@ -450,6 +475,12 @@ ARGUMENTS = {
     "--seed": dict(type=int, default=0),
     "--questions": dict(type=int, default=300, help="test questions"),
     "--validation": dict(type=int, default=100, help="questions for choices"),
+    "--sft": dict(
+        type=float,
+        nargs=4,
+        metavar=("UPDATES", "RATE", "SHARE", "TEMPERATURE"),
+        help="fair SFT's settings, as another seed has chosen them: no choice is made",
+    ),
     "--extra": dict(type=int, default=500, help="questions that irl_best answers"),
     "--dev": dict(metavar="FILE", help="labelled solutions, for a threshold"),
     "--test": dict(metavar="FILE", help="ProcessBench's file, for F1"),

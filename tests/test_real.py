@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,8 +133,8 @@ def tiny(tmp_path, monkeypatch):
     return ["--model", "tiny", "--demonstrations", "8", "--questions", "2", "--validation", "8"]
 
 
-SMALL = "--max-new-tokens 4 --questions 2 --group 2 --sft-steps 1 --warm-up 1 --lora-rank 2 "
-SMALL += "--eval-questions 2 --extra-questions 2 --max-steps 1 --grpo-steps 1"
+SMALL = "--max-new-tokens 4 --questions 2 --group 2 --warm-up 1 --lora-rank 2 "
+SMALL += "--extra-questions 2 --max-steps 1 --grpo-steps 1"
 
 
 def test_countdown_from_one_command(tiny, monkeypatch, capsys):
@@ -148,22 +149,28 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert all(json.loads((folder / f"{stage}.json").read_text())["command"] for stage in stages)
     found = json.loads(Path("results/real.json").read_text())
     one = found["countdown"]["tiny"]["8"]
-    arms = {"base", "sft", "sft_fair", "irl", "irl_copies", "grpo", "irl_best", "best_majority"}
+    arms = {"base", "sft", "sft_fair", "irl", "irl_copies", "grpo", "irl_best", "best_true"}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
-    rules = {"majority_reward", "reward_copies", "own_verdict", "sft_fair_logprob", "oracle"}
+    rules = {"majority_reward", "reward_copies", "own_verdict", "sft_logprob", "oracle"}
     assert rules <= set(one["rerank"]["base"]["8"]) and rules <= set(one["rerank"]["sft"]["8"])
     assert "## Countdown, tiny, 8 demonstrations" in Path("results/real.md").read_text()
     # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
     rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
     assert 8 <= len(rows) <= 11
     # The rivals imitate as many winners.
-    counts = [json.loads((folder / f"{name}.json").read_text())["winners"] for name in real.BEST_BY]
+    names = ("irl_best", "best_majority", "best_logprob")
+    counts = [json.loads((folder / f"{name}.json").read_text())["winners"] for name in names]
     assert counts == counts[:1] * 3 and len(rows) <= 8 + counts[0]
-    before = {stage: without_seconds(folder / f"{stage}.json") for stage in ("main", "rerank")}
+    # All that follows SFT starts from the cell that was chosen.
+    chosen = json.loads((folder / "sft.json").read_text())["chosen"]["run"]
+    for run in ("irl", "copies", "grpo"):
+        settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
+        assert settings["model"] == f"{folder}-{chosen}/policy" and settings["start"] == "base"
+    before = {stage: without_seconds(folder / f"{stage}.json") for stage in ("irl", "rerank")}
     for stage in before:
         (folder / f"{stage}.json").unlink()
     monkeypatch.setattr(real, "collect", None)  # nothing is sampled again
-    monkeypatch.setattr(real.train, "evaluate", None)  # train.py's runs are finished
+    monkeypatch.setattr(train.Run, "train_irl", None)  # train.py's runs are finished
     real.main(command)
     assert before == {stage: without_seconds(folder / f"{stage}.json") for stage in before}
 
@@ -192,8 +199,8 @@ def test_gsm8k_from_one_command(tiny, monkeypatch):
     votes = found["gsm8k_votes"]["tiny"]
     assert (votes["questions"], votes["temperature"]) == (2, 0.7)
     assert {"majority_reward", "majority_reward_sparse", "majority_shortest"} <= set(votes["8"])
-    assert {"majority_own_verdict", "majority_sft_fair_logprob", "reward"} <= set(votes["gain"])
-    assert {"reward", "logprob", "longest"} <= set(found["processbench"]["tiny"]["main"])
+    assert {"majority_own_verdict", "majority_sft_logprob", "reward"} <= set(votes["gain"])
+    assert {"reward", "sft_logprob", "longest"} <= set(found["processbench"]["tiny"]["irl"])
     # Another run does not look at the same questions.
     seen = real_tables.questions_seen("another")
     assert len(seen) == 2 and real_tables.questions_seen("tiny-8-0") == set()
@@ -207,10 +214,21 @@ def test_winners_come_the_surest_first(monkeypatch):
     monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
     monkeypatch.setattr(real, "judge", lambda *_: scores)
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
-    x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), run=Path)
+    x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), sft=lambda: "")
     best = real.winners("irl_best", x)
     assert [(score, text) for score, _, text in best] == [(2.0, "c1"), (0.5, "b0"), (-1.0, "a1")]
     assert all(not example.answer for _, example, _ in best)
+
+
+def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
+    """The second question has no right sample."""
+    examples = [data.Example(f"{name}?", "", "5") for name in "ab"]
+    texts = [["<answer>4</answer>", "<answer>5</answer>"], ["<answer>4</answer>"] * 2]
+    monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
+    monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
+    x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), sft=lambda: "")
+    best = real.winners("best_true", x)
+    assert [(score, text) for score, _, text in best] == [(1, texts[0][1]), (0, texts[1][0])]
 
 
 def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
@@ -223,16 +241,15 @@ def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
     def winners(name, x):
         return [(score, data.Example(f"{score}?", "", ""), right) for score in scores[name]]
 
-    chosen = {"run": "a", "share": 0.0, "temperature": 1.0}
+    chosen = {"updates": 1, "rate": 1e-3, "run": "a", "share": 0.0, "temperature": 1.0}
+    (tmp_path / "sft.json").write_text(json.dumps({"chosen": chosen}))
     monkeypatch.setattr(real, "winners", winners)
-    monkeypatch.setattr(real, "read_settings", lambda _: {"fair_steps": 1, "fair_lr": 1e-3})
     monkeypatch.setattr(real, "tuned", lambda *_: {"chosen": chosen})
     monkeypatch.setattr(real, "look", lambda *_: [{"t1": [0, 0, 0], "greedy": [0, 0, 0]}])
     expert = data.Example("2+1?", "2+1=3", "3")
-    x = SimpleNamespace(
-        experts=[expert], validation=[expert], test=[], folder=tmp_path, run=lambda name: name
-    )
-    with pytest.raises(UserError, match="run that stage first"):
+    x = SimpleNamespace(experts=[expert], validation=[expert], test=[], folder=tmp_path)
+    x.found = partial(real.Experiment.found, x)
+    with pytest.raises(UserError, match="run the stage irl_best first"):
         real.imitate_best("best_majority", x)
     for name in scores:
         stage = real.imitate_best(name, x)
@@ -240,6 +257,20 @@ def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
         rows = (tmp_path / name / "train.jsonl").read_text().splitlines()
         asked = [json.loads(row)["question"] for row in rows]
         assert asked == ["2+1?", *(f"{score}?" for score in scores[name][:2])]
+
+
+def test_another_seed_takes_the_settings_of_the_first(tiny, monkeypatch):
+    """No other cell is run, and the one look has its share and temperature."""
+    command = [*tiny, "--flags", SMALL, "--seed", "1", "--sft", "2", "0.001", "0.25", "0.2"]
+    real.main([*command, "--only", "sft"])
+    stage = json.loads(Path("runs/real-countdown-tiny-8-1/sft.json").read_text())
+    [only] = stage["looks"]
+    chosen = {"updates": 2, "rate": 0.001, "share": 0.25, "temperature": 0.2}
+    assert stage["chosen"] == only and chosen.items() <= only.items()
+    assert {run.name for run in Path("runs").iterdir()} == {
+        "real-countdown-tiny-8-1",
+        "real-countdown-tiny-8-1-sft-2-0.001",
+    }
 
 
 @pytest.mark.parametrize(
