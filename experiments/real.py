@@ -13,8 +13,8 @@ the end the stages go to a file in results/, and from there into the tables
 
     sft       SFT; its updates and rate are chosen on validation questions. Fair SFT is the same
               model with a share of the base in its weights and its logits divided by a temperature,
-              both chosen there too. The policies of what follows start from SFT, the rewards from an
-              SFT of few updates
+              both chosen there too. All policies below start from SFT, all rewards from an SFT of
+              few updates
     copies    countdown: IRL whose discriminator never sees a sample, only experts' traces and
               copies of them with an error in them
     irl_best  countdown: on questions that have no demonstration, SFT's best of 8 by the reward from
@@ -26,6 +26,8 @@ the end the stages go to a file in results/, and from there into the tables
     irl       countdown: IRL. GSM8K: a reward per token, from copies alone
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
+    kinds     countdown: whether a reward that learnt from one kind of copies tells the other kind,
+              too, on held-out demonstrations. No answer is asked for
     rerank    8 candidates for each test question, of the base that was shown worked examples and of
               SFT, and what every model says of them; also the base's own verdict, asked "Is this
               solution right?"
@@ -36,6 +38,7 @@ questions.
 """
 
 import json
+import random
 import re
 import shlex
 import sys
@@ -48,6 +51,7 @@ from pathlib import Path
 import torch
 
 import data
+import negatives
 import policy
 import rerank
 import train
@@ -77,13 +81,15 @@ RUNS = {  # of train.py, from SFT
         "irl": "--method irl",
         "copies": "--method irl --rollouts-per-expert 0",
         "grpo": "--method grpo",
+        # for the stage kinds, which wants the reward alone
+        "broken": "--method irl --rollouts-per-expert 0 --negatives broken --max-steps 1",
+        "carried": "--method irl --rollouts-per-expert 0 --negatives carried --max-steps 1",
     },
     "gsm8k": {
         "irl": "--method irl",
         "sparse": "--method irl --granularity sparse",
     },
 }
-ARMS = {"copies": "irl_copies"}  # by run, where they differ
 REWARDS = {"countdown": ("reward", "reward_copies"), "gsm8k": ("reward", "reward_sparse")}
 # SFT's (updates, rate), then fair SFT's (share of the base, temperature)
 CELLS = {
@@ -337,14 +343,46 @@ def train_sft(x: Experiment) -> dict:
     return tuning | {"arms": arms}
 
 
-def from_sft(name: str, x: Experiment) -> dict:
-    """A run of train.py whose base is SFT; on countdown its policy is an arm."""
+def train_from_sft(name: str, x: Experiment) -> None:
+    """A run of train.py whose base is SFT."""
     starts = f"--model {shlex.quote(x.sft())} --start base"
     starts += f" --reward-model {shlex.quote(x.reward_start())}"
     trained(x, name, f"{RUNS[x.args.task][name]} {starts}")
-    if x.args.task == "gsm8k":
-        return {}
-    return {"arms": {ARMS.get(name, name): on_test(x, name)}}
+
+
+def reward_from_sft(name: str, x: Experiment) -> dict:
+    """A reward; its policy is of no interest."""
+    train_from_sft(name, x)
+    return {}
+
+
+def policy_from_sft(name: str, x: Experiment) -> dict:
+    """A policy, and how it does on the test questions."""
+    train_from_sft(name, x)
+    arm = {"copies": "irl_copies"}.get(name, name)
+    return {"arms": {arm: on_test(x, name)}}
+
+
+def kinds_of_copies(x: Experiment) -> dict:
+    """{"told": {kind that a reward has learnt from: {kind: [share, low, high]}}}: of validation's
+    demonstrations and a copy of each, how often the reward gives the demonstration more.
+
+    No answer is asked for: by this the kind of copies can be chosen.
+    """
+    told: dict = {}
+    for learnt, run in {"broken": "broken", "carried": "carried", "both": "copies"}.items():
+        train_from_sft(run, x)
+        for kind in ("broken", "carried"):
+            rng = random.Random(x.args.seed)
+            pairs = []
+            for example in x.validation:
+                copy = negatives.perturb(example, rng, kind)
+                texts = [data.response_text(one.trace, one.answer) for one in (example, copy)]
+                pairs.append({"texts": texts})
+            scores = torch.tensor(judge(x, f"told-{kind}", f"reward_{run}", x.validation, pairs))
+            above = (scores[:, 0] > scores[:, 1]).float()
+            told.setdefault(learnt, {})[kind] = rerank.bootstrap(above)
+    return {"told": told}
 
 
 def candidates(x: Experiment) -> dict:
@@ -457,19 +495,20 @@ def first_wrong_steps(x: Experiment) -> dict:
 STAGES: dict[str, dict[str, Callable]] = {
     "countdown": {
         "sft": train_sft,
-        "copies": partial(from_sft, "copies"),
+        "copies": partial(policy_from_sft, "copies"),
         "irl_best": partial(imitate_best, "irl_best"),
         "best_majority": partial(imitate_best, "best_majority"),
         "best_logprob": partial(imitate_best, "best_logprob"),
         "best_true": partial(imitate_best, "best_true"),
-        "irl": partial(from_sft, "irl"),
-        "grpo": partial(from_sft, "grpo"),
+        "irl": partial(policy_from_sft, "irl"),
+        "grpo": partial(policy_from_sft, "grpo"),
+        "kinds": kinds_of_copies,
         "rerank": candidates,
     },
     "gsm8k": {
         "sft": train_sft,
-        "irl": partial(from_sft, "irl"),
-        "sparse": partial(from_sft, "sparse"),
+        "irl": partial(reward_from_sft, "irl"),
+        "sparse": partial(reward_from_sft, "sparse"),
         "rerank": candidates,
         "steps": first_wrong_steps,
     },

@@ -152,6 +152,8 @@ def results_of(task: str) -> dict:
         one: dict = {"rerank": {}, "auroc": {}}
         for stage in run["stages"].values():
             one |= stage.get("arms", {})
+            if "told" in stage:
+                one["told"] = stage["told"]
             if "temperature" in stage:
                 one["temperature"] = stage["temperature"]
             if "written" in stage:
@@ -235,6 +237,13 @@ def markdown(results: dict) -> str:
         arms = arms_of(one)
         rows = [(arm, column, arms[arm][column]) for arm in arms for column in ("t1", "greedy")]
         parts += [f"## {name}", grid(rows + [(arm, "seeds", arms[arm]["seeds"]) for arm in arms])]
+        rows = [
+            (f"a reward from {learnt} copies", f"tells {kind} ones", share)
+            for learnt, row in one.get("told", {}).items()
+            for kind, share in row.items()
+        ]
+        if rows:
+            parts.append(grid(rows))
         for source, ranking in one["rerank"].items():
             columns = ranking | {"auroc": one["auroc"][source]}
             shown = ("2", "4", "8", "gain", "auroc", "auroc_within")

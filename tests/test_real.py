@@ -166,6 +166,12 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     for run in ("irl", "copies", "grpo"):
         settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
         assert settings["model"] == f"{folder}-{chosen}/policy" and settings["start"] == "base"
+    # Which kinds a reward tells, by the kind that it has learnt from.
+    told = json.loads((folder / "kinds.json").read_text())["told"]
+    assert {kind: set(row) for kind, row in told.items()} == {
+        learnt: {"broken", "carried"} for learnt in ("broken", "carried", "both")
+    }
+    assert one["told"] == told
     before = {stage: without_seconds(folder / f"{stage}.json") for stage in ("irl", "rerank")}
     for stage in before:
         (folder / f"{stage}.json").unlink()
