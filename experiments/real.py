@@ -26,8 +26,9 @@ the end the stages go to a file in results/, and from there into the tables
     irl       countdown: IRL. GSM8K: a reward per token, from copies alone
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
-    kinds     countdown: whether a reward that learnt from one kind of copies tells the other kind,
-              too, on held-out demonstrations. No answer is asked for
+    kinds     countdown: whether a reward that learnt from one kind of copies tells the other kind
+              on held-out demonstrations (no answer is asked for), and one that starts from the
+              base, or from SFT, instead of an SFT of few updates
     rerank    8 candidates for each test question, of the base that was shown worked examples and of
               SFT, and what every model says of them; also the base's own verdict, asked "Is this
               solution right?"
@@ -76,20 +77,24 @@ FLAGS = {
     "--max-steps 1 --micro-batch 4 --sample-rows 48 --granularity dense --rollouts-per-expert 0 "
     "--warm-up 128 --warm-up-lr 3e-4",
 }
+REWARD_ALONE = "--method irl --rollouts-per-expert 0 --max-steps 1"
 RUNS = {  # of train.py, from SFT
     "countdown": {
         "irl": "--method irl",
         "copies": "--method irl --rollouts-per-expert 0",
         "grpo": "--method grpo",
         # for the stage kinds, which wants the reward alone
-        "broken": "--method irl --rollouts-per-expert 0 --negatives broken --max-steps 1",
-        "carried": "--method irl --rollouts-per-expert 0 --negatives carried --max-steps 1",
+        "broken": f"{REWARD_ALONE} --negatives broken",
+        "carried": f"{REWARD_ALONE} --negatives carried",
+        "from_base": REWARD_ALONE,
+        "from_sft": REWARD_ALONE,
     },
     "gsm8k": {
         "irl": "--method irl",
         "sparse": "--method irl --granularity sparse",
     },
 }
+REWARDS_ALONE = ("broken", "carried", "from_base", "from_sft")
 REWARDS = {"countdown": ("reward", "reward_copies"), "gsm8k": ("reward", "reward_sparse")}
 # SFT's (updates, rate), then fair SFT's (share of the base, temperature)
 CELLS = {
@@ -345,8 +350,10 @@ def train_sft(x: Experiment) -> dict:
 
 def train_from_sft(name: str, x: Experiment) -> None:
     """A run of train.py whose base is SFT."""
+    reward_starts = {"from_base": x.args.model, "from_sft": x.sft()}
+    reward_start = reward_starts.get(name, x.reward_start())
     starts = f"--model {shlex.quote(x.sft())} --start base"
-    starts += f" --reward-model {shlex.quote(x.reward_start())}"
+    starts += f" --reward-model {shlex.quote(reward_start)}"
     trained(x, name, f"{RUNS[x.args.task][name]} {starts}")
 
 
@@ -364,13 +371,13 @@ def policy_from_sft(name: str, x: Experiment) -> dict:
 
 
 def kinds_of_copies(x: Experiment) -> dict:
-    """{"told": {kind that a reward has learnt from: {kind: [share, low, high]}}}: of validation's
-    demonstrations and a copy of each, how often the reward gives the demonstration more.
+    """{"told": {run: {kind of copy: [share, low, high]}}}: of validation's demonstrations and a
+    copy of each, how often the run's reward gives the demonstration more.
 
-    No answer is asked for: by this the kind of copies can be chosen.
+    No answer is asked for: by this the kind of copies can be chosen, and where a reward starts.
     """
     told: dict = {}
-    for learnt, run in {"broken": "broken", "carried": "carried", "both": "copies"}.items():
+    for run in ("copies", *REWARDS_ALONE):
         train_from_sft(run, x)
         for kind in ("broken", "carried"):
             rng = random.Random(x.args.seed)
@@ -381,7 +388,7 @@ def kinds_of_copies(x: Experiment) -> dict:
                 pairs.append({"texts": texts})
             scores = torch.tensor(judge(x, f"told-{kind}", f"reward_{run}", x.validation, pairs))
             above = (scores[:, 0] > scores[:, 1]).float()
-            told.setdefault(learnt, {})[kind] = rerank.bootstrap(above)
+            told.setdefault(run, {})[kind] = rerank.bootstrap(above)
     return {"told": told}
 
 
@@ -393,6 +400,8 @@ def candidates(x: Experiment) -> dict:
     stage = {"temperature": temperature}
     for source, model, before in (("base", x.base, x.shots), ("sft", of_sft, ())):
         samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
+        if source == "sft" and x.args.task == "countdown":
+            signals += [f"reward_{run}" for run in REWARDS_ALONE]
         scores = {by: judge(x, source, by, x.test, samples) for by in signals}
         if source == "base":  # of its own tokens, after the worked examples
             scores["logprob"] = [one["logprob"] for one in samples]

@@ -238,8 +238,8 @@ def markdown(results: dict) -> str:
         rows = [(arm, column, arms[arm][column]) for arm in arms for column in ("t1", "greedy")]
         parts += [f"## {name}", grid(rows + [(arm, "seeds", arms[arm]["seeds"]) for arm in arms])]
         rows = [
-            (f"a reward from {learnt} copies", f"tells {kind} ones", share)
-            for learnt, row in one.get("told", {}).items()
+            (f"reward_{run}", f"told from {kind} copies", share)
+            for run, row in one.get("told", {}).items()
             for kind, share in row.items()
         ]
         if rows:
