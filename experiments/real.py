@@ -125,7 +125,8 @@ class Experiment:
         self.looks = LOOKS[args.task]
         if args.sft:
             updates, rate, share, temperature = args.sft
-            self.cells = ((int(updates), rate),)
+            # The first cell is where the reward starts.
+            self.cells = (self.cells[0], (int(updates), rate))
             self.looks = ((share, temperature),)
         self.base, self.tokenizer = loading.load_policy(args.model, loading.pick_device("auto"))
         set_date(self.tokenizer, None)
@@ -535,7 +536,7 @@ ARGUMENTS = {
         type=float,
         nargs=4,
         metavar=("UPDATES", "RATE", "SHARE", "TEMPERATURE"),
-        help="fair SFT's settings, as another seed has chosen them: no choice is made",
+        help="fair SFT's settings, as another seed has chosen them: no others but the first cell's",
     ),
     "--extra": dict(type=int, default=500, help="questions that irl_best answers"),
     "--dev": dict(metavar="FILE", help="labelled solutions, for a threshold"),

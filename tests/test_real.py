@@ -268,15 +268,17 @@ def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
 
 
 def test_another_seed_takes_the_settings_of_the_first(tiny, monkeypatch):
-    """No other cell is run, and the one look has its share and temperature."""
+    """Beside the first cell, where the reward starts; a look has their share and temperature."""
+    monkeypatch.setattr(real, "CELLS", {"countdown": ((1, 1e-3), (3, 1e-3))})
     command = [*tiny, "--flags", SMALL, "--seed", "1", "--sft", "2", "0.001", "0.25", "0.2"]
     real.main([*command, "--only", "sft"])
     stage = json.loads(Path("runs/real-countdown-tiny-8-1/sft.json").read_text())
-    [only] = stage["looks"]
-    chosen = {"updates": 2, "rate": 0.001, "share": 0.25, "temperature": 0.2}
-    assert stage["chosen"] == only and chosen.items() <= only.items()
+    assert [look["updates"] for look in stage["looks"]] == [1, 2]
+    for look in stage["looks"]:
+        assert (look["rate"], look["share"], look["temperature"]) == (0.001, 0.25, 0.2)
     assert {run.name for run in Path("runs").iterdir()} == {
         "real-countdown-tiny-8-1",
+        "real-countdown-tiny-8-1-sft-1-0.001",
         "real-countdown-tiny-8-1-sft-2-0.001",
     }
 
