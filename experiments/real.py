@@ -443,8 +443,10 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     elif name == "best_majority":
         answers = [[extract_answer(text) for text in one["texts"]] for one in samples]
         scores = votes(answers, [example.options for example in asked])
+    elif name == "best_logprob":
+        scores = [one["logprob"] for one in samples]
     else:
-        scores = judge(x, "extra", JUDGES[name], asked, samples)
+        scores = judge(x, "extra", "reward_copies", asked, samples)
     best = [
         (max(row), example, one["texts"][row.index(max(row))])
         for example, one, row in zip(asked, samples, scores)
@@ -487,9 +489,6 @@ def imitate_best(name: str, x: Experiment) -> dict:
 def as_row(example: data.Example) -> dict:
     """A demonstration, for a file."""
     return {"question": example.question, "trace": example.trace, "answer": example.answer}
-
-
-JUDGES = {"irl_best": "reward_copies", "best_logprob": "sft_logprob"}
 
 
 def first_wrong_steps(x: Experiment) -> dict:
@@ -538,7 +537,7 @@ ARGUMENTS = {
         metavar=("UPDATES", "RATE", "SHARE", "TEMPERATURE"),
         help="fair SFT's settings, as another seed has chosen them: no others but the first cell's",
     ),
-    "--extra": dict(type=int, default=500, help="questions that irl_best answers"),
+    "--extra": dict(type=int, default=1000, help="questions that irl_best answers"),
     "--dev": dict(metavar="FILE", help="labelled solutions, for a threshold"),
     "--test": dict(metavar="FILE", help="ProcessBench's file, for F1"),
     "--steps": dict(default="", help="experiments/steps.py's other flags"),
