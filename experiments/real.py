@@ -15,6 +15,8 @@ the end the stages go to a file in results/, and from there into the tables
               model with a share of the base in its weights and its logits divided by a temperature,
               both chosen there too. All policies below start from SFT, all rewards from an SFT of
               few updates
+    irl       countdown: IRL. GSM8K: a reward per token, from copies alone
+    frozen    countdown: IRL whose reward has seen SFT's samples, and stands still after the warm-up
     copies    countdown: IRL whose discriminator never sees a sample, only experts' traces and
               copies of them with an error in them
     irl_best  countdown: on questions that have no demonstration, SFT's best of 8 by the reward from
@@ -23,7 +25,6 @@ the end the stages go to a file in results/, and from there into the tables
               best_majority (a majority vote chooses), best_logprob (SFT's probability). best_true
               imitates right answers, of which somebody has to know that they are right: the most
               that a reward could bring in this way
-    irl       countdown: IRL. GSM8K: a reward per token, from copies alone
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kind
@@ -70,8 +71,8 @@ FLAGS = {
     # 64 rows a step: what two CPU cores do in half a minute
     "countdown": HEAD + "--data countdown --extra-questions 3000 --max-new-tokens 48 --group 8 "
     "--micro-tokens 16384 --micro-batch 64 --sample-rows 256 --granularity sparse "
-    "--reward-clip 0.1 --advantage-scale group --max-steps 100 --policy-lr 2e-4 --grpo-steps 100 "
-    "--grpo-lr 2e-4 --warm-up 40 --warm-up-lr 5e-4",
+    "--reward-clip 0.1 --advantage-scale group --max-steps 60 --policy-lr 5e-4 --grpo-steps 60 "
+    "--grpo-lr 5e-4 --warm-up 20 --warm-up-lr 5e-4",
     # the reward is all that is wanted: one step of a policy
     "gsm8k": HEAD + "--data gsm8k --extra-questions 64 --max-new-tokens 256 --group 2 "
     "--max-steps 1 --micro-batch 4 --sample-rows 48 --granularity dense --rollouts-per-expert 0 "
@@ -80,7 +81,8 @@ FLAGS = {
 REWARD_ALONE = "--method irl --rollouts-per-expert 0 --max-steps 1"
 RUNS = {  # of train.py, from SFT
     "countdown": {
-        "irl": "--method irl",
+        "irl": "--method irl --reward-lr 5e-4",
+        "frozen": "--method irl",
         "copies": "--method irl --rollouts-per-expert 0",
         "grpo": "--method grpo",
         # for the stage kinds, which wants the reward alone
@@ -367,7 +369,7 @@ def reward_from_sft(name: str, x: Experiment) -> dict:
 def policy_from_sft(name: str, x: Experiment) -> dict:
     """A policy, and how it does on the test questions."""
     train_from_sft(name, x)
-    arm = {"copies": "irl_copies"}.get(name, name)
+    arm = {"copies": "irl_copies", "frozen": "irl_frozen"}.get(name, name)
     return {"arms": {arm: on_test(x, name)}}
 
 
@@ -504,13 +506,14 @@ def first_wrong_steps(x: Experiment) -> dict:
 STAGES: dict[str, dict[str, Callable]] = {
     "countdown": {
         "sft": train_sft,
+        "irl": partial(policy_from_sft, "irl"),
         "copies": partial(policy_from_sft, "copies"),
+        "grpo": partial(policy_from_sft, "grpo"),
         "irl_best": partial(imitate_best, "irl_best"),
         "best_majority": partial(imitate_best, "best_majority"),
         "best_logprob": partial(imitate_best, "best_logprob"),
         "best_true": partial(imitate_best, "best_true"),
-        "irl": partial(policy_from_sft, "irl"),
-        "grpo": partial(policy_from_sft, "grpo"),
+        "frozen": partial(policy_from_sft, "frozen"),
         "kinds": kinds_of_copies,
         "rerank": candidates,
     },

@@ -149,7 +149,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert all(json.loads((folder / f"{stage}.json").read_text())["command"] for stage in stages)
     found = json.loads(Path("results/real.json").read_text())
     one = found["countdown"]["tiny"]["8"]
-    arms = {"base", "sft", "sft_fair", "irl", "irl_copies", "grpo", "irl_best", "best_true"}
+    arms = {"base", "sft", "sft_fair", "irl", "irl_frozen", "irl_copies", "grpo", "best_true"}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     rules = {"majority_reward", "reward_copies", "own_verdict", "sft_logprob", "oracle"}
     assert rules <= set(one["rerank"]["base"]["8"]) and rules <= set(one["rerank"]["sft"]["8"])
@@ -163,7 +163,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert counts == counts[:1] * 3 and len(rows) <= 8 + counts[0]
     # All that follows SFT starts from the cell that was chosen.
     chosen = json.loads((folder / "sft.json").read_text())["chosen"]["run"]
-    for run in ("irl", "copies", "grpo", "from_base"):
+    for run in ("irl", "frozen", "copies", "grpo", "from_base"):
         settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
         assert settings["model"] == f"{folder}-{chosen}/policy" and settings["start"] == "base"
         assert settings["reward_model"] == (
