@@ -10,11 +10,13 @@ is right: an expert's trace in which something was changed is wrong.
     60-9=51  -> 51     60-9=51  -> 51     66-9=57  -> 57
 
 broken: one thing changes, everything else stays. carried: one calculation changes, its result is
-computed anew, and all that used it follows, to the answer.
+computed anew, and all that used it follows, to the answer. length: a number is a digit too short
+or too long, 5 for 51.
 
     what                          where                 test, in tests/test_negatives.py
     one thing broken              perturb               perturbations_change_something_and_are_wrong
     a copy that is still right    meaning               a_copy_that_is_still_right_is_none
+    a digit too few or too many   change_length         a_number_is_a_digit_shorter_or_longer
     an error that is carried on   carry_error           every_equation_of_a_carried_copy_is_true
     what is an old result         carry_on              later_uses_are_replaced_and_nothing_else
     the first changed token       perturbed_negatives   perturbed_negatives_count_from_the_first_..
@@ -74,17 +76,22 @@ def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Examp
     nothing to change.
 
     kind: "broken" (one of BROKEN at random), "carried" (broken where nothing can be carried on),
-    "both" (either, with equal chance), or one of BROKEN alone.
+    "length" (the same), "both" (broken or carried, with equal chance), "all" (any of the three), or
+    one of BROKEN alone.
 
     >>> expert = Example("?", "3*12=36", "36")
     >>> perturb(expert, random.Random(0), "operator").trace
     '3/12=36'
     """
-    if kind == "both":
-        kind = rng.choice(("broken", "carried"))
+    if kind in MIXED:
+        kind = rng.choice(MIXED[kind])
     # The kinds to try, in this order: a trace without an operator still has numbers.
     shuffled = rng.sample(list(BROKEN), len(BROKEN))
-    kinds = {"broken": shuffled, "carried": ["carried", *shuffled]}.get(kind, [kind])
+    kinds = [kind]
+    if kind == "broken":
+        kinds = shuffled
+    elif kind not in BROKEN:
+        kinds += shuffled
     for one in kinds:
         # Nearly always the first attempt will do. Some put 7/1 in the place of 7*1, or swap the
         # numbers of 3+4=7: what they say is as right as before, so it is no negative.
@@ -200,6 +207,31 @@ def change_digits(text: str, span: tuple[int, int], rng: random.Random) -> str:
         else:
             changed = "".join(rng.choice("0123456789") for _ in digits)
     return text[:start] + changed + text[end:]
+
+
+def change_length(example: Example, rng: random.Random) -> tuple[str, str] | None:
+    """A whole number of the answer or of the trace is a digit shorter or longer.
+
+    A policy finds out what copies never show. Where all of them had as many digits as the expert's,
+    it learnt to answer 5 for 52: up to there, that looks right.
+    """
+    in_answer = rng.random() < 0.5
+    text = example.answer if in_answer else example.trace
+    # Not 2.50 and not 1,200: a shorter one is worth the same, or is known by its looks.
+    whole = [match for match in re.finditer(NUMBER, text) if match[0].isdecimal()]
+    if not whole:
+        return None
+    number = rng.choice(whole)
+    digits = number[0]
+    place = rng.randrange(len(digits))
+    if len(digits) > 1 and rng.random() < 0.5:
+        changed = digits[:place] + digits[place + 1 :]
+    else:
+        changed = digits[: place + 1] + rng.choice("0123456789") + digits[place + 1 :]
+    if changed[0] == "0":
+        changed = digits
+    text = text[: number.start()] + changed + text[number.end() :]
+    return (example.trace, text) if in_answer else (text, example.answer)
 
 
 BROKEN = {
@@ -414,7 +446,8 @@ def carry_on(
     return "".join(pieces), new
 
 
-CHANGES = BROKEN | {"carried": carry_error}
+CHANGES = BROKEN | {"carried": carry_error, "length": change_length}
+MIXED = {"both": ("broken", "carried"), "all": ("broken", "carried", "length")}
 
 
 # 3. Negatives -------------------------------------------------------------------------------------

@@ -80,8 +80,9 @@ class Settings:
     negatives: str = setting(
         "broken",
         "what is wrong in them: one thing (broken), a calculation whose error is carried on to "
-        "the answer (carried), or half of each (both)",
-        ("broken", "carried", "both"),
+        "the answer (carried), a number a digit too short or long (length), half of the first two "
+        "(both), or a third of each (all)",
+        ("broken", "carried", "length", "both", "all"),
     )
     replay: int = setting(4, "old rollouts kept per question")
     warm_up: int = setting(

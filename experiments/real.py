@@ -66,7 +66,7 @@ from experiments import real_tables, steps
 from tasks.answers import extract_answer
 
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
-HEAD += "--reward-average 0 --perturbed 4 --negatives both --questions 8 --eval-questions 2 "
+HEAD += "--reward-average 0 --perturbed 4 --negatives all --questions 8 --eval-questions 2 "
 FLAGS = {
     # 64 rows a step: what two CPU cores do in half a minute
     "countdown": HEAD + "--data countdown --extra-questions 3000 --max-new-tokens 48 --group 8 "

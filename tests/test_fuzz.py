@@ -206,7 +206,7 @@ def test_first_errors(survives):
 
 
 def test_perturbations(survives):
-    kinds = [*negatives.BROKEN, "broken", "carried", "both"]
+    kinds = [*negatives.BROKEN, "broken", "carried", "length", "both", "all"]
 
     @fuzz(500, examples(), st.integers(0, 2**32), st.sampled_from(kinds))
     def check(example, seed, kind):

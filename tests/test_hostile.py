@@ -195,7 +195,7 @@ USES = {
     "from_record": lambda text: from_record(trace=text, answer=f"1{text}"),
     "from_gsm8k": lambda text: from_record(answer=f"{text}#### 1"),
     "from_medreason": from_medreason,
-    **{f"perturb: {kind}": broken(kind) for kind in [*negatives.BROKEN, "carried"]},
+    **{f"perturb: {kind}": broken(kind) for kind in [*negatives.BROKEN, "carried", "length"]},
     "first_error": lambda text: data.first_error(EXPERT, text),
     "odd_answers": lambda text: odd_answers([text, "1"]),
     "answer_keys": lambda text: rerank.answer_keys([[text, None]], [()]),

@@ -179,7 +179,7 @@ def test_broken_copies_of_every_kind_are_made_behind_the_lock():
     options = ("Mitral valve", "Aortic valve", "Tricuspid")
     choice = data.Example("Which?", "It is the 2nd of 3 valves: 4-2=2.", "B", options)
     with data.no_verifier():
-        for kind in (*negatives.BROKEN, "carried", "both"):
+        for kind in (*negatives.BROKEN, "carried", "both", "all"):
             assert negatives.perturb(choice, random.Random(0), kind) is not None
         broken = [negatives.perturb(choice, random.Random(seed), "answer") for seed in range(20)]
     assert {example.answer for example in broken} == {"A", "C"}

@@ -124,10 +124,33 @@ def test_no_perturbation_imitates_the_pupil(kind):
         assert changed or kind == "carried"
 
 
+def test_a_number_is_a_digit_shorter_or_longer():
+    """One number of trace and answer, by one digit; never with a leading zero; and wrong."""
+    rng = random.Random(0)
+    places = set()
+    for example in data.load_examples("words", "train", 200):
+        copy = negatives.perturb(example, rng, "length")
+        before, after = (re.findall("[0-9]+", f"{e.trace} {e.answer}") for e in (example, copy))
+        [(old, new)] = [pair for pair in zip(before, after, strict=True) if pair[0] != pair[1]]
+        assert abs(len(new) - len(old)) == 1 and new[0] != "0"
+        longer, shorter = sorted((old, new), key=len, reverse=True)
+        assert shorter in {longer[:i] + longer[i + 1 :] for i in range(len(longer))}
+        assert data.first_error(example, data.response_text(copy.trace, copy.answer)) is not None
+        places.add((copy.answer != example.answer, len(new) > len(old)))
+    assert len(places) == 4  # both of them, shorter and longer
+
+
+def test_decimals_and_thousands_keep_their_length():
+    """2.5 for 2.50 would be right; 1,20 for 1,200 would be known by its looks."""
+    example = Example("?", "1,200+2.50=1,202.50", "1,202.50")
+    assert negatives.change_length(example, random.Random(0)) is None
+    assert negatives.perturb(example, random.Random(0), "length") is not None
+
+
 def test_perturbing_text_answers_takes_another_option_and_nothing_else_to_break_is_none():
     rng = random.Random(0)
     example = Example("Which?", "Because so.", "Vitamin C", ("Vitamin C", "Vitamin D"))
-    for kind in ("broken", "carried", "both"):
+    for kind in ("broken", "carried", "length", "both", "all"):
         assert negatives.perturb(example, rng, kind).answer == "Vitamin D"
         assert negatives.perturb(Example("Which?", "Because so.", "Vitamin C"), rng, kind) is None
     assert negatives.perturb(Example("?", "5", "no"), rng, "swap") is None
@@ -371,7 +394,7 @@ def test_gsm8k_carries_errors_on(request):
 # negatives ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["broken", "carried", "both"])
+@pytest.mark.parametrize("kind", ["broken", "carried", "length", "both", "all"])
 def test_perturbed_negatives_count_from_the_first_changed_token(shipped, kind):
     _, tokenizer = shipped
     question = "Ava has 24 pens. Ava loses 9. Ava finds 3. How many pens?"
@@ -392,7 +415,8 @@ def test_perturbed_negatives_count_from_the_first_changed_token(shipped, kind):
 
 def test_the_setting_reaches_the_negatives():
     assert parse_settings([]).negatives == "broken"
-    assert parse_settings(["--negatives", "both"]).negatives == "both"
+    for kind in ("broken", "carried", "length", "both", "all"):
+        assert parse_settings(["--negatives", kind]).negatives == kind
 
 
 @pytest.mark.parametrize("kind", ["broken", "carried"])
@@ -501,7 +525,7 @@ MARKS = st.tuples(st.integers(0, 80), TEXTS.map(without_brackets))
 @given(TEXTS, TEXTS, TEXTS, st.lists(MARKS, max_size=3), st.integers(0, 99))
 def test_any_text_is_survived(question, trace, answer, marks, seed):
     example = Example(question, trace, answer, marks=tuple(marks))
-    for kind in (*negatives.BROKEN, "broken", "carried", "both"):
+    for kind in (*negatives.BROKEN, "broken", "carried", "length", "both", "all"):
         copy = negatives.perturb(example, random.Random(seed), kind)
         assert copy is None or (copy.trace, copy.answer) != (trace, answer)
     carried = carry_error(example, random.Random(seed))
