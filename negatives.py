@@ -76,8 +76,8 @@ def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Examp
     nothing to change.
 
     kind: "broken" (one of BROKEN at random), "carried" (broken where nothing can be carried on),
-    "length" (the same), "both" (broken or carried, with equal chance), "all" (any of the three), or
-    one of BROKEN alone.
+    "length" (broken where no whole number is), "both" (broken or carried, with equal chance), "all"
+    (any of the three), or one of BROKEN alone.
 
     >>> expert = Example("?", "3*12=36", "36")
     >>> perturb(expert, random.Random(0), "operator").trace
@@ -124,8 +124,8 @@ def meaning(trace: str) -> str:
     return re.sub(EQUATION, shortened, trace)
 
 
-# Each of the four returns the copy's trace and answer; None where there is nothing of its kind. An
-# attempt that fails returns the expert's own, and `perturb` tries again.
+# Each of these five returns the copy's trace and answer; None where there is nothing of its kind.
+# An attempt that fails returns the expert's own, and `perturb` tries again.
 
 
 def break_number(example: Example, rng: random.Random) -> tuple[str, str] | None:
@@ -234,6 +234,7 @@ def change_length(example: Example, rng: random.Random) -> tuple[str, str] | Non
     return (example.trace, text) if in_answer else (text, example.answer)
 
 
+# change_length is none of these: "broken" copies stay what the published rewards have learnt from.
 BROKEN = {
     "number": break_number,
     "operator": break_operator,

@@ -68,7 +68,8 @@ from tasks.answers import extract_answer
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
 HEAD += "--reward-average 0 --perturbed 4 --negatives all --questions 8 --eval-questions 2 "
 FLAGS = {
-    # 64 rows a step: what two CPU cores do in half a minute
+    # 64 rows a step: what two CPU cores do in half a minute, or in one where the reward learns on.
+    # IRL's rate was looked at on validation, with 60 updates of SFT before; GRPO takes the same.
     "countdown": HEAD + "--data countdown --extra-questions 3000 --max-new-tokens 48 --group 8 "
     "--micro-tokens 16384 --micro-batch 64 --sample-rows 256 --granularity sparse "
     "--reward-clip 0.1 --advantage-scale group --max-steps 60 --policy-lr 5e-4 --grpo-steps 60 "
@@ -154,7 +155,7 @@ class Experiment:
         """The folder of a run of train.py."""
         return self.folder.with_name(f"{self.folder.name}-{name}")
 
-    def found(self, stage: str) -> dict:
+    def result_of(self, stage: str) -> dict:
         """What a stage has left. UserError if it has not run."""
         path = self.folder / f"{stage}.json"
         if not path.exists():
@@ -163,12 +164,12 @@ class Experiment:
 
     def sft(self) -> str:
         """The folder of SFT's model."""
-        return str(self.run(self.found("sft")["chosen"]["run"]) / "policy")
+        return str(self.run(self.result_of("sft")["chosen"]["run"]) / "policy")
 
     def reward_start(self) -> str:
-        """The folder of the SFT model with the fewest updates: it can read the task, and does not
-        know the demonstrations by heart, by which alone it could tell them from their copies."""
-        return str(self.run(self.found("sft")["looks"][0]["run"]) / "policy")
+        """The folder of the SFT model with the fewest updates: it can read the task. One that knows
+        the demonstrations by heart might tell them from copies by that (see the stage kinds)."""
+        return str(self.run(self.result_of("sft")["looks"][0]["run"]) / "policy")
 
 
 def trained(x: Experiment, name: str, flags: str) -> None:
@@ -318,7 +319,8 @@ def look(x: Experiment, run: str, examples: list, chosen: list, _start: int = 0)
 
 def on_test(x: Experiment, run: str, share: float = 0.0, temperature: float = 1.0) -> dict:
     """{"t1", "greedy": [mean, low, high]} of a run's policy on the test questions."""
-    [result] = look(x, run, x.test, [(share, temperature)])
+    name = f"test-{run}-{share:g}-{temperature:g}"
+    [result] = in_parts(x, name, [(share, temperature)], 1, partial(look, x, run, x.test))
     return {column: result[column] for column in ("t1", "greedy")}
 
 
@@ -398,11 +400,12 @@ def kinds_of_copies(x: Experiment) -> dict:
 def candidates(x: Experiment) -> dict:
     """{"base", "sft": [{"question", "answer", "texts", "scores": {signal: [n]}}], "written"}."""
     temperature = TEMPERATURE[x.args.task]
-    signals = ["logprob", "sft_logprob", "own_verdict", *REWARDS[x.args.task]]
+    shared = ["logprob", "sft_logprob", "own_verdict", *REWARDS[x.args.task]]
     of_sft = loading.load_causal(x.sft(), x.base.device)
     stage = {"temperature": temperature}
     for source, model, before in (("base", x.base, x.shots), ("sft", of_sft, ())):
         samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
+        signals = list(shared)
         if source == "sft" and x.args.task == "countdown":
             signals += [f"reward_{run}" for run in REWARDS_ALONE]
         scores = {by: judge(x, source, by, x.test, samples) for by in signals}
@@ -468,7 +471,7 @@ def imitate_best(name: str, x: Experiment) -> dict:
         kept = sum(score > 0 for score, _, _ in best)
     else:
         # No vote and no log-probability says where to stop. A rival takes as many, its surest.
-        kept = x.found("irl_best")["winners"]
+        kept = x.result_of("irl_best")["winners"]
     rows = [as_row(example) for example in x.experts]
     for _, example, text in best[:kept]:
         written = re.fullmatch(r"<think>\n(.*)\n</think>\n<answer>(.*)</answer>", text, re.DOTALL)
@@ -481,7 +484,7 @@ def imitate_best(name: str, x: Experiment) -> dict:
         lines = "".join(json.dumps(row) + "\n" for row in some)
         checkpoint.write_text(folder / f"{file}.jsonl", lines)
     flags = f"--data {shlex.quote(str(folder))} --demonstrations {len(rows)}"
-    chosen = x.found("sft")["chosen"]
+    chosen = x.result_of("sft")["chosen"]
     tuning = tuned(x, name, ((chosen["updates"], chosen["rate"]),), flags)
     best = tuning["chosen"]
     arms = {name: on_test(x, best["run"], best["share"], best["temperature"])}
@@ -497,10 +500,10 @@ def first_wrong_steps(x: Experiment) -> dict:
     """F1 on ProcessBench of each run's reward, and of the log-probabilities."""
     files = ["--dev", x.args.dev, "--test", x.args.test, "--experts", str(x.args.validation)]
     files += shlex.split(x.args.steps)
-    found = {run: steps.main(["--run", str(x.run(run)), *files]) for run in RUNS[x.args.task]}
-    for signals in found.values():
+    by_run = {run: steps.main(["--run", str(x.run(run)), *files]) for run in RUNS[x.args.task]}
+    for signals in by_run.values():
         signals["sft_logprob"] = signals.pop("logprob")  # the base of these runs is SFT
-    return {"processbench": found}
+    return {"processbench": by_run}
 
 
 STAGES: dict[str, dict[str, Callable]] = {

@@ -178,6 +178,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     for stage in before:
         (folder / f"{stage}.json").unlink()
     monkeypatch.setattr(real, "collect", None)  # nothing is sampled again
+    monkeypatch.setattr(real.train, "evaluate", None)  # nor looked at again
     monkeypatch.setattr(train.Run, "train_irl", None)  # train.py's runs are finished
     real.main(command)
     assert before == {stage: without_seconds(folder / f"{stage}.json") for stage in before}
@@ -256,7 +257,7 @@ def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
     monkeypatch.setattr(real, "look", lambda *_: [{"t1": [0, 0, 0], "greedy": [0, 0, 0]}])
     expert = data.Example("2+1?", "2+1=3", "3")
     x = SimpleNamespace(experts=[expert], validation=[expert], test=[], folder=tmp_path)
-    x.found = partial(real.Experiment.found, x)
+    x.result_of = partial(real.Experiment.result_of, x)
     with pytest.raises(UserError, match="run the stage irl_best first"):
         real.imitate_best("best_majority", x)
     for name in scores:
