@@ -5,10 +5,10 @@
         --flags "--data FOLDER" --dev mr_gsm8k.jsonl --test processbench.json
     python -m experiments.real --tables      results/real.json, results/real.md, README.md's table
 
-A stage leaves a file, runs/real-<task>-<name>/<stage>.json, with its seconds and its command, and
-is left out when that file is there. What was cut off goes on with the same command:
-training is train.py's (runs/real-<task>-<name>-<run>/), sampling and judging are kept in parts. At
-the end the stages go to a file in results/, and from there into the tables
+A stage leaves a file, runs/real-<task>-<name>/<stage>.json, with its seconds, its command and the
+code's commit, and is left out when that file is there. What was cut off goes on with the same
+command: training is train.py's (runs/real-<task>-<name>-<run>/), sampling and judging are kept in
+parts. At the end the stages go to a file in results/, and from there into the tables
 (experiments/real_tables.py).
 
     sft       SFT; its updates and rate are chosen on validation questions. Fair SFT is the same
@@ -43,6 +43,7 @@ import json
 import random
 import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ from engine import checkpoint, loading, lora
 from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
 from engine.settings import parse_settings
-from experiments import real_tables, steps
+from experiments import real_tables, steps, store
 from tasks.answers import extract_answer
 
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
@@ -384,7 +385,7 @@ def kinds_of_copies(x: Experiment) -> dict:
     told: dict = {}
     for run in ("copies", *REWARDS_ALONE):
         train_from_sft(run, x)
-        for kind in ("broken", "carried"):
+        for kind in ("broken", "carried", "length"):
             rng = random.Random(x.args.seed)
             pairs = []
             for example in x.validation:
@@ -506,6 +507,15 @@ def first_wrong_steps(x: Experiment) -> dict:
     return {"processbench": by_run}
 
 
+def commit() -> str | None:
+    """Which commit this code is; None outside a repository of git."""
+    git = ["git", "-C", str(store.ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 STAGES: dict[str, dict[str, Callable]] = {
     "countdown": {
         "sft": train_sft,
@@ -574,6 +584,7 @@ def main(arguments: list[str] | None = None) -> None:
         begun = time.monotonic()
         result = function(x)
         result["seconds"] = round(time.monotonic() - begun, 1)
+        result["commit"] = commit()
         result["command"] = shlex.join(
             ["python", "-m", "experiments.real", *(arguments or sys.argv[1:])]
         )

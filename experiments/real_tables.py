@@ -34,7 +34,6 @@ ARMS = {
     "grpo": "GRPO, true answers",
 }
 RULES = {
-    "random": "at random",
     "majority": "majority vote",
     "sft_logprob": "SFT's log-probability",
     "majority_reward": "majority, ties by the reward",

@@ -172,7 +172,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     # Which kinds a reward tells, by the kind that it has learnt from.
     told = json.loads((folder / "kinds.json").read_text())["told"]
     assert set(told) == {"copies", "broken", "carried", "from_base", "from_sft"}
-    assert all(set(row) == {"broken", "carried"} for row in told.values())
+    assert all(set(row) == {"broken", "carried", "length"} for row in told.values())
     assert one["told"] == told
     before = {stage: without_seconds(folder / f"{stage}.json") for stage in ("irl", "rerank")}
     for stage in before:
