@@ -166,9 +166,10 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     for run in ("irl", "frozen", "copies", "grpo", "from_base"):
         settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
         assert settings["model"] == f"{folder}-{chosen}/policy" and settings["start"] == "base"
-        assert settings["reward_model"] == (
-            "tiny" if run == "from_base" else f"{folder}-sft-1-0.001/policy"
-        )
+        reward_starts = {"from_base": "tiny", "irl": f"{folder}-copies/reward"}
+        reward_starts["frozen"] = reward_starts["irl"]
+        few_updates = f"{folder}-sft-1-0.001/policy"
+        assert settings["reward_model"] == reward_starts.get(run, few_updates)
     # Which kinds a reward tells, by the kind that it has learnt from.
     told = json.loads((folder / "kinds.json").read_text())["told"]
     assert set(told) == {"copies", "broken", "carried", "from_base", "from_sft"}
