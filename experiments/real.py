@@ -82,7 +82,7 @@ FLAGS = {
     "--warm-up 128 --warm-up-lr 3e-4",
 }
 # From the reward of copies. A run without it (20 updates with samples at 5e-4, then on at 5e-4) got
-# a reward for the target behind the last "=", true or not: T = 1 fell from 49 % to 32 on validation.
+# a reward for the target behind the last "=", true or not: validation fell from 49 % to 32.
 GO_ON = "--method irl --warm-up 4 --warm-up-lr 2e-4"
 REWARD_ALONE = "--method irl --rollouts-per-expert 0 --max-steps 1"
 RUNS = {  # of train.py, from SFT
