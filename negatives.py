@@ -76,8 +76,8 @@ def perturb(example: Example, rng: random.Random, kind: str = "broken") -> Examp
     nothing to change.
 
     kind: "broken" (one of BROKEN at random), "carried" (broken where nothing can be carried on),
-    "length" (broken where no whole number is), "both" (broken or carried, with equal chance), "all"
-    (any of the three), or one of BROKEN alone.
+    "length" (the answer or the trace is drawn; broken where that has no whole number), "both"
+    (broken or carried, with equal chance), "all" (any of the three), or one of BROKEN alone.
 
     >>> expert = Example("?", "3*12=36", "36")
     >>> perturb(expert, random.Random(0), "operator").trace

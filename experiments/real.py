@@ -13,8 +13,8 @@ parts. At the end the stages go to a file in results/, and from there into the t
 
     sft       SFT; its updates and rate are chosen on validation questions. Fair SFT is the same
               model with a share of the base in its weights and its logits divided by a temperature,
-              both chosen there too. All policies below start from SFT, all rewards from an SFT of
-              few updates
+              both chosen there too. All policies below start from SFT, the rewards from an SFT of
+              few updates, where nothing else is said
     copies    countdown: IRL whose discriminator never sees a sample, only experts' traces and
               copies of them with an error in them. Its reward stands still after the warm-up
     irl       countdown: IRL whose discriminator goes on from that of copies, and learns from the
@@ -28,7 +28,7 @@ parts. At the end the stages go to a file in results/, and from there into the t
               that a reward could bring in this way
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
-    kinds     countdown: whether a reward that learnt from one kind of copies tells the other kind
+    kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
               on held-out demonstrations (no answer is asked for), and one that starts from the
               base, or from SFT, instead of an SFT of few updates
     rerank    8 candidates for each test question, of the base that was shown worked examples and of
@@ -68,18 +68,19 @@ from experiments import real_tables, steps, store
 from tasks.answers import extract_answer
 
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
-HEAD += "--reward-average 0 --perturbed 4 --negatives all --questions 8 --eval-questions 2 "
+HEAD += "--reward-average 0 --perturbed 4 --questions 8 --eval-questions 2 "
 FLAGS = {
     # 64 rows a step: what two CPU cores do in half a minute, or in one where the reward learns on.
     # IRL's rate was looked at on validation, with 60 updates of SFT before; GRPO takes the same.
-    "countdown": HEAD + "--data countdown --extra-questions 3000 --max-new-tokens 48 --group 8 "
-    "--micro-tokens 16384 --micro-batch 64 --sample-rows 256 --granularity sparse "
-    "--reward-clip 0.1 --advantage-scale group --max-steps 60 --policy-lr 5e-4 --grpo-steps 60 "
-    "--grpo-lr 5e-4 --warm-up 40 --warm-up-lr 5e-4",
-    # the reward is all that is wanted: one step of a policy
-    "gsm8k": HEAD + "--data gsm8k --extra-questions 64 --max-new-tokens 256 --group 2 "
-    "--max-steps 1 --micro-batch 4 --sample-rows 48 --granularity dense --rollouts-per-expert 0 "
-    "--warm-up 128 --warm-up-lr 3e-4",
+    "countdown": HEAD + "--data countdown --negatives all --extra-questions 3000 "
+    "--max-new-tokens 48 --group 8 --micro-tokens 16384 --micro-batch 64 --sample-rows 256 "
+    "--granularity sparse --reward-clip 0.1 --advantage-scale group --max-steps 60 "
+    "--policy-lr 5e-4 --grpo-steps 60 --grpo-lr 5e-4 --warm-up 40 --warm-up-lr 5e-4",
+    # The reward is all that is wanted: one step of a policy. Which copies it learns from was fixed
+    # before any test, so those of a wrong length, which countdown asked for, are not among them.
+    "gsm8k": HEAD + "--data gsm8k --negatives both --extra-questions 64 "
+    "--max-new-tokens 256 --group 2 --max-steps 1 --micro-batch 4 --sample-rows 48 "
+    "--granularity dense --rollouts-per-expert 0 --warm-up 128 --warm-up-lr 3e-4",
 }
 # From the reward of copies. A run without it (20 updates with samples at 5e-4, then on at 5e-4) got
 # a reward for the target behind the last "=", true or not: validation fell from 49 % to 32.
@@ -520,8 +521,8 @@ def first_wrong_steps(x: Experiment) -> dict:
 
 
 def commit() -> str | None:
-    """Which commit this code is; None outside a repository of git."""
-    git = ["git", "-C", str(store.ROOT), "rev-parse", "--short", "HEAD"]
+    """Which commit this code is, with "-dirty" if it was changed; None outside a git repository."""
+    git = ["git", "-C", str(store.ROOT), "describe", "--always", "--exclude=*", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -589,6 +590,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.name = args.name or f"{model}-{args.demonstrations}-{args.seed}"
     loading.quiet()
     x = Experiment(args)
+    code = commit()  # before the first stage: a repository may move on while hours of them run
     for stage, function in STAGES[args.task].items():
         path = x.folder / f"{stage}.json"
         if path.exists() or (args.only and stage not in args.only):
@@ -596,7 +598,7 @@ def main(arguments: list[str] | None = None) -> None:
         begun = time.monotonic()
         result = function(x)
         result["seconds"] = round(time.monotonic() - begun, 1)
-        result["commit"] = commit()
+        result["commit"] = code
         result["command"] = shlex.join(
             ["python", "-m", "experiments.real", *(arguments or sys.argv[1:])]
         )

@@ -27,10 +27,10 @@ ARMS = {
     "sft": "SFT",
     "sft_fair": "fair SFT",
     "irl": "**IRL**",
-    "irl_frozen": "IRL, its reward stands still",
     "irl_copies": "IRL, copies alone",
     "irl_best": "SFT on the reward's best of 8",
-    "best_true": "SFT on right ones of 8",
+    "best_majority": "SFT on the majority's of 8",
+    "best_logprob": "SFT on its surest of 8",
     "grpo": "GRPO, true answers",
 }
 RULES = {

@@ -146,10 +146,13 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     folder = Path("runs/real-countdown-tiny-8-0")
     stages = {path.stem for path in folder.glob("*.json")}
     assert stages == set(real.STAGES["countdown"])
-    assert all(json.loads((folder / f"{stage}.json").read_text())["command"] for stage in stages)
+    for stage in stages:
+        kept = json.loads((folder / f"{stage}.json").read_text())
+        assert kept["command"] and kept["commit"] == real.commit()
     found = json.loads(Path("results/real.json").read_text())
     one = found["countdown"]["tiny"]["8"]
-    arms = {"base", "sft", "sft_fair", "irl", "irl_frozen", "irl_copies", "grpo", "best_true"}
+    arms = {"base", "sft", "sft_fair", "irl", "irl_frozen", "irl_copies", "grpo"}
+    arms |= {"irl_best", "best_majority", "best_logprob", "best_true"}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     rules = {"majority_reward", "reward_copies", "own_verdict", "sft_logprob", "oracle"}
     assert rules <= set(one["rerank"]["base"]["8"]) and rules <= set(one["rerank"]["sft"]["8"])
