@@ -74,21 +74,30 @@ def check_samples(
     return parallel.rows(check, examples)
 
 
+def right_answers(
+    model, tokenizer, examples: list[data.Example], s: Settings
+) -> dict[str, torch.Tensor]:
+    """{"t1": which of some samples at temperature 1 are right [Q, n], "greedy": [Q, 1]}."""
+    # The same random numbers for every method: what differs is the policy.
+    generator = torch.Generator(model.device).manual_seed(parallel.seed(s.seed))
+    return {
+        "t1": check_samples(model, tokenizer, examples, EVAL_SAMPLES, 1.0, generator, s),
+        "greedy": check_samples(model, tokenizer, examples, 1, 0.0, generator, s),
+    }
+
+
 def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dict:
     """Shares of right answers at temperature 1 (mean over samples) and greedy, and pass@k.
 
     Each share comes with its 95% bootstrap interval over questions.
     """
-    # The same random numbers for every method: what differs is the policy.
-    generator = torch.Generator(model.device).manual_seed(parallel.seed(s.seed))
-    sampled = check_samples(model, tokenizer, examples, EVAL_SAMPLES, 1.0, generator, s)  # [Q, n]
-    greedy = check_samples(model, tokenizer, examples, 1, 0.0, generator, s)  # [Q, 1]
+    right = right_answers(model, tokenizer, examples, s)
     results = {"pass@k": {}}
-    for name, shares in (("t1", sampled), ("greedy", greedy)):
-        results[name], *results[f"{name}_interval"] = rerank.bootstrap(shares.float().mean(1))
+    for name, rows in right.items():
+        results[name], *results[f"{name}_interval"] = rerank.bootstrap(rows.float().mean(1))
     # The chance that one of k samples is right, from how many of EVAL_SAMPLES are.
     for k in (1, 2, 4):
-        chances = [rerank.pass_at_k(EVAL_SAMPLES, int(right), k) for right in sampled.sum(1)]
+        chances = [rerank.pass_at_k(EVAL_SAMPLES, int(count), k) for count in right["t1"].sum(1)]
         results["pass@k"][str(k)] = sum(chances) / len(chances)
     return results
 

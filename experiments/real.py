@@ -321,23 +321,28 @@ def turns(tokenizer, texts: list[str]) -> list[int]:
 
 
 def look(x: Experiment, run: str, examples: list, chosen: list, _start: int = 0) -> list[dict]:
-    """The accuracy of a run's policy with each (share of the base, temperature) that is chosen."""
+    """The accuracy of a run's policy with each (share of the base, temperature) that is chosen.
+
+    "shares": of each question's answers, how many are right.
+    """
     looks = []
     for share, temperature in chosen:
         model = loading.load_causal(str(x.run(run) / "policy"), x.base.device)
         lora.average(model, lora.start_of(x.base), share)
         policy.divide_logits(model, temperature)
-        result = train.evaluate(model, x.tokenizer, examples, x.settings)
-        columns = {name: [result[name], *result[f"{name}_interval"]] for name in ("t1", "greedy")}
-        looks.append({"run": run, "share": share, "temperature": temperature} | columns)
+        right = train.right_answers(model, x.tokenizer, examples, x.settings)
+        shares = {column: rows.float().mean(1) for column, rows in right.items()}
+        one = {"run": run, "share": share, "temperature": temperature}
+        one |= {column: rerank.bootstrap(values) for column, values in shares.items()}
+        looks.append(one | {"shares": {column: shares[column].tolist() for column in shares}})
     return looks
 
 
 def on_test(x: Experiment, run: str, share: float = 0.0, temperature: float = 1.0) -> dict:
-    """{"t1", "greedy": [mean, low, high]} of a run's policy on the test questions."""
+    """{"t1", "greedy": [mean, low, high], "shares"} of a run's policy on the test questions."""
     name = f"test-{run}-{share:g}-{temperature:g}"
     [result] = in_parts(x, name, [(share, temperature)], 1, partial(look, x, run, x.test))
-    return {column: result[column] for column in ("t1", "greedy")}
+    return {column: result[column] for column in ("t1", "greedy", "shares")}
 
 
 def tuned(x: Experiment, name: str, cells: tuple, flags: str = "") -> dict:

@@ -137,6 +137,35 @@ def mean_of(parts: list):
     return numpy.mean(known, 0).tolist() if known else None
 
 
+def over_questions(seeds: list[dict], arm: str) -> dict:
+    """{"t1", "greedy": [mean, low, high]} of an arm over the questions of all seeds, and
+    "beyond_sft_fair", the same of what it has over fair SFT, paired by question.
+
+    seeds: {arm: {column: the share of right answers to each question}}. Where a seed's were not
+    kept, {}.
+
+    >>> irl, fair = {"t1": [1, 1], "greedy": [1, 0]}, {"t1": [0.5, 0.5], "greedy": [1, 0]}
+    >>> over_questions([{"irl": irl, "sft_fair": fair}], "irl")["beyond_sft_fair"]
+    {'t1': [0.5, 0.5, 0.5], 'greedy': [0.0, 0.0, 0.0]}
+    """
+
+    def joined(name: str, column: str) -> torch.Tensor | None:
+        if not seeds or not all(shares.get(name) for shares in seeds):
+            return None
+        return torch.tensor([share for shares in seeds for share in shares[name][column]])
+
+    over: dict = {}
+    for column in ("t1", "greedy"):
+        values = joined(arm, column)
+        fair = joined("sft_fair", column)
+        if values is not None:
+            over[column] = rerank.bootstrap(values)
+        if values is not None and fair is not None and arm not in ("sft", "sft_fair"):
+            beyond = over.setdefault("beyond_sft_fair", {})
+            beyond[column] = rerank.bootstrap(values.double() - fair.double())
+    return over
+
+
 def arms_of(one: dict) -> dict[str, dict]:
     """Of what was measured with so many demonstrations the policies."""
     return {name: arm for name, arm in one.items() if isinstance(arm, dict) and "t1" in arm}
@@ -145,14 +174,18 @@ def arms_of(one: dict) -> dict[str, dict]:
 def results_of(task: str) -> dict:
     """{model: {demonstrations: {arm: {"t1", "greedy", "seeds"}, "rerank": {source: choices}}}}.
 
-    Means over seeds; an interval is the mean of the seeds' intervals, each over questions. "room":
-    what GRPO has over fair SFT at T = 1, in points.
+    Means over seeds. An arm's interval is over the questions of all seeds, where they were kept;
+    any other one is the mean of the seeds' intervals, each over questions. "beyond_sft_fair": what
+    an arm has over fair SFT, paired by question. "room": what GRPO has, at T = 1, in points.
     """
     by_size: dict = {}
     for run in stored(task).values():
         one: dict = {"rerank": {}, "auroc": {}}
+        shares = {}
         for stage in run["stages"].values():
-            one |= stage.get("arms", {})
+            for arm, columns in stage.get("arms", {}).items():
+                one[arm] = {column: columns[column] for column in ("t1", "greedy")}
+                shares[arm] = columns.get("shares")
             if "told" in stage:
                 one["told"] = stage["told"]
             if "temperature" in stage:
@@ -167,12 +200,13 @@ def results_of(task: str) -> dict:
                 one.setdefault("processbench", {})[name] = {
                     by: r["f1"] for by, r in signals.items()
                 }
-        by_size.setdefault((run["model"], str(run["demonstrations"])), []).append(one)
+        by_size.setdefault((run["model"], str(run["demonstrations"])), []).append((one, shares))
     results: dict = {}
     for (model, size), seeds in by_size.items():
-        one = mean_of(seeds)
+        one = mean_of([seed for seed, _ in seeds])
         for name, arm in arms_of(one).items():
-            arm["seeds"] = sum(name in seed for seed in seeds)
+            arm["seeds"] = sum(name in seed for seed, _ in seeds)
+            arm |= over_questions([shares for _, shares in seeds if name in shares], name)
         if {"grpo", "sft_fair"} <= one.keys():
             one["room"] = round(100 * (one["grpo"]["t1"][0] - one["sft_fair"]["t1"][0]), 1)
         results.setdefault(model, {})[size] = one
@@ -237,6 +271,11 @@ def markdown(results: dict) -> str:
     for name, one in experiments(results):
         arms = arms_of(one)
         rows = [(arm, column, arms[arm][column]) for arm in arms for column in ("t1", "greedy")]
+        rows += [
+            (arm, f"{column}, beyond fair SFT", beyond)
+            for arm in arms
+            for column, beyond in arms[arm].get("beyond_sft_fair", {}).items()
+        ]
         parts += [f"## {name}", grid(rows + [(arm, "seeds", arms[arm]["seeds"]) for arm in arms])]
         rows = [
             (f"reward_{run}", f"told from {kind} copies", share)

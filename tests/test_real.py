@@ -64,6 +64,24 @@ def test_a_choice_is_by_its_own_scores():
     assert found["auroc"]["reward"] == 1
 
 
+def test_an_arm_is_averaged_over_the_questions_of_all_seeds():
+    """Two seeds of two questions are four, whose interval is narrower than that of two; against
+    fair SFT question by question. A seed without shares leaves nothing."""
+    seeds = [
+        {"irl": {"t1": [1, 0], "greedy": [1, 0]}, "sft_fair": {"t1": [0.5, 0], "greedy": [0, 0]}},
+        {"irl": {"t1": [1, 0], "greedy": [0, 0]}, "sft_fair": {"t1": [1, 0], "greedy": [1, 0]}},
+    ]
+    over = real_tables.over_questions(seeds, "irl")
+    assert over["t1"][0] == 0.5 and over["greedy"][0] == 0.25
+    assert over["beyond_sft_fair"]["t1"][0] == 0.125
+    assert over["beyond_sft_fair"]["greedy"][0] == 0
+    many = [{"irl": {"t1": [1, 0] * 50, "greedy": [0] * 100}}]
+    one, two = (real_tables.over_questions(many * n, "irl") for n in (1, 2))
+    assert two["t1"][2] - two["t1"][1] < 0.8 * (one["t1"][2] - one["t1"][1])
+    assert "beyond_sft_fair" not in one
+    assert real_tables.over_questions([*many, {"irl": None}], "irl") == {}
+
+
 def test_what_arms_wrote_is_judged_and_compared_question_by_question():
     records = [record([]), record([])]
     right = "<answer>5</answer>"
@@ -154,6 +172,8 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     arms = {"base", "sft", "sft_fair", "irl", "irl_frozen", "irl_copies", "grpo"}
     arms |= {"irl_best", "best_majority", "best_logprob", "best_true"}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
+    beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
+    assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
     rules = {"majority_reward", "reward_copies", "own_verdict", "sft_logprob", "oracle"}
     assert rules <= set(one["rerank"]["base"]["8"]) and rules <= set(one["rerank"]["sft"]["8"])
     assert "## Countdown, tiny, 8 demonstrations" in Path("results/real.md").read_text()
@@ -258,7 +278,8 @@ def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
     (tmp_path / "sft.json").write_text(json.dumps({"chosen": chosen}))
     monkeypatch.setattr(real, "winners", winners)
     monkeypatch.setattr(real, "tuned", lambda *_: {"chosen": chosen})
-    monkeypatch.setattr(real, "look", lambda *_: [{"t1": [0, 0, 0], "greedy": [0, 0, 0]}])
+    seen = {"t1": [0, 0, 0], "greedy": [0, 0, 0], "shares": {}}
+    monkeypatch.setattr(real, "look", lambda *_: [seen])
     expert = data.Example("2+1?", "2+1=3", "3")
     x = SimpleNamespace(experts=[expert], validation=[expert], test=[], folder=tmp_path)
     x.result_of = partial(real.Experiment.result_of, x)
