@@ -149,20 +149,23 @@ def over_questions(seeds: list[dict], arm: str) -> dict:
     {'t1': [0.5, 0.5, 0.5], 'greedy': [0.0, 0.0, 0.0]}
     """
 
-    def joined(name: str, column: str) -> torch.Tensor | None:
-        if not seeds or not all(shares.get(name) for shares in seeds):
-            return None
+    def are_kept(name: str) -> bool:
+        """Whether every seed has this arm's shares."""
+        return bool(seeds) and all(shares.get(name) for shares in seeds)
+
+    def joined(name: str, column: str) -> torch.Tensor:
+        """An arm's shares, seed after seed: [questions of all seeds]."""
         return torch.tensor([share for shares in seeds for share in shares[name][column]])
 
     over: dict = {}
-    for column in ("t1", "greedy"):
-        values = joined(arm, column)
-        fair = joined("sft_fair", column)
-        if values is not None:
-            over[column] = rerank.bootstrap(values)
-        if values is not None and fair is not None and arm not in ("sft", "sft_fair"):
-            beyond = over.setdefault("beyond_sft_fair", {})
-            beyond[column] = rerank.bootstrap(values.double() - fair.double())
+    columns = ("t1", "greedy")
+    if are_kept(arm):
+        over = {column: rerank.bootstrap(joined(arm, column)) for column in columns}
+    if are_kept(arm) and are_kept("sft_fair") and arm not in ("sft", "sft_fair"):
+        over["beyond_sft_fair"] = {
+            column: rerank.bootstrap(joined(arm, column) - joined("sft_fair", column))
+            for column in columns
+        }
     return over
 
 
