@@ -107,7 +107,7 @@ REWARDS_ALONE = ("broken", "carried", "from_base", "from_sft")
 REWARDS = {"countdown": ("reward", "reward_copies"), "gsm8k": ("reward", "reward_sparse")}
 # SFT's (updates, rate), then fair SFT's (share of the base, temperature)
 CELLS = {
-    "countdown": ((60, 1e-3), (120, 1e-3), (240, 1e-3)),
+    "countdown": ((60, 1e-3), (120, 1e-3), (240, 1e-3), (120, 2e-3), (120, 4e-3), (240, 2e-3)),
     "gsm8k": ((96, 1e-4),),
 }
 LOOKS = {

@@ -169,6 +169,16 @@ def over_questions(seeds: list[dict], arm: str) -> dict:
     return over
 
 
+def look_name(look: dict) -> str:
+    """What was looked at on validation questions: a run, and how its policy was asked.
+
+    >>> look_name({"run": "sft-60-0.001", "share": 0.25, "temperature": 0.2})
+    'sft-60-0.001, share of the base 0.25, T = 0.2'
+    """
+    run = look.get("run") or f"sft-{look['updates']}-{look['rate']:g}"
+    return f"{run}, share of the base {look['share']:g}, T = {look['temperature']:g}"
+
+
 def arms_of(one: dict) -> dict[str, dict]:
     """Of what was measured with so many demonstrations the policies."""
     return {name: arm for name, arm in one.items() if isinstance(arm, dict) and "t1" in arm}
@@ -189,6 +199,10 @@ def results_of(task: str) -> dict:
             for arm, columns in stage.get("arms", {}).items():
                 one[arm] = {column: columns[column] for column in ("t1", "greedy")}
                 shares[arm] = columns.get("shares")
+            for one_look in stage.get("looks", []):
+                one.setdefault("validation", {})[look_name(one_look)] = {
+                    column: one_look[column] for column in ("t1", "greedy")
+                }
             if "told" in stage:
                 one["told"] = stage["told"]
             if "temperature" in stage:
@@ -280,6 +294,13 @@ def markdown(results: dict) -> str:
             for column, beyond in arms[arm].get("beyond_sft_fair", {}).items()
         ]
         parts += [f"## {name}", grid(rows + [(arm, "seeds", arms[arm]["seeds"]) for arm in arms])]
+        rows = [
+            (look, f"{column}, validation", value)
+            for look, columns in one.get("validation", {}).items()
+            for column, value in columns.items()
+        ]
+        if rows:
+            parts.append(grid(rows))
         rows = [
             (f"reward_{run}", f"told from {kind} copies", share)
             for run, row in one.get("told", {}).items()

@@ -176,7 +176,13 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
     rules = {"majority_reward", "reward_copies", "own_verdict", "sft_logprob", "oracle"}
     assert rules <= set(one["rerank"]["base"]["8"]) and rules <= set(one["rerank"]["sft"]["8"])
-    assert "## Countdown, tiny, 8 demonstrations" in Path("results/real.md").read_text()
+    page = Path("results/real.md").read_text()
+    assert "## Countdown, tiny, 8 demonstrations" in page
+    # What was looked at on validation, by fair SFT and by the rivals alike.
+    asked = ("share of the base 0, T = 1", "share of the base 0.25, T = 0.2")
+    runs = ("sft", "irl_best", "best_majority", "best_logprob", "best_true")
+    looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
+    assert set(one["validation"]) == looks and all(f"| {look} |" in page for look in looks)
     # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
     rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
     assert 8 <= len(rows) <= 11
