@@ -175,8 +175,7 @@ def look_name(look: dict) -> str:
     >>> look_name({"run": "sft-60-0.001", "share": 0.25, "temperature": 0.2})
     'sft-60-0.001, share of the base 0.25, T = 0.2'
     """
-    run = look.get("run") or f"sft-{look['updates']}-{look['rate']:g}"
-    return f"{run}, share of the base {look['share']:g}, T = {look['temperature']:g}"
+    return f"{look['run']}, share of the base {look['share']:g}, T = {look['temperature']:g}"
 
 
 def arms_of(one: dict) -> dict[str, dict]:
