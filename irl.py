@@ -64,6 +64,7 @@ class IRL:
         "replay",
         "rng",
         "generator",
+        "updates_done",
         "steps_done",
     )
 
@@ -81,6 +82,7 @@ class IRL:
         self.generator = torch.Generator(self.policy_model.device).manual_seed(s.seed)
         self.replay = reward.Replay(s.replay)
         self.end_tokens = data.end_tokens(self.tokenizer, self.policy_model)
+        self.updates_done = 0  # of the warm-up
         self.steps_done = 0
         # `end_warm_up` averages with these, a copy of the reward's weights.
         self.reward_start = lora.start_of(self.reward_model) if s.reward_average else []
@@ -347,7 +349,12 @@ class IRL:
         s = self.settings
         rollout = None
         with data.no_verifier():
-            policy.set_constant_rate(self.reward_optimizer, s.warm_up_lr)
+            if s.warm_up_decay:
+                rate = (s.warm_up_lr, self.updates_done, s.warm_up)
+                policy.set_rate(self.reward_optimizer, *rate)
+            else:
+                policy.set_constant_rate(self.reward_optimizer, s.warm_up_lr)
+            self.updates_done += 1
             examples = data.draw(self.experts, s.questions, self.rng)
             if s.rollouts_per_expert:
                 rollout, _ = self.rollout(examples, s.rollouts_per_expert)

@@ -91,6 +91,9 @@ class Settings:
         "demonstrations, at least 60",
     )
     warm_up_lr: float = setting(None, "learning rate of the warm-up")
+    warm_up_decay: bool = setting(
+        False, "the warm-up's rate rises for a tenth of its updates, then falls to 0, as SFT's does"
+    )
     reward_average: float = setting(
         None, "share of its start in the reward's weights after the warm-up", SHARE
     )

@@ -205,6 +205,11 @@ def test_every_update_has_the_rate_that_the_settings_give(shipped, settings, mon
     of_policy = [rate for optimizer, rate in rates if optimizer is loop.policy_optimizer]
     rising = pytest.approx([0.5e-3, 0.95e-3, 0.9e-3])  # of 20 steps the first three
     assert of_reward == [3e-4, 2e-5, 2e-5, 2e-5] and of_policy == rising
+    rates.clear()
+    loop = make_loop(shipped, settings, warm_up=20, warm_up_lr=1e-3, warm_up_decay=True)
+    for _ in range(3):
+        loop.warm_up()
+    assert [rate for _, rate in rates] == rising
     for kind, changes in (
         (baselines.SFT, dict(sft_steps=20, sft_lr=1e-3)),
         (baselines.GRPO, dict(grpo_steps=20, grpo_lr=1e-3)),
