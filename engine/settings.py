@@ -133,7 +133,6 @@ class Settings:
         None, "questions per step; SFT takes twice as many demonstrations", COUNT
     )
     group: int = setting(None, "samples per question (G)", (2, 10**6))
-    top_p: float = setting(1.0, "nucleus of training samples", (0.01, 1))
     max_steps: int = setting(None, "policy steps of IRL", COUNT)
     policy_lr: float = setting(None, "learning rate of IRL's policy")
     grpo_steps: int = setting(None, "policy steps of GRPO", COUNT)
@@ -186,6 +185,7 @@ class Settings:
 
     # No flags: the field's usual values. Other ones made no difference here (docs/results.md).
     temperature = 1.0  # of training samples
+    top_p = 1.0  # their nucleus: all tokens, so that samples are what log pi speaks of
     label_smoothing = 0.1  # the discriminator's labels are 0.95 and 0.05
     discriminator_updates = 1  # per policy step
     ppo_clip = 0.2  # PPO and GRPO hold the ratio within 1 +- this

@@ -323,7 +323,6 @@ def test_bad_flags_are_one_line_and_status_2(flags, message, capsys):
 OUT = {
     "gamma": "2 -0.1",
     "kl_coef": "-1",
-    "top_p": "0 1.5",
     "entropy_coef": "-0.2",
     "reward_average": "1.5",
     "reward_clip": "-5",
