@@ -61,10 +61,14 @@ def micro_batches(lengths: torch.Tensor, rows: int, tokens: int = 0) -> list[tor
     return parts
 
 
+# Whose matrix products in the layers are bf16. experiments/real.py adds "cpu".
+HALF_PRECISION = {"cuda"}
+
+
 def half_precision(device: torch.device):
-    """bf16 matrix products in the layers on CUDA, float32 elsewhere.
+    """bf16 matrix products in the layers on the devices of HALF_PRECISION, float32 elsewhere.
 
     What trains and what is added up stays float32. Entered anew for each forward pass, because it
     caches the weights it has cast.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in HALF_PRECISION)

@@ -60,7 +60,7 @@ import policy
 import rerank
 import train
 from candidates import collect, from_texts, without_cut_off
-from engine import checkpoint, loading, lora
+from engine import checkpoint, loading, lora, memory
 from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
 from engine.settings import parse_settings
@@ -620,4 +620,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # As on CUDA. Where a CPU multiplies bf16 by itself, training takes two thirds of the time.
+    memory.HALF_PRECISION.add("cpu")
     sys.exit(exit_status(main))
