@@ -23,9 +23,9 @@ parts. At the end the stages go to a file in results/, and from there into the t
     irl_best  countdown: on questions that have no demonstration, SFT's best of 8 by the reward from
               copies is imitated beside the demonstrations, where D takes it for an expert's (logit
               above 0), with as many updates as SFT. Its rivals imitate as many winners, the surest:
-              best_majority (a majority vote chooses), best_logprob (SFT's probability). best_true
-              imitates right answers, of which somebody has to know that they are right: the most
-              that a reward could bring in this way
+              best_majority (the text that most of the 8 are), best_logprob (SFT's probability).
+              best_true imitates right answers, of which somebody has to know that they are right:
+              the most that a reward could bring in this way
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
@@ -41,6 +41,7 @@ questions.
 """
 
 import json
+import math
 import random
 import re
 import shlex
@@ -65,7 +66,6 @@ from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
 from engine.settings import parse_settings
 from experiments import real_tables, steps, store
-from tasks.answers import extract_answer
 
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
 HEAD += "--reward-average 0 --perturbed 4 --questions 8 --eval-questions 2 "
@@ -444,15 +444,16 @@ def candidates(x: Experiment) -> dict:
     return stage | {"written": {"base": base}}
 
 
-def votes(answers: list[list[str | None]], options: list[tuple[str, ...]]) -> list[list[int]]:
-    """How many of a question's answers say what each one says; -1 for no answer.
+def votes(texts: list[str], logprobs: list[float]) -> list[float]:
+    """How many of a question's samples say just this. SFT's probability decides ties.
 
-    >>> votes([["1,200", None, "$1200.00", None, None, "7"]], [()])
-    [[2, -1, 2, -1, -1, 1]]
+    What is voted on is the whole text: countdown's questions give the answer.
+
+    >>> votes(["1+2=3", "2+1=3", "1+2=3"], [math.log(0.5), 0.0, math.log(0.5)])
+    [2.5, 2.0, 2.5]
     """
-    keys = rerank.answer_keys(answers, options)  # [Q, n]
-    alike = (keys[:, :, None] == keys[:, None, :]).sum(-1)
-    return alike.masked_fill(keys < 0, -1).tolist()
+    # The mean probability of a token is below 1, so it outweighs no vote.
+    return [texts.count(text) + math.exp(logprob) for text, logprob in zip(texts, logprobs)]
 
 
 def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
@@ -469,8 +470,7 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
             for example, one in zip(x.extra, samples)
         ]
     elif name == "best_majority":
-        answers = [[extract_answer(text) for text in one["texts"]] for one in samples]
-        scores = votes(answers, [example.options for example in asked])
+        scores = [votes(one["texts"], one["logprob"]) for one in samples]
     elif name == "best_logprob":
         scores = [one["logprob"] for one in samples]
     else:

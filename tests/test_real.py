@@ -270,6 +270,22 @@ def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
     assert [(score, text) for score, _, text in best] == [(1, texts[0][1]), (0, texts[1][0])]
 
 
+def test_a_majority_wins_by_its_text_and_ties_by_its_probability(monkeypatch):
+    """All answers are the target: 5 would get 3 votes of 3 whatever stands before it."""
+    texts = [["2+3=5", "3+2=5", "2+3=5"], ["2+3=5", "3+2=5", "4+1=5"]]
+    logprobs = [[-3.0, -0.1, -3.0], [-3.0, -0.1, -2.0]]
+    samples = [{"texts": a, "logprob": b} for a, b in zip(texts, logprobs)]
+    monkeypatch.setattr(real, "sample", lambda *_: samples)
+    monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
+    x = SimpleNamespace(base=SimpleNamespace(device="cpu"), sft=lambda: "")
+    x.extra = [data.Example(f"{name}?", "", "5") for name in "ab"]
+    best = real.winners("best_majority", x)
+    assert [(example.question, text) for _, example, text in best] == [
+        ("a?", "2+3=5"),
+        ("b?", "3+2=5"),
+    ]
+
+
 def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
     tmp_path, monkeypatch
 ):
