@@ -35,6 +35,7 @@ ARMS = {
 }
 RULES = {
     "majority": "majority vote",
+    "majority_text": "vote on whole texts",
     "sft_logprob": "SFT's log-probability",
     "majority_reward": "majority, ties by the reward",
     "reward": "**reward**",
@@ -89,6 +90,8 @@ def choices(records: list[dict], task: str) -> dict:
 
     records: {"question", "answer", "texts": [n], "scores": {signal: [n]}} of each question.
     "gain": what each rule has over the majority vote, of the best of n, paired by question.
+    "majority_text": countdown's questions give the answer, so that a vote on answers is chance
+    among those that arrive at it; a vote on whole texts is not.
     """
     examples = examples_of(records, task)
     n = len(records[0]["texts"])
@@ -109,6 +112,12 @@ def choices(records: list[dict], task: str) -> dict:
             results[str(k)][f"majority_{by}"] = rerank.bootstrap(votes)
         results["gain"][f"majority_{by}"] = rerank.bootstrap(votes - majority)
         results["gain"][by] = rerank.bootstrap(rerank.best_of_n(correct, values, n) - majority)
+    if task == "countdown":
+        rows = [one["texts"] for one in records]
+        alike = torch.tensor([[row.index(text) for text in row] for row in rows])  # [Q, n]
+        for k in (4, 8):
+            votes = rerank.majority_vote(correct, alike, k)
+            results[str(k)]["majority_text"] = rerank.bootstrap(votes)
     return results | {"questions": len(records)}
 
 

@@ -64,6 +64,19 @@ def test_a_choice_is_by_its_own_scores():
     assert found["auroc"]["reward"] == 1
 
 
+def test_where_the_question_gives_the_answer_whole_texts_are_voted_on():
+    """All 8 say 24, so that the vote on answers is chance; 3 of them write the same."""
+
+    def text(trace: str) -> str:
+        return f"<think>\n{trace}\n</think>\n<answer>24</answer>"
+
+    wrong = [text(f"{a}+16=32\n32-8=24") for a in (12, 13, 14, 15, 17)]
+    texts = [*wrong, *[text("16+16=32\n32-8=24")] * 3]
+    question = {"question": "16 16 8 > 24", "answer": "24", "texts": texts}
+    found = real_tables.choices([question | {"scores": {"logprob": [0.0] * 8}}], "countdown")
+    assert found["8"]["majority"][0] == 3 / 8 and found["8"]["majority_text"][0] == 1
+
+
 def test_an_arm_is_averaged_over_the_questions_of_all_seeds():
     """Two seeds of two questions are four, whose interval is narrower than that of two; against
     fair SFT question by question. A seed without shares leaves nothing."""
@@ -174,7 +187,14 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
-    rules = {"majority_reward", "reward_copies", "own_verdict", "sft_logprob", "oracle"}
+    rules = {
+        "majority_text",
+        "majority_reward",
+        "reward_copies",
+        "own_verdict",
+        "sft_logprob",
+        "oracle",
+    }
     assert rules <= set(one["rerank"]["base"]["8"]) and rules <= set(one["rerank"]["sft"]["8"])
     page = Path("results/real.md").read_text()
     assert "## Countdown, tiny, 8 demonstrations" in page
