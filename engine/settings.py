@@ -183,9 +183,12 @@ class Settings:
         ("test", "validation"),
     )
 
+    # No flag: training samples are drawn from all tokens, so that log pi speaks of what is drawn.
+    # A smaller nucleus was not tried.
+    top_p = 1.0
+
     # No flags: the field's usual values. Other ones made no difference here (docs/results.md).
     temperature = 1.0  # of training samples
-    top_p = 1.0  # their nucleus: all tokens, so that samples are what log pi speaks of
     label_smoothing = 0.1  # the discriminator's labels are 0.95 and 0.05
     discriminator_updates = 1  # per policy step
     ppo_clip = 0.2  # PPO and GRPO hold the ratio within 1 +- this
