@@ -20,20 +20,21 @@ parts. At the end the stages go to a file in results/, and from there into the t
     irl       countdown: IRL whose discriminator goes on from that of copies, and learns from the
               policy's samples too, beside the policy. GSM8K: a reward per token, from copies alone
     frozen    countdown: the control of irl: its reward stands still after the warm-up
-    irl_best  countdown: on questions that have no demonstration, SFT's best of 8 by the reward from
-              copies is imitated beside the demonstrations, where D takes it for an expert's (logit
-              above 0), with as many updates as SFT. Its rivals imitate as many winners, the surest:
-              best_majority (the text that most of the 8 are), best_logprob (SFT's probability).
-              best_true imitates right answers, of which somebody has to know that they are right:
-              the most that a reward could bring in this way
+    irl_best  countdown: on questions that have no demonstration, the best of 8 by the reward from
+              copies is imitated beside the demonstrations, with as many updates as SFT: where D is
+              as sure of it as of most demonstrations that it has never seen. The 8 are of the SFT
+              of few updates, where the reward starts. Its rivals imitate as many winners of SFT's
+              8, the surest: best_majority (the text that most of the 8 are), best_logprob (SFT's
+              probability). best_true imitates right answers among irl_best's 8, of which somebody
+              has to know that they are right: the most that a reward could bring in this way
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
               on held-out demonstrations (no answer is asked for), and one that starts from the
               base, or from SFT, instead of an SFT of few updates
-    rerank    8 candidates for each test question, of the base that was shown worked examples and of
-              SFT, and what every model says of them; also the base's own verdict, asked "Is this
-              solution right?"
+    rerank    8 candidates for each test question, of the base that was shown worked examples, of
+              SFT and (countdown) of the SFT of few updates, and what every model that was trained
+              says of them; also the base's own verdict, asked "Is this solution right?"
     steps     GSM8K: the first wrong step on ProcessBench (experiments/steps.py)
 
 True answers are read by tests, by GRPO and best_true, and by what is chosen on validation
@@ -165,6 +166,10 @@ class Experiment:
         """The folder of a run of train.py."""
         return self.folder.with_name(f"{self.folder.name}-{name}")
 
+    def run_of(self, reward: str) -> Path:
+        """The folder of the run of a reward: of irl, or of <run> if it is called reward_<run>."""
+        return self.run(reward.removeprefix("reward").removeprefix("_") or "irl")
+
     def result_of(self, stage: str) -> dict:
         """What a stage has left. UserError if it has not run."""
         path = self.folder / f"{stage}.json"
@@ -175,6 +180,10 @@ class Experiment:
     def sft(self) -> str:
         """The folder of SFT's model."""
         return str(self.run(self.result_of("sft")["chosen"]["run"]) / "policy")
+
+    def first_sft(self) -> str:
+        """The folder of the SFT with the fewest updates."""
+        return str(self.run(self.result_of("sft")["looks"][0]["run"]) / "policy")
 
     def reward_start(self, run: str) -> str:
         """The folder of the model from which a run's reward starts.
@@ -189,7 +198,7 @@ class Experiment:
         if self.args.task == "countdown" and run in ("irl", "frozen"):
             self.result_of("copies")
             return str(self.run("copies") / "reward")
-        return str(self.run(self.result_of("sft")["looks"][0]["run"]) / "policy")
+        return self.first_sft()
 
 
 def trained(x: Experiment, name: str, flags: str) -> None:
@@ -258,8 +267,7 @@ def judge(x: Experiment, name: str, by: str, examples: list, samples: list[dict]
     """
     discriminator = None
     if by.startswith("reward"):
-        run = x.run(by.removeprefix("reward").removeprefix("_") or "irl")
-        discriminator, _, _ = rerank.load_run(run, x.base.device)
+        discriminator, _, _ = rerank.load_run(x.run_of(by), x.base.device)
         function = discriminator.reward_model.scores
     else:
         writer = loading.load_causal(x.sft(), x.base.device) if by == "sft_logprob" else x.base
@@ -421,16 +429,20 @@ def kinds_of_copies(x: Experiment) -> dict:
 
 
 def candidates(x: Experiment) -> dict:
-    """{"base", "sft": [{"question", "answer", "texts", "scores": {signal: [n]}}], "written"}."""
+    """{"base", "sft", "sft_first": [{"question", "answer", "texts", "scores": {signal: [n]}}],
+    "written"}. sft_first: countdown's SFT of few updates, where the rewards start.
+    """
     temperature = TEMPERATURE[x.args.task]
-    shared = ["logprob", "sft_logprob", "own_verdict", *REWARDS[x.args.task]]
-    of_sft = loading.load_causal(x.sft(), x.base.device)
+    shared = ["logprob", "sft_logprob", "own_verdict", *trained_rewards(x, REWARDS[x.args.task])]
+    sources = {"base": (x.base, x.shots), "sft": (loading.load_causal(x.sft(), x.base.device), ())}
+    if x.args.task == "countdown":
+        sources["sft_first"] = (loading.load_causal(x.first_sft(), x.base.device), ())
     stage = {"temperature": temperature}
-    for source, model, before in (("base", x.base, x.shots), ("sft", of_sft, ())):
+    for source, (model, before) in sources.items():
         samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
         signals = list(shared)
         if source == "sft" and x.args.task == "countdown":
-            signals += [f"reward_{run}" for run in REWARDS_ALONE]
+            signals += trained_rewards(x, [f"reward_{run}" for run in REWARDS_ALONE])
         scores = {by: judge(x, source, by, x.test, samples) for by in signals}
         if source == "base":  # of its own tokens, after the worked examples
             scores["logprob"] = [one["logprob"] for one in samples]
@@ -442,6 +454,15 @@ def candidates(x: Experiment) -> dict:
     written = {"t1": stage["base"], "greedy": sample(x, "greedy", x.base, x.test, 1, 0.0, x.shots)}
     base = {column: [one["texts"] for one in rows] for column, rows in written.items()}
     return stage | {"written": {"base": base}}
+
+
+def trained_rewards(x: Experiment, names: list[str]) -> list[str]:
+    """Those whose stages have run; the others are named."""
+    there = [name for name in names if (x.run_of(name) / "reward").exists()]
+    missing = [name for name in names if name not in there]
+    if missing:
+        print(f"rerank without {', '.join(missing)}: not trained", flush=True)
+    return there
 
 
 def votes(texts: list[str], logprobs: list[float]) -> list[float]:
@@ -457,13 +478,18 @@ def votes(texts: list[str], logprobs: list[float]) -> list[float]:
 
 
 def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
-    """(score, question, SFT's sample with the highest score), the surest first.
+    """(score, question, the best of 8 samples), the surest first. best_true alone looks at answers.
 
-    best_true alone looks at answers.
+    SFT of few updates errs openly: the reward tells its samples best. Votes and log-probability
+    tell more of the chosen SFT's, so that is where the rivals' are from (docs/results.md).
     """
     asked = [data.question_only(example) for example in x.extra]
-    of_sft = loading.load_causal(x.sft(), x.base.device)
-    samples = sample(x, "extra", of_sft, asked, CANDIDATES, 1.0)
+    if name in ("irl_best", "best_true"):
+        part, folder = "extra_first", x.first_sft()
+    else:
+        part, folder = "extra", x.sft()
+    writer = loading.load_causal(folder, x.base.device)
+    samples = sample(x, part, writer, asked, CANDIDATES, 1.0)
     if name == "best_true":
         scores = [
             [float(data.is_correct(example, text)) for text in one["texts"]]
@@ -474,7 +500,7 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     elif name == "best_logprob":
         scores = [one["logprob"] for one in samples]
     else:
-        scores = judge(x, "extra", "reward_copies", asked, samples)
+        scores = judge(x, part, "reward_copies", asked, samples)
     best = [
         (max(row), example, one["texts"][row.index(max(row))])
         for example, one, row in zip(asked, samples, scores)
@@ -486,12 +512,25 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     return sorted(best, key=score, reverse=True)
 
 
+def held_out_logit(x: Experiment) -> float:
+    """D's logit that three quarters of validation's demonstrations reach: it has seen none of them.
+
+    Above 0, "rather an expert's than a copy", is too little: an error that no copy shows is, too.
+    """
+    texts = [[data.response_text(example.trace, example.answer)] for example in x.validation]
+    demonstrations = [{"texts": one} for one in texts]
+    logits = judge(x, "held_out", "reward_copies", x.validation, demonstrations)
+    return float(torch.tensor(logits).quantile(0.25))
+
+
 def imitate_best(name: str, x: Experiment) -> dict:
-    """Imitate the demonstrations, and what wins among SFT's samples where the winner is sure."""
+    """Imitate the demonstrations, and the best of 8 where they are sure to be good."""
     best = winners(name, x)
-    if name in ("irl_best", "best_true"):
-        # Those that D takes for an expert's: their logit is above 0. A right answer's score is 1.
-        kept = sum(score > 0 for score, _, _ in best)
+    if name == "irl_best":
+        enough = held_out_logit(x)
+        kept = sum(score >= enough for score, _, _ in best)
+    elif name == "best_true":
+        kept = sum(score > 0 for score, _, _ in best)  # a right answer's is 1
     else:
         # No vote and no log-probability says where to stop. A rival takes as many, its surest.
         kept = x.result_of("irl_best")["winners"]

@@ -21,6 +21,8 @@ from candidates import Candidates
 from experiments import store, tables
 
 FILES = {"countdown": "real-countdown.json.xz", "gsm8k": "real-samples.json.xz"}
+# of candidates: base with worked examples, the chosen SFT, the SFT of the fewest updates
+SOURCES = ("base", "sft", "sft_first")
 # README.md's rows: arms, then rules for the best of 8
 ARMS = {
     "base": "base, 4 solved examples",
@@ -217,7 +219,7 @@ def results_of(task: str) -> dict:
                 one["temperature"] = stage["temperature"]
             if "written" in stage:
                 one |= accuracy(stage["base"], stage["written"], task)
-            for source in ("base", "sft"):
+            for source in SOURCES:
                 if source in stage:
                     one["rerank"][source] = choices(stage[source], task)
                     one["auroc"][source] = one["rerank"][source].pop("auroc")

@@ -195,7 +195,8 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
         "sft_logprob",
         "oracle",
     }
-    assert rules <= set(one["rerank"]["base"]["8"]) and rules <= set(one["rerank"]["sft"]["8"])
+    assert set(one["rerank"]) == {"base", "sft", "sft_first"}
+    assert all(rules <= set(source["8"]) for source in one["rerank"].values())
     page = Path("results/real.md").read_text()
     assert "## Countdown, tiny, 8 demonstrations" in page
     # What was looked at on validation, by fair SFT and by the rivals alike.
@@ -273,7 +274,7 @@ def test_winners_come_the_surest_first(monkeypatch):
     monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
     monkeypatch.setattr(real, "judge", lambda *_: scores)
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
-    x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), sft=lambda: "")
+    x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
     best = real.winners("irl_best", x)
     assert [(score, text) for score, _, text in best] == [(2.0, "c1"), (0.5, "b0"), (-1.0, "a1")]
     assert all(not example.answer for _, example, _ in best)
@@ -285,7 +286,7 @@ def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
     texts = [["<answer>4</answer>", "<answer>5</answer>"], ["<answer>4</answer>"] * 2]
     monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
-    x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), sft=lambda: "")
+    x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
     best = real.winners("best_true", x)
     assert [(score, text) for score, _, text in best] == [(1, texts[0][1]), (0, texts[1][0])]
 
@@ -306,12 +307,12 @@ def test_a_majority_wins_by_its_text_and_ties_by_its_probability(monkeypatch):
     ]
 
 
-def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
+def test_imitated_are_winners_as_sure_as_demonstrations_and_as_many_of_a_rivals(
     tmp_path, monkeypatch
 ):
-    """D > 1/2 for two of three; a rival's scores, all negative, do not say where to stop."""
+    """That is two of three; a rival's scores, all negative, do not say where to stop."""
     right = "<think>\n1+1=2\n</think>\n<answer>2</answer>"
-    scores = {"irl_best": (2.0, 0.5, -1.0), "best_majority": (-1.0, -2.0, -3.0)}
+    scores = {"irl_best": (2.0, 1.5, 0.5), "best_majority": (-1.0, -2.0, -3.0)}
 
     def winners(name, x):
         return [(score, data.Example(f"{score}?", "", ""), right) for score in scores[name]]
@@ -320,6 +321,8 @@ def test_imitated_are_winners_that_d_takes_for_experts_and_as_many_of_a_rivals(
     (tmp_path / "sft.json").write_text(json.dumps({"chosen": chosen}))
     monkeypatch.setattr(real, "winners", winners)
     monkeypatch.setattr(real, "tuned", lambda *_: {"chosen": chosen})
+    # What D says of five demonstrations: three quarters of them reach 1.
+    monkeypatch.setattr(real, "judge", lambda *_: [[2.0], [0.0], [3.0], [1.0], [2.0]])
     seen = {"t1": [0, 0, 0], "greedy": [0, 0, 0], "shares": {}}
     monkeypatch.setattr(real, "look", lambda *_: [seen])
     expert = data.Example("2+1?", "2+1=3", "3")
