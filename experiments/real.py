@@ -20,13 +20,13 @@ parts. At the end the stages go to a file in results/, and from there into the t
     irl       countdown: IRL whose discriminator goes on from that of copies, and learns from the
               policy's samples too, beside the policy. GSM8K: a reward per token, from copies alone
     frozen    countdown: the control of irl: its reward stands still after the warm-up
-    irl_best  countdown: 8 samples for each of many questions that have no demonstration; those of
-              which D is as sure as of most demonstrations that it has never seen are imitated
-              beside the demonstrations, with as many updates as SFT. The samples are of the SFT of
-              few updates, where the reward starts. Its rivals imitate as many samples of SFT's, the
-              surest: best_majority (what most of the 8 say), best_logprob (SFT's probability).
-              best_true imitates the right ones among irl_best's samples, of which somebody has to
-              know that they are right: the most that a reward could bring in this way
+    irl_best  countdown: on questions that have no demonstration, the best of 8 by the reward from
+              copies is imitated beside the demonstrations, with as many updates as SFT: where D is
+              as sure of it as of most demonstrations that it has never seen. The 8 are of the SFT
+              of few updates, where the reward starts. Its rivals imitate as many winners of SFT's
+              8, the surest: best_majority (the text that most of the 8 are), best_logprob (SFT's
+              probability). best_true imitates right answers among irl_best's 8, of which somebody
+              has to know that they are right: the most that a reward could bring in this way
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
@@ -478,9 +478,7 @@ def votes(texts: list[str], logprobs: list[float]) -> list[float]:
 
 
 def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
-    """(score, question, sample), the surest first. best_true alone looks at answers.
-
-    Each text that a question's 8 samples say is there once.
+    """(score, question, the best of 8 samples), the surest first. best_true alone looks at answers.
 
     SFT of few updates errs openly: the reward tells its samples best. Votes and log-probability
     tell more of the chosen SFT's, so that is where the rivals' are from (docs/results.md).
@@ -504,9 +502,8 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     else:
         scores = judge(x, part, "reward_copies", asked, samples)
     best = [
-        (said, example, text)
+        (max(row), example, one["texts"][row.index(max(row))])
         for example, one, row in zip(asked, samples, scores)
-        for text, said in dict(zip(one["texts"], row)).items()
     ]
 
     def score(winner: tuple) -> float:
@@ -527,7 +524,7 @@ def held_out_logit(x: Experiment) -> float:
 
 
 def imitate_best(name: str, x: Experiment) -> dict:
-    """Imitate the demonstrations, and samples that are sure to be good."""
+    """Imitate the demonstrations, and the best of 8 where they are sure to be good."""
     best = winners(name, x)
     if name == "irl_best":
         enough = held_out_logit(x)
@@ -617,7 +614,7 @@ ARGUMENTS = {
         metavar=("UPDATES", "RATE", "SHARE", "TEMPERATURE"),
         help="fair SFT's settings, as another seed has chosen them: no others but the first cell's",
     ),
-    "--extra": dict(type=int, default=3000, help="questions that irl_best answers"),
+    "--extra": dict(type=int, default=1000, help="questions that irl_best answers"),
     "--dev": dict(metavar="FILE", help="labelled solutions, for a threshold"),
     "--test": dict(metavar="FILE", help="ProcessBench's file, for F1"),
     "--steps": dict(default="", help="experiments/steps.py's other flags"),

@@ -30,9 +30,9 @@ ARMS = {
     "sft_fair": "fair SFT",
     "irl": "**IRL**",
     "irl_copies": "IRL, copies alone",
-    "irl_best": "SFT on the reward's best samples",
-    "best_majority": "SFT on the most frequent samples",
-    "best_logprob": "SFT on its own surest samples",
+    "irl_best": "SFT on the reward's best of 8",
+    "best_majority": "SFT on the majority's of 8",
+    "best_logprob": "SFT on its surest of 8",
     "grpo": "GRPO, true answers",
 }
 RULES = {
