@@ -23,9 +23,9 @@ parts. At the end the stages go to a file in results/, and from there into the t
     irl_best  countdown: on questions that have no demonstration, the best of 8 by the reward from
               copies is imitated beside the demonstrations, with as many updates as SFT: where D is
               as sure of it as of most demonstrations that it has never seen. The 8 are of the SFT
-              of few updates, where the reward starts. Its rivals imitate as many winners of SFT's
-              8, the surest: best_majority (the text that most of the 8 are), best_logprob (SFT's
-              probability). best_true imitates right answers among irl_best's 8, of which somebody
+              of few updates, where the reward starts. Its rivals choose as many winners of the same
+              samples, the surest: best_majority (the text that most of the 8 are), best_logprob
+              (the chosen SFT's probability). best_true imitates right answers, of which somebody
               has to know that they are right: the most that a reward could bring in this way
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
@@ -480,16 +480,12 @@ def votes(texts: list[str], logprobs: list[float]) -> list[float]:
 def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     """(score, question, the best of 8 samples), the surest first. best_true alone looks at answers.
 
-    SFT of few updates errs openly: the reward tells its samples best. Votes and log-probability
-    tell more of the chosen SFT's, so that is where the rivals' are from (docs/results.md).
+    The samples are of the SFT of few updates: it errs openly, so that the reward and the chosen
+    SFT's log-probability tell more of them than of the chosen SFT's own (docs/results.md).
     """
     asked = [data.question_only(example) for example in x.extra]
-    if name in ("irl_best", "best_true"):
-        part, folder = "extra_first", x.first_sft()
-    else:
-        part, folder = "extra", x.sft()
-    writer = loading.load_causal(folder, x.base.device)
-    samples = sample(x, part, writer, asked, CANDIDATES, 1.0)
+    writer = loading.load_causal(x.first_sft(), x.base.device)
+    samples = sample(x, "extra", writer, asked, CANDIDATES, 1.0)
     if name == "best_true":
         scores = [
             [float(data.is_correct(example, text)) for text in one["texts"]]
@@ -498,9 +494,9 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     elif name == "best_majority":
         scores = [votes(one["texts"], one["logprob"]) for one in samples]
     elif name == "best_logprob":
-        scores = [one["logprob"] for one in samples]
+        scores = judge(x, "extra", "sft_logprob", asked, samples)
     else:
-        scores = judge(x, part, "reward_copies", asked, samples)
+        scores = judge(x, "extra", "reward_copies", asked, samples)
     best = [
         (max(row), example, one["texts"][row.index(max(row))])
         for example, one, row in zip(asked, samples, scores)

@@ -298,7 +298,7 @@ def test_a_majority_wins_by_its_text_and_ties_by_its_probability(monkeypatch):
     samples = [{"texts": a, "logprob": b} for a, b in zip(texts, logprobs)]
     monkeypatch.setattr(real, "sample", lambda *_: samples)
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
-    x = SimpleNamespace(base=SimpleNamespace(device="cpu"), sft=lambda: "")
+    x = SimpleNamespace(base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
     x.extra = [data.Example(f"{name}?", "", "5") for name in "ab"]
     best = real.winners("best_majority", x)
     assert [(example.question, text) for _, example, text in best] == [
