@@ -466,7 +466,7 @@ def trained_rewards(x: Experiment, names: list[str]) -> list[str]:
 
 
 def votes(texts: list[str], logprobs: list[float]) -> list[float]:
-    """How many of a question's samples say just this. SFT's probability decides ties.
+    """How many of a question's samples say just this. Their writer's probability decides ties.
 
     What is voted on is the whole text: countdown's questions give the answer.
 
@@ -481,7 +481,8 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     """(score, question, the best of 8 samples), the surest first. best_true alone looks at answers.
 
     The samples are of the SFT of few updates: it errs openly, so that the reward and the chosen
-    SFT's log-probability tell more of them than of the chosen SFT's own (docs/results.md).
+    SFT's log-probability tell more of them than of the chosen SFT's own (docs/results.md). A vote
+    tells less: there, not here, is where best_majority would be at its best.
     """
     asked = [data.question_only(example) for example in x.extra]
     writer = loading.load_causal(x.first_sft(), x.base.device)

@@ -36,8 +36,6 @@ ARMS = {
     "best_logprob": "SFT on its surest of 8",
     "grpo": "GRPO, true answers",
 }
-# What was tried and is no result stands in real.md alone.
-TRIED = "SFT at a rate of|samples of the chosen SFT"
 RULES = {
     "majority": "majority vote",
     "majority_text": "vote on whole texts",
@@ -47,6 +45,8 @@ RULES = {
     "reward_copies": "**reward from copies alone**",
     "oracle": "oracle",
 }
+# What was tried and is no result stands in real.md alone.
+TRIED = "SFT at a rate of|samples of the chosen SFT"
 
 
 def stored(task: str) -> dict:
