@@ -223,9 +223,11 @@ def in_parts(x: Experiment, name: str, items: list, size: int, function: Callabl
     records = []
     for start in range(0, len(items), size):
         path = x.folder / "parts" / f"{name}-{start}.json"
-        if not path.exists():
+        part = items[start : start + size]
+        # The last part of fewer items, as of another --extra, is too short for more.
+        if not path.exists() or len(json.loads(path.read_text())) != len(part):
             path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(path, json.dumps(function(items[start : start + size], start)))
+            checkpoint.write_text(path, json.dumps(function(part, start)))
         records += json.loads(path.read_text())
     return records
 

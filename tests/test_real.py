@@ -266,6 +266,20 @@ def test_gsm8k_from_one_command(tiny, monkeypatch):
     assert len(seen) == 2 and real_tables.questions_seen("tiny-8-0") == set()
 
 
+def test_a_part_of_fewer_items_is_made_again(tmp_path):
+    """Else the answers to three questions would stand beside five."""
+    x = SimpleNamespace(folder=tmp_path)
+    calls = []
+
+    def square(items, start):
+        calls.append(start)
+        return [item**2 for item in items]
+
+    assert real.in_parts(x, "squares", [1, 2, 3], 2, square) == [1, 4, 9]
+    assert real.in_parts(x, "squares", [1, 2, 3, 4, 5], 2, square) == [1, 4, 9, 16, 25]
+    assert calls == [0, 2, 2, 4]
+
+
 def test_winners_come_the_surest_first(monkeypatch):
     """Of three questions' samples: the best of each by the reward, in the order of its logit."""
     examples = [data.Example(f"{name}?", "", "5") for name in "abc"]
