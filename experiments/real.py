@@ -20,13 +20,13 @@ parts. At the end the stages go to a file in results/, and from there into the t
     irl       countdown: IRL whose discriminator goes on from that of copies, and learns from the
               policy's samples too, beside the policy. GSM8K: a reward per token, from copies alone
     frozen    countdown: the control of irl: its reward stands still after the warm-up
-    irl_best  countdown: on questions that have no demonstration, the best of 8 by the reward from
-              copies is imitated beside the demonstrations, with as many updates as SFT: where D is
-              as sure of it as of most demonstrations that it has never seen. The 8 are of the SFT
-              of few updates, where the reward starts. Its rivals choose as many winners of the same
-              samples, the surest: best_majority (the text that most of the 8 are), best_logprob
-              (the chosen SFT's probability). best_true imitates right answers, of which somebody
-              has to know that they are right: the most that a reward could bring in this way
+    irl_best  countdown: 4 samples for each of many questions that have no demonstration. Those of
+              which D is as sure as of most demonstrations that it has never seen are imitated
+              beside the demonstrations, each text of a question once, with as many updates as SFT.
+              The samples are of the SFT of few updates, where the reward starts. Its rivals imitate
+              as many of the same samples: best_logprob those of which the chosen SFT is surest.
+              best_true imitates the right ones, of which somebody has to know that they are right:
+              the most that a reward could bring in this way
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
@@ -42,7 +42,6 @@ questions.
 """
 
 import json
-import math
 import random
 import re
 import shlex
@@ -122,6 +121,7 @@ LOOKS = {
 TEMPERATURE = {"countdown": 1.0, "gsm8k": 0.7}  # of candidates: 0.7 is what users sample with
 SHOTS = 4  # worked examples before a question
 CANDIDATES = 8
+IMITATED_OF = 4  # samples for each of irl_best's questions: more questions teach more than samples
 VERDICT = "Is this solution right? Answer Yes or No."
 
 
@@ -354,7 +354,7 @@ def look(x: Experiment, run: str, examples: list, chosen: list, _start: int = 0)
 
 def on_test(x: Experiment, run: str, share: float = 0.0, temperature: float = 1.0) -> dict:
     """{"t1", "greedy": [mean, low, high], "shares"} of a run's policy on the test questions."""
-    name = f"test-{run}-{share:g}-{temperature:g}"
+    name = f"test-{len(x.test)}-{run}-{share:g}-{temperature:g}"
     [result] = in_parts(x, name, [(share, temperature)], 1, partial(look, x, run, x.test))
     return {column: result[column] for column in ("t1", "greedy", "shares")}
 
@@ -467,48 +467,35 @@ def trained_rewards(x: Experiment, names: list[str]) -> list[str]:
     return there
 
 
-def votes(texts: list[str], logprobs: list[float]) -> list[float]:
-    """How many of a question's samples say just this. Their writer's probability decides ties.
-
-    What is voted on is the whole text: countdown's questions give the answer.
-
-    >>> votes(["1+2=3", "2+1=3", "1+2=3"], [math.log(0.5), 0.0, math.log(0.5)])
-    [2.5, 2.0, 2.5]
-    """
-    # The mean probability of a token is below 1, so it outweighs no vote.
-    return [texts.count(text) + math.exp(logprob) for text, logprob in zip(texts, logprobs)]
-
-
 def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
-    """(score, question, the best of 8 samples), the surest first. best_true alone looks at answers.
+    """(score, question, sample), the surest first; each text of a question is there once.
 
     The samples are of the SFT of few updates: it errs openly, so that the reward and the chosen
-    SFT's log-probability tell more of them than of the chosen SFT's own (docs/results.md). A vote
-    tells less: there, not here, is where best_majority would be at its best.
+    SFT's log-probability tell more of them than of the chosen SFT's own (docs/results.md).
+    best_true alone looks at answers.
     """
     asked = [data.question_only(example) for example in x.extra]
     writer = loading.load_causal(x.first_sft(), x.base.device)
-    samples = sample(x, "extra", writer, asked, CANDIDATES, 1.0)
+    samples = sample(x, "extra", writer, asked, IMITATED_OF, 1.0)
     if name == "best_true":
         scores = [
             [float(data.is_correct(example, text)) for text in one["texts"]]
             for example, one in zip(x.extra, samples)
         ]
-    elif name == "best_majority":
-        scores = [votes(one["texts"], one["logprob"]) for one in samples]
     elif name == "best_logprob":
         scores = judge(x, "extra", "sft_logprob", asked, samples)
     else:
         scores = judge(x, "extra", "reward_copies", asked, samples)
-    best = [
-        (max(row), example, one["texts"][row.index(max(row))])
+    found = [
+        (said, example, text)
         for example, one, row in zip(asked, samples, scores)
+        for text, said in dict(zip(one["texts"], row)).items()
     ]
 
     def score(winner: tuple) -> float:
         return winner[0]
 
-    return sorted(best, key=score, reverse=True)
+    return sorted(found, key=score, reverse=True)
 
 
 def held_out_logit(x: Experiment) -> float:
@@ -523,18 +510,18 @@ def held_out_logit(x: Experiment) -> float:
 
 
 def imitate_best(name: str, x: Experiment) -> dict:
-    """Imitate the demonstrations, and the best of 8 where they are sure to be good."""
-    best = winners(name, x)
+    """Imitate the demonstrations, and the samples that are sure to be good."""
+    found = winners(name, x)
     if name == "irl_best":
         enough = held_out_logit(x)
-        kept = sum(score >= enough for score, _, _ in best)
+        kept = sum(score >= enough for score, _, _ in found)
     elif name == "best_true":
-        kept = sum(score > 0 for score, _, _ in best)  # a right answer's is 1
+        kept = sum(score > 0 for score, _, _ in found)  # a right answer's is 1
     else:
-        # No vote and no log-probability says where to stop. A rival takes as many, its surest.
+        # A log-probability does not say where to stop. The rival takes as many, its surest.
         kept = x.result_of("irl_best")["winners"]
     rows = [as_row(example) for example in x.experts]
-    for _, example, text in best[:kept]:
+    for _, example, text in found[:kept]:
         written = re.fullmatch(r"<think>\n(.*)\n</think>\n<answer>(.*)</answer>", text, re.DOTALL)
         if written:
             rows.append(as_row(replace(example, trace=written[1], answer=written[2])))
@@ -583,7 +570,6 @@ STAGES: dict[str, dict[str, Callable]] = {
         "irl": partial(policy_from_sft, "irl"),
         "grpo": partial(policy_from_sft, "grpo"),
         "irl_best": partial(imitate_best, "irl_best"),
-        "best_majority": partial(imitate_best, "best_majority"),
         "best_logprob": partial(imitate_best, "best_logprob"),
         "best_true": partial(imitate_best, "best_true"),
         "frozen": partial(policy_from_sft, "frozen"),
@@ -613,7 +599,7 @@ ARGUMENTS = {
         metavar=("UPDATES", "RATE", "SHARE", "TEMPERATURE"),
         help="fair SFT's settings, as another seed has chosen them: no others but the first cell's",
     ),
-    "--extra": dict(type=int, default=1000, help="questions that irl_best answers"),
+    "--extra": dict(type=int, default=3000, help="questions that irl_best answers"),
     "--dev": dict(metavar="FILE", help="labelled solutions, for a threshold"),
     "--test": dict(metavar="FILE", help="ProcessBench's file, for F1"),
     "--steps": dict(default="", help="experiments/steps.py's other flags"),

@@ -31,9 +31,9 @@ ARMS = {
     "sft_fair": "fair SFT",
     "irl": "**IRL**",
     "irl_copies": "IRL, copies alone",
-    "irl_best": "SFT on the reward's best of 8",
-    "best_majority": "SFT on the majority's of 8",
-    "best_logprob": "SFT on its surest of 8",
+    "irl_best": "SFT on samples that the reward chose",
+    "best_logprob": "SFT on samples that SFT chose",
+    "best_true": "SFT on right samples",
     "grpo": "GRPO, true answers",
 }
 RULES = {
@@ -46,7 +46,7 @@ RULES = {
     "oracle": "oracle",
 }
 # What was tried and is no result stands in real.md alone.
-TRIED = "SFT at a rate of|samples of the chosen SFT"
+TRIED = "SFT at a rate of|samples of the chosen SFT|best of 8 of 1,000"
 
 
 def stored(task: str) -> dict:

@@ -183,7 +183,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     found = json.loads(Path("results/real.json").read_text())
     one = found["countdown"]["tiny"]["8"]
     arms = {"base", "sft", "sft_fair", "irl", "irl_frozen", "irl_copies", "grpo"}
-    arms |= {"irl_best", "best_majority", "best_logprob", "best_true"}
+    arms |= {"irl_best", "best_logprob", "best_true"}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
@@ -201,16 +201,16 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert "## Countdown, tiny, 8 demonstrations" in page
     # What was looked at on validation, by fair SFT and by the rivals alike.
     asked = ("share of the base 0, T = 1", "share of the base 0.25, T = 0.2")
-    runs = ("sft", "irl_best", "best_majority", "best_logprob", "best_true")
+    runs = ("sft", "irl_best", "best_logprob", "best_true")
     looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
     assert set(one["validation"]) == looks and all(f"| {look} |" in page for look in looks)
     # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
     rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
-    assert 8 <= len(rows) <= 11
-    # The rivals imitate as many winners.
-    names = ("irl_best", "best_majority", "best_logprob")
+    assert 8 <= len(rows) <= 8 + 3 * real.IMITATED_OF
+    # The rival imitates as many.
+    names = ("irl_best", "best_logprob")
     counts = [json.loads((folder / f"{name}.json").read_text())["winners"] for name in names]
-    assert counts == counts[:1] * 3 and len(rows) <= 8 + counts[0]
+    assert counts[0] == counts[1] and len(rows) <= 8 + counts[0]
     # All that follows SFT starts from the cell that was chosen.
     chosen = json.loads((folder / "sft.json").read_text())["chosen"]["run"]
     for run in ("irl", "frozen", "copies", "grpo", "from_base"):
@@ -281,17 +281,19 @@ def test_a_part_of_fewer_items_is_made_again(tmp_path):
 
 
 def test_winners_come_the_surest_first(monkeypatch):
-    """Of three questions' samples: the best of each by the reward, in the order of its logit."""
+    """Of three questions' samples: each text once, in the order of its logit."""
     examples = [data.Example(f"{name}?", "", "5") for name in "abc"]
-    texts = [["a0", "a1"], ["b0", "b1"], ["c0", "c1"]]
-    scores = [[-2.0, -1.0], [0.5, -3.0], [0.1, 2.0]]
+    texts = [["a0", "a1", "a1"], ["b0", "b1", "b0"], ["c0", "c1", "c2"]]
+    scores = [[-2.0, -1.0, -1.0], [0.5, -3.0, 0.5], [0.1, 2.0, 1.0]]
     monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
     monkeypatch.setattr(real, "judge", lambda *_: scores)
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
     x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
-    best = real.winners("irl_best", x)
-    assert [(score, text) for score, _, text in best] == [(2.0, "c1"), (0.5, "b0"), (-1.0, "a1")]
-    assert all(not example.answer for _, example, _ in best)
+    for name in ("irl_best", "best_logprob"):
+        found = real.winners(name, x)
+        assert [text for _, _, text in found] == ["c1", "c2", "b0", "c0", "a1", "a0", "b1"]
+        assert all(example.question[0] == text[0] for _, example, text in found)
+        assert all(not example.answer for _, example, _ in found)
 
 
 def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
@@ -301,32 +303,21 @@ def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
     monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
     x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
-    best = real.winners("best_true", x)
-    assert [(score, text) for score, _, text in best] == [(1, texts[0][1]), (0, texts[1][0])]
-
-
-def test_a_majority_wins_by_its_text_and_ties_by_its_probability(monkeypatch):
-    """All answers are the target: 5 would get 3 votes of 3 whatever stands before it."""
-    texts = [["2+3=5", "3+2=5", "2+3=5"], ["2+3=5", "3+2=5", "4+1=5"]]
-    logprobs = [[-3.0, -0.1, -3.0], [-3.0, -0.1, -2.0]]
-    samples = [{"texts": a, "logprob": b} for a, b in zip(texts, logprobs)]
-    monkeypatch.setattr(real, "sample", lambda *_: samples)
-    monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
-    x = SimpleNamespace(base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
-    x.extra = [data.Example(f"{name}?", "", "5") for name in "ab"]
-    best = real.winners("best_majority", x)
-    assert [(example.question, text) for _, example, text in best] == [
-        ("a?", "2+3=5"),
-        ("b?", "3+2=5"),
+    found = real.winners("best_true", x)
+    assert [(score, example.question) for score, example, _ in found] == [
+        (1, "a?"),
+        (0, "a?"),
+        (0, "b?"),
     ]
+    assert found[0][2] == "<answer>5</answer>"
 
 
-def test_imitated_are_winners_as_sure_as_demonstrations_and_as_many_of_a_rivals(
+def test_imitated_are_winners_as_sure_as_demonstrations_and_as_many_of_the_rivals(
     tmp_path, monkeypatch
 ):
-    """That is two of three; a rival's scores, all negative, do not say where to stop."""
+    """That is two of three; the rival's scores, all negative, do not say where to stop."""
     right = "<think>\n1+1=2\n</think>\n<answer>2</answer>"
-    scores = {"irl_best": (2.0, 1.5, 0.5), "best_majority": (-1.0, -2.0, -3.0)}
+    scores = {"irl_best": (2.0, 1.5, 0.5), "best_logprob": (-1.0, -2.0, -3.0)}
 
     def winners(name, x):
         return [(score, data.Example(f"{score}?", "", ""), right) for score in scores[name]]
@@ -343,7 +334,7 @@ def test_imitated_are_winners_as_sure_as_demonstrations_and_as_many_of_a_rivals(
     x = SimpleNamespace(experts=[expert], validation=[expert], test=[], folder=tmp_path)
     x.result_of = partial(real.Experiment.result_of, x)
     with pytest.raises(UserError, match="run the stage irl_best first"):
-        real.imitate_best("best_majority", x)
+        real.imitate_best("best_logprob", x)
     for name in scores:
         stage = real.imitate_best(name, x)
         (tmp_path / f"{name}.json").write_text(json.dumps(stage))
