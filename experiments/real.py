@@ -121,7 +121,7 @@ LOOKS = {
 TEMPERATURE = {"countdown": 1.0, "gsm8k": 0.7}  # of candidates: 0.7 is what users sample with
 SHOTS = 4  # worked examples before a question
 CANDIDATES = 8
-IMITATED_OF = 4  # samples for each of irl_best's questions: more questions teach more than samples
+EXTRA_SAMPLES = 4  # of each of irl_best's questions: 4 of 2,000 hold more sure ones than 8 of 1,000
 VERDICT = "Is this solution right? Answer Yes or No."
 
 
@@ -476,7 +476,7 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     """
     asked = [data.question_only(example) for example in x.extra]
     writer = loading.load_causal(x.first_sft(), x.base.device)
-    samples = sample(x, "extra", writer, asked, IMITATED_OF, 1.0)
+    samples = sample(x, "extra", writer, asked, EXTRA_SAMPLES, 1.0)
     if name == "best_true":
         scores = [
             [float(data.is_correct(example, text)) for text in one["texts"]]

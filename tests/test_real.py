@@ -206,7 +206,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert set(one["validation"]) == looks and all(f"| {look} |" in page for look in looks)
     # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
     rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
-    assert 8 <= len(rows) <= 8 + 3 * real.IMITATED_OF
+    assert 8 <= len(rows) <= 8 + 3 * real.EXTRA_SAMPLES
     # The rival imitates as many.
     names = ("irl_best", "best_logprob")
     counts = [json.loads((folder / f"{name}.json").read_text())["winners"] for name in names]
