@@ -31,8 +31,8 @@ ARMS = {
     "sft_fair": "fair SFT",
     "irl": "**IRL**",
     "irl_copies": "IRL, copies alone",
-    "irl_best": "SFT on samples that the reward chose",
-    "best_logprob": "SFT on samples that SFT chose",
+    "irl_best": "SFT on the reward's choice",
+    "best_logprob": "SFT on SFT's choice",
     "best_true": "SFT on right samples",
     "grpo": "GRPO, true answers",
 }
