@@ -23,10 +23,10 @@ parts. At the end the stages go to a file in results/, and from there into the t
     irl_best  countdown: 4 samples for each of many questions that have no demonstration. Those of
               which D is as sure as of most demonstrations that it has never seen are imitated
               beside the demonstrations, each text of a question once, with as many updates as SFT.
-              The samples are of the SFT of few updates, where the reward starts. Its rivals imitate
-              as many of the same samples: best_logprob those of which the chosen SFT is surest.
+              The samples are of the SFT of few updates, where the reward starts. Its rival
+              best_logprob imitates as many of the same samples: where the chosen SFT is surest.
               best_true imitates the right ones, of which somebody has to know that they are right:
-              the most that a reward could bring in this way
+              what a reward without a mistake would bring in this way
     grpo      countdown: GRPO on true answers, with as many steps
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
@@ -121,7 +121,7 @@ LOOKS = {
 TEMPERATURE = {"countdown": 1.0, "gsm8k": 0.7}  # of candidates: 0.7 is what users sample with
 SHOTS = 4  # worked examples before a question
 CANDIDATES = 8
-EXTRA_SAMPLES = 4  # of each of irl_best's questions: 4 of 2,000 hold more sure ones than 8 of 1,000
+EXTRA_SAMPLES = 4  # for each of irl_best's questions
 VERDICT = "Is this solution right? Answer Yes or No."
 
 
@@ -486,7 +486,7 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
         scores = judge(x, "extra", "sft_logprob", asked, samples)
     else:
         scores = judge(x, "extra", "reward_copies", asked, samples)
-    found = [
+    scored = [
         (said, example, text)
         for example, one, row in zip(asked, samples, scores)
         for text, said in dict(zip(one["texts"], row)).items()
@@ -495,7 +495,7 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
     def score(winner: tuple) -> float:
         return winner[0]
 
-    return sorted(found, key=score, reverse=True)
+    return sorted(scored, key=score, reverse=True)
 
 
 def held_out_logit(x: Experiment) -> float:
@@ -511,17 +511,17 @@ def held_out_logit(x: Experiment) -> float:
 
 def imitate_best(name: str, x: Experiment) -> dict:
     """Imitate the demonstrations, and the samples that are sure to be good."""
-    found = winners(name, x)
+    surest = winners(name, x)
     if name == "irl_best":
         enough = held_out_logit(x)
-        kept = sum(score >= enough for score, _, _ in found)
+        kept = sum(score >= enough for score, _, _ in surest)
     elif name == "best_true":
-        kept = sum(score > 0 for score, _, _ in found)  # a right answer's is 1
+        kept = sum(score > 0 for score, _, _ in surest)  # a right answer's is 1
     else:
         # A log-probability does not say where to stop. The rival takes as many, its surest.
         kept = x.result_of("irl_best")["winners"]
     rows = [as_row(example) for example in x.experts]
-    for _, example, text in found[:kept]:
+    for _, example, text in surest[:kept]:
         written = re.fullmatch(r"<think>\n(.*)\n</think>\n<answer>(.*)</answer>", text, re.DOTALL)
         if written:
             rows.append(as_row(replace(example, trace=written[1], answer=written[2])))

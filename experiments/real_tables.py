@@ -45,7 +45,7 @@ RULES = {
     "reward_copies": "**reward from copies alone**",
     "oracle": "oracle",
 }
-# What was tried and is no result stands in real.md alone.
+# What is no result, or has not its rival beside it, stands in real.md alone.
 TRIED = "SFT at a rate of|samples of the chosen SFT|samples of 3,000 questions"
 
 

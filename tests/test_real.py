@@ -290,10 +290,10 @@ def test_winners_come_the_surest_first(monkeypatch):
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
     x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
     for name in ("irl_best", "best_logprob"):
-        found = real.winners(name, x)
-        assert [text for _, _, text in found] == ["c1", "c2", "b0", "c0", "a1", "a0", "b1"]
-        assert all(example.question[0] == text[0] for _, example, text in found)
-        assert all(not example.answer for _, example, _ in found)
+        surest = real.winners(name, x)
+        assert [text for _, _, text in surest] == ["c1", "c2", "b0", "c0", "a1", "a0", "b1"]
+        assert all(example.question[0] == text[0] for _, example, text in surest)
+        assert all(not example.answer for _, example, _ in surest)
 
 
 def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
@@ -303,13 +303,13 @@ def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
     monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
     x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
-    found = real.winners("best_true", x)
-    assert [(score, example.question) for score, example, _ in found] == [
+    surest = real.winners("best_true", x)
+    assert [(score, example.question) for score, example, _ in surest] == [
         (1, "a?"),
         (0, "a?"),
         (0, "b?"),
     ]
-    assert found[0][2] == "<answer>5</answer>"
+    assert surest[0][2] == "<answer>5</answer>"
 
 
 def test_imitated_are_winners_as_sure_as_demonstrations_and_as_many_of_the_rivals(
