@@ -32,9 +32,10 @@ parts. At the end the stages go to a file in results/, and from there into the t
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
               on held-out demonstrations (no answer is asked for), and one that starts from the
               base, or from SFT, instead of an SFT of few updates
-    rerank    8 candidates for each test question, of the base that was shown worked examples, of
-              SFT and (countdown) of the SFT of few updates, and what every model that was trained
-              says of them; also the base's own verdict, asked "Is this solution right?"
+    rerank_base, rerank_sft, rerank_sft_first
+              8 candidates for each test question, of the base that was shown worked examples, of
+              SFT, and (countdown) of the SFT of few updates; and what every model that was trained
+              says of them, and the base's own verdict, asked "Is this solution right?"
     steps     GSM8K: the first wrong step on ProcessBench (experiments/steps.py)
 
 True answers are read by tests, by GRPO and best_true, and by what is chosen on validation
@@ -114,10 +115,7 @@ CELLS = {
     "countdown": ((60, 1e-3), (120, 1e-3), (240, 1e-3), (120, 2e-3), (120, 4e-3), (240, 2e-3)),
     "gsm8k": ((96, 1e-4),),
 }
-LOOKS = {
-    "countdown": ((0.0, 1.0), (0.0, 0.5), (0.0, 0.2), (0.25, 0.2)),
-    "gsm8k": ((0.0, 1.0), (0.0, 0.5), (0.25, 0.5)),
-}
+LOOKS = {"countdown": ((0.0, 1.0), (0.0, 0.5), (0.0, 0.2), (0.25, 0.2)), "gsm8k": ()}
 TEMPERATURE = {"countdown": 1.0, "gsm8k": 0.7}  # of candidates: 0.7 is what users sample with
 SHOTS = 4  # worked examples before a question
 CANDIDATES = 8
@@ -182,8 +180,9 @@ class Experiment:
         return str(self.run(self.result_of("sft")["chosen"]["run"]) / "policy")
 
     def first_sft(self) -> str:
-        """The folder of the SFT with the fewest updates."""
-        return str(self.run(self.result_of("sft")["looks"][0]["run"]) / "policy")
+        """The folder of the SFT with the fewest updates, of the first cell."""
+        self.result_of("sft")
+        return str(self.run(run_name("sft", *self.cells[0])) / "policy")
 
     def reward_start(self, run: str) -> str:
         """The folder of the model from which a run's reward starts.
@@ -199,6 +198,15 @@ class Experiment:
             self.result_of("copies")
             return str(self.run("copies") / "reward")
         return self.first_sft()
+
+
+def run_name(arm: str, updates: int, rate: float) -> str:
+    """The name of a run of SFT, or of an arm that is trained as SFT is.
+
+    >>> run_name("sft", 60, 1e-3)
+    'sft-60-0.001'
+    """
+    return f"{arm}-{updates}-{rate:g}"
 
 
 def trained(x: Experiment, name: str, flags: str) -> None:
@@ -366,7 +374,7 @@ def tuned(x: Experiment, name: str, cells: tuple, flags: str = "") -> dict:
     """
     looks = []
     for updates, rate in cells:
-        run = f"{name}-{updates}-{rate:g}"
+        run = run_name(name, updates, rate)
         trained(x, run, f"--method sft --sft-steps {updates} --sft-lr {rate} {flags}")
         seen = in_parts(x, run, x.looks, 1, partial(look, x, run, x.validation))
         looks += [{"updates": updates, "rate": rate} | one for one in seen]
@@ -386,6 +394,14 @@ def train_sft(x: Experiment) -> dict:
         "sft_fair": on_test(x, best["run"], best["share"], best["temperature"]),
     }
     return tuning | {"arms": arms}
+
+
+def train_judge(x: Experiment) -> dict:
+    """GSM8K's SFT: a rival judge, and where the rewards start. What it can do nobody asks."""
+    updates, rate = x.cells[-1]
+    run = run_name("sft", updates, rate)
+    trained(x, run, f"--method sft --sft-steps {updates} --sft-lr {rate}")
+    return {"chosen": {"run": run, "updates": updates, "rate": rate}}
 
 
 def train_from_sft(name: str, x: Experiment) -> None:
@@ -430,32 +446,39 @@ def kinds_of_copies(x: Experiment) -> dict:
     return {"told": told}
 
 
-def candidates(x: Experiment) -> dict:
-    """{"base", "sft", "sft_first": [{"question", "answer", "texts", "scores": {signal: [n]}}],
-    "written"}. sft_first: countdown's SFT of few updates, where the rewards start.
+def candidates(source: str, x: Experiment) -> dict:
+    """{source: [{"question", "answer", "texts", "scores": {signal: [n]}}], "temperature"}.
+
+    source: base, sft, or sft_first: countdown's SFT of few updates, where the rewards start.
+    With the base's, "written": its texts as an arm's.
     """
     temperature = TEMPERATURE[x.args.task]
-    shared = ["logprob", "sft_logprob", "own_verdict", *trained_rewards(x, REWARDS[x.args.task])]
-    sources = {"base": (x.base, x.shots), "sft": (loading.load_causal(x.sft(), x.base.device), ())}
-    if x.args.task == "countdown":
-        sources["sft_first"] = (loading.load_causal(x.first_sft(), x.base.device), ())
+    folders = {"base": x.args.model, "sft": x.sft(), "sft_first": x.first_sft()}
+    model = loading.load_causal(folders[source], x.base.device)
+    before = x.shots if source == "base" else ()
+    samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
+    signals = ["logprob", "sft_logprob", "own_verdict"]
+    signals += trained_rewards(x, REWARDS[x.args.task])
+    if source == "sft" and x.args.task == "countdown":
+        signals += trained_rewards(x, [f"reward_{run}" for run in REWARDS_ALONE])
+    scores = {}
     stage = {"temperature": temperature}
-    for source, (model, before) in sources.items():
-        samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
-        signals = list(shared)
-        if source == "sft" and x.args.task == "countdown":
-            signals += trained_rewards(x, [f"reward_{run}" for run in REWARDS_ALONE])
-        scores = {by: judge(x, source, by, x.test, samples) for by in signals}
-        if source == "base":  # of its own tokens, after the worked examples
-            scores["logprob"] = [one["logprob"] for one in samples]
-        stage[source] = []
-        for q, example in enumerate(x.test):
-            row = {"question": example.question, "answer": example.answer}
-            row |= {"texts": samples[q]["texts"], "scores": {by: scores[by][q] for by in scores}}
-            stage[source].append(row)
-    written = {"t1": stage["base"], "greedy": sample(x, "greedy", x.base, x.test, 1, 0.0, x.shots)}
-    base = {column: [one["texts"] for one in rows] for column, rows in written.items()}
-    return stage | {"written": {"base": base}}
+    if source == "base":
+        # Its own log-probability is that of its tokens as it wrote them: after worked examples.
+        signals.remove("logprob")
+        scores["logprob"] = [one["logprob"] for one in samples]
+        if x.args.task == "countdown":
+            greedy = sample(x, "greedy", model, x.test, 1, 0.0, before)
+            written = {"t1": samples, "greedy": greedy}
+            base = {column: [one["texts"] for one in rows] for column, rows in written.items()}
+            stage["written"] = {"base": base}
+    scores |= {by: judge(x, source, by, x.test, samples) for by in signals}
+    stage[source] = []
+    for q, example in enumerate(x.test):
+        row = {"question": example.question, "answer": example.answer}
+        row |= {"texts": samples[q]["texts"], "scores": {by: scores[by][q] for by in scores}}
+        stage[source].append(row)
+    return stage
 
 
 def trained_rewards(x: Experiment, names: list[str]) -> list[str]:
@@ -574,13 +597,16 @@ STAGES: dict[str, dict[str, Callable]] = {
         "best_true": partial(imitate_best, "best_true"),
         "frozen": partial(policy_from_sft, "frozen"),
         "kinds": kinds_of_copies,
-        "rerank": candidates,
+        "rerank_base": partial(candidates, "base"),
+        "rerank_sft": partial(candidates, "sft"),
+        "rerank_sft_first": partial(candidates, "sft_first"),
     },
     "gsm8k": {
-        "sft": train_sft,
+        "sft": train_judge,
         "irl": partial(reward_from_sft, "irl"),
         "sparse": partial(reward_from_sft, "sparse"),
-        "rerank": candidates,
+        "rerank_base": partial(candidates, "base"),
+        "rerank_sft": partial(candidates, "sft"),
         "steps": first_wrong_steps,
     },
 }
@@ -623,6 +649,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.name = args.name or f"{model}-{args.demonstrations}-{args.seed}"
     loading.quiet()
     x = Experiment(args)
+    x.folder.mkdir(parents=True, exist_ok=True)
     code = commit()  # before the first stage: a repository may move on while hours of them run
     for stage, function in STAGES[args.task].items():
         path = x.folder / f"{stage}.json"

@@ -60,7 +60,10 @@ def stored(task: str) -> dict:
 def questions_seen(name: str) -> set[str]:
     """GSM8K's test questions that results of other runs have been looked at."""
     others = [run["stages"] for other, run in stored("gsm8k").items() if other != name]
-    return {one["question"] for stages in others for one in stages.get("rerank", {}).get("sft", [])}
+    reranked = [stage for stages in others for stage in stages.values()]
+    return {
+        one["question"] for stage in reranked for source in SOURCES for one in stage.get(source, [])
+    }
 
 
 def keep(task: str, name: str, run: dict) -> None:

@@ -225,7 +225,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert set(told) == {"copies", "broken", "carried", "from_base", "from_sft"}
     assert all(set(row) == {"broken", "carried", "length"} for row in told.values())
     assert one["told"] == told
-    before = {stage: without_seconds(folder / f"{stage}.json") for stage in ("irl", "rerank")}
+    before = {stage: without_seconds(folder / f"{stage}.json") for stage in ("irl", "rerank_sft")}
     for stage in before:
         (folder / f"{stage}.json").unlink()
     monkeypatch.setattr(real, "collect", None)  # nothing is sampled again
@@ -242,7 +242,6 @@ def without_seconds(path: Path) -> dict:
 
 def test_gsm8k_from_one_command(tiny, monkeypatch):
     monkeypatch.setattr(real, "CELLS", {"gsm8k": ((1, 1e-3),)})
-    monkeypatch.setattr(real, "LOOKS", {"gsm8k": ((0.0, 0.5),)})
     rows = []
     for a, b in itertools.product(range(2, 12), range(2, 12)):
         row = {"question": f"Ava has {a} pens and buys {b}. How many?", "answer": f"{a + b}"}
