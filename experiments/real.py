@@ -316,7 +316,8 @@ def own_verdict(x: Experiment, question: str, text: str) -> float:
     """The base as its own judge: log P(Yes) - log P(No), asked whether a solution is right."""
     ids = turns(x.tokenizer, [question, text, VERDICT])
     tokens = torch.tensor([ids], device=x.base.device)
-    logits = x.base(tokens, logits_to_keep=1).logits[0, -1].float()
+    with memory.half_precision(x.base.device):
+        logits = x.base(tokens, logits_to_keep=1).logits[0, -1].float()
     yes, no = (token_ids(x.tokenizer, word)[0] for word in ("Yes", "No"))
     return float(logits[yes] - logits[no])
 
