@@ -46,7 +46,7 @@ RULES = {
     "oracle": "oracle",
 }
 # What is no result, or has not its rival beside it, stands in real.md alone.
-TRIED = "SFT at a rate of|samples of the chosen SFT|samples of 3,000 questions"
+TRIED = "SFT at a rate of|samples of the chosen SFT|samples of 1,000 questions"
 
 
 def stored(task: str) -> dict:
