@@ -40,13 +40,15 @@ RULES = {
     "majority": "majority vote",
     "majority_text": "vote on whole texts",
     "sft_logprob": "SFT's log-probability",
-    "majority_reward": "majority, ties by the reward",
+    "logprob": "base's log-probability",
     "reward": "**reward**",
-    "reward_copies": "**reward from copies alone**",
+    "logprob + reward": "**reward + base's log-probability**",
     "oracle": "oracle",
 }
+# Two judges at once: the reward beside the strongest rival, and that rival beside another one.
+PAIRS = (("logprob", "reward"), ("logprob", "reward_copies"), ("logprob", "sft_logprob"))
 # What is no result, or has not its rival beside it, stands in real.md alone.
-TRIED = "SFT at a rate of|samples of the chosen SFT|samples of 1,000 questions"
+TRIED = "SFT at a rate of|samples of the chosen SFT|samples of 1,000 questions|SFT of 60 updates"
 
 
 def stored(task: str) -> dict:
@@ -87,6 +89,18 @@ def tie_weights(scores: torch.Tensor) -> torch.Tensor:
     return 1 + above / above.amax(1, keepdim=True).clamp(min=1e-9) / (2 * scores.shape[1])
 
 
+def in_spreads(scores: torch.Tensor) -> torch.Tensor:
+    """Scores [Q, n] from their mean, in units of their spread over all candidates: to be added up.
+
+    >>> in_spreads(torch.tensor([[1.0, 3.0], [5.0, -torch.inf]]))
+    tensor([[-1.,  0.],
+            [ 1., -1.]])
+    """
+    known = scores[scores > -torch.inf]
+    # A trace without a score is worth the lowest.
+    return (scores.clamp(min=known.min()) - known.mean()) / known.std().clamp(min=1e-9)
+
+
 def examples_of(records: list[dict], task: str) -> list[data.Example]:
     """The questions, with their answers, as the task's own check takes them."""
     task = task * (task in data.EMBEDDED)
@@ -97,7 +111,8 @@ def choices(records: list[dict], task: str) -> dict:
     """rerank.choice_results of every signal, and of a majority vote whose ties it decides.
 
     records: {"question", "answer", "texts": [n], "scores": {signal: [n]}} of each question.
-    "gain": what each rule has over the majority vote, of the best of n, paired by question.
+    "gain", "beyond_logprob": what each rule has over the majority vote, and over the base's
+    log-probability, of the best of n, paired by question.
     "majority_text": countdown's questions give the answer, so that a vote on answers is chance
     among those that arrive at it; a vote on whole texts is not.
     """
@@ -110,16 +125,24 @@ def choices(records: list[dict], task: str) -> dict:
     scores = {"longest": length, "shortest": -length}
     for by in records[0]["scores"]:
         scores[by] = torch.tensor([one["scores"][by] for one in records])
+    for a, b in PAIRS:
+        if {a, b} <= scores.keys():
+            scores[f"{a} + {b}"] = in_spreads(scores[a]) + in_spreads(scores[b])
     correct = candidates.correct
     results = rerank.choice_results(correct, keys, scores, {})
     majority = rerank.majority_vote(correct, keys, n)
     results["gain"] = {}
+    results["beyond_logprob"] = {}
     for by, values in scores.items():
         for k in (4, 8):
             votes = rerank.majority_vote(correct, keys, k, tie_weights(values))
             results[str(k)][f"majority_{by}"] = rerank.bootstrap(votes)
         results["gain"][f"majority_{by}"] = rerank.bootstrap(votes - majority)
-        results["gain"][by] = rerank.bootstrap(rerank.best_of_n(correct, values, n) - majority)
+        best = rerank.best_of_n(correct, values, n)
+        results["gain"][by] = rerank.bootstrap(best - majority)
+        if "logprob" in scores:
+            beyond = best - rerank.best_of_n(correct, scores["logprob"], n)
+            results["beyond_logprob"][by] = rerank.bootstrap(beyond)
     if task == "countdown":
         rows = [one["texts"] for one in records]
         alike = torch.tensor([[row.index(text) for text in row] for row in rows])  # [Q, n]
@@ -326,7 +349,7 @@ def markdown(results: dict) -> str:
             parts.append(grid(rows))
         for source, ranking in one["rerank"].items():
             columns = ranking | {"auroc": one["auroc"][source]}
-            shown = ("2", "4", "8", "gain", "auroc", "auroc_within")
+            shown = ("2", "4", "8", "gain", "beyond_logprob", "auroc", "auroc_within")
             rows = [(rule, k, value) for k in shown for rule, value in columns[k].items()]
             parts += [f"{name}: candidates of {source}", grid(rows)]
         for run, signals in one.get("processbench", {}).items():
@@ -345,7 +368,9 @@ def readme_table(results: dict) -> str:
             rows.append((label, name, " / ".join(cells) or None))
     for rule, label in RULES.items():
         for name, one in shown:
-            best = one["rerank"].get("sft", {}).get("8", {}).get(rule)
+            ranking = one["rerank"].get("sft", {}).get("8", {})
+            # Countdown's reward comes from copies alone where no other has been trained.
+            best = ranking.get(rule) or ranking.get(f"{rule}_copies")
             rows.append((f"best of 8 of SFT's: {label}", name, best and tables.short(best)))
     return grid(rows)
 
