@@ -36,6 +36,9 @@ parts. At the end the stages go to a file in results/, and from there into the t
               8 candidates for each test question, of the base that was shown worked examples, of
               SFT, and (countdown) of the SFT of few updates; and what every model that was trained
               says of them, and the base's own verdict, asked "Is this solution right?"
+    rerank_validation
+              countdown: SFT's candidates for validation questions, for a rule that was found on
+              test questions and fixed then (docs/results.md)
     steps     GSM8K: the first wrong step on ProcessBench (experiments/steps.py)
 
 True answers are read by tests, by GRPO and best_true, and by what is chosen on validation
@@ -451,16 +454,18 @@ def kinds_of_copies(x: Experiment) -> dict:
 def candidates(source: str, x: Experiment) -> dict:
     """{source: [{"question", "answer", "texts", "scores": {signal: [n]}}], "temperature"}.
 
-    source: base, sft, or sft_first: countdown's SFT of few updates, where the rewards start.
-    With the base's, "written": its texts as an arm's.
+    source: base, sft, or sft_first: countdown's SFT of few updates, where the rewards start;
+    sft_validation: SFT, asked validation questions. "written": the base's texts, as an arm's.
     """
     temperature = TEMPERATURE[x.args.task]
-    folders = {"base": x.args.model, "sft": x.sft(), "sft_first": x.first_sft()}
-    model = loading.load_causal(folders[source], x.base.device)
+    folders = {"base": x.args.model, "sft_first": x.first_sft()}
+    model = loading.load_causal(folders.get(source, x.sft()), x.base.device)
+    examples = x.validation if source == "sft_validation" else x.test
     before = x.shots if source == "base" else ()
-    samples = sample(x, source, model, x.test, CANDIDATES, temperature, before)
-    signals = ["logprob", "sft_logprob", "own_verdict"]
-    signals += trained_rewards(x, REWARDS[x.args.task])
+    samples = sample(x, source, model, examples, CANDIDATES, temperature, before)
+    signals = ["logprob", "sft_logprob", *trained_rewards(x, REWARDS[x.args.task])]
+    if source != "sft_validation":
+        signals.append("own_verdict")
     if source == "sft" and x.args.task == "countdown":
         signals += trained_rewards(x, [f"reward_{run}" for run in REWARDS_ALONE])
     scores = {}
@@ -470,13 +475,13 @@ def candidates(source: str, x: Experiment) -> dict:
         signals.remove("logprob")
         scores["logprob"] = [one["logprob"] for one in samples]
         if x.args.task == "countdown":
-            greedy = sample(x, "greedy", model, x.test, 1, 0.0, before)
+            greedy = sample(x, "greedy", model, examples, 1, 0.0, before)
             written = {"t1": samples, "greedy": greedy}
             base = {column: [one["texts"] for one in rows] for column, rows in written.items()}
             stage["written"] = {"base": base}
-    scores |= {by: judge(x, source, by, x.test, samples) for by in signals}
+    scores |= {by: judge(x, source, by, examples, samples) for by in signals}
     stage[source] = []
-    for q, example in enumerate(x.test):
+    for q, example in enumerate(examples):
         row = {"question": example.question, "answer": example.answer}
         row |= {"texts": samples[q]["texts"], "scores": {by: scores[by][q] for by in scores}}
         stage[source].append(row)
@@ -602,6 +607,7 @@ STAGES: dict[str, dict[str, Callable]] = {
         "rerank_base": partial(candidates, "base"),
         "rerank_sft": partial(candidates, "sft"),
         "rerank_sft_first": partial(candidates, "sft_first"),
+        "rerank_validation": partial(candidates, "sft_validation"),
     },
     "gsm8k": {
         "sft": train_judge,

@@ -22,8 +22,9 @@ from candidates import Candidates
 from experiments import store, tables
 
 FILES = {"countdown": "real-countdown.json.xz", "gsm8k": "real-samples.json.xz"}
-# of candidates: base with worked examples, the chosen SFT, the SFT of the fewest updates
-SOURCES = ("base", "sft", "sft_first")
+# of candidates: base with worked examples, the chosen SFT, the SFT of the fewest updates; the
+# chosen SFT's for validation questions
+SOURCES = ("base", "sft", "sft_first", "sft_validation")
 # README.md's rows: arms, then rules for the best of 8
 ARMS = {
     "base": "base, 4 solved examples",

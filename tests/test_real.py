@@ -114,6 +114,17 @@ def test_means_over_seeds_keep_what_one_seed_has():
     assert (found["b"], found["x"]) == (1.0, None)
 
 
+def test_two_judges_are_added_in_units_of_their_spread():
+    """The second judge's scores are a thousand times as large, and decide no more by that."""
+    a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    b = torch.tensor([[0.0, 1000.0], [500.0, -torch.inf]])
+    both = real_tables.in_spreads(a) + real_tables.in_spreads(b)
+    alike = real_tables.in_spreads(a) + real_tables.in_spreads(b / 1000)
+    assert torch.allclose(both, alike) and both.isfinite().all()
+    # -inf is worth the lowest of the others.
+    assert real_tables.in_spreads(b)[1, 1] == real_tables.in_spreads(b)[0, 0]
+
+
 def test_a_chat_in_turns_whose_texts_are_text(qwen_tokenizer):
     set_date(qwen_tokenizer, "2026-01-31")
     ids = real.turns(qwen_tokenizer, ["What is 1+1?", "It is 2.", "Now 2+2?"])
@@ -195,8 +206,13 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
         "sft_logprob",
         "oracle",
     }
-    assert set(one["rerank"]) == {"base", "sft", "sft_first"}
-    assert all(rules <= set(source["8"]) for source in one["rerank"].values())
+    assert set(one["rerank"]) == {"base", "sft", "sft_first", "sft_validation"}
+    asked = ("base", "sft", "sft_first")
+    assert all(rules <= set(one["rerank"][source]["8"]) for source in asked)
+    # A rule that is to be tested: two judges at once, against one, and against another two.
+    beyond = one["rerank"]["sft_validation"]["beyond_logprob"]
+    assert {"logprob + reward_copies", "logprob + sft_logprob"} <= set(beyond)
+    assert one["rerank"]["sft_validation"]["questions"] == 8
     page = Path("results/real.md").read_text()
     assert "## Countdown, tiny, 8 demonstrations" in page
     # What was looked at on validation, by fair SFT and by the rivals alike.
