@@ -403,7 +403,7 @@ def train_sft(x: Experiment) -> dict:
 
 def train_judge(x: Experiment) -> dict:
     """GSM8K's SFT: a rival judge, and where the rewards start. What it can do nobody asks."""
-    updates, rate = x.cells[-1]
+    updates, rate = x.cells[0]
     run = run_name("sft", updates, rate)
     trained(x, run, f"--method sft --sft-steps {updates} --sft-lr {rate}")
     return {"chosen": {"run": run, "updates": updates, "rate": rate}}
@@ -653,6 +653,8 @@ def main(arguments: list[str] | None = None) -> None:
         return real_tables.write()
     if not args.model:
         raise UserError("--model is missing: a folder with a pretrained model, or a hub name")
+    if args.sft and args.task == "gsm8k":
+        raise UserError("--sft is for countdown: GSM8K's SFT is not tuned. Leave it out")
     model = Path(args.model).name
     args.name = args.name or f"{model}-{args.demonstrations}-{args.seed}"
     loading.quiet()

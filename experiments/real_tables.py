@@ -63,10 +63,9 @@ def stored(task: str) -> dict:
 def questions_seen(name: str) -> set[str]:
     """GSM8K's test questions that results of other runs have been looked at."""
     others = [run["stages"] for other, run in stored("gsm8k").items() if other != name]
-    reranked = [stage for stages in others for stage in stages.values()]
-    return {
-        one["question"] for stage in reranked for source in SOURCES for one in stage.get(source, [])
-    }
+    stages = [stage for some in others for stage in some.values()]
+    records = [one for stage in stages for source in SOURCES for one in stage.get(source, [])]
+    return {one["question"] for one in records}
 
 
 def keep(task: str, name: str, run: dict) -> None:
@@ -132,6 +131,7 @@ def choices(records: list[dict], task: str) -> dict:
     correct = candidates.correct
     results = rerank.choice_results(correct, keys, scores, {})
     majority = rerank.majority_vote(correct, keys, n)
+    best = {by: rerank.best_of_n(correct, values, n) for by, values in scores.items()}
     results["gain"] = {}
     results["beyond_logprob"] = {}
     for by, values in scores.items():
@@ -139,11 +139,9 @@ def choices(records: list[dict], task: str) -> dict:
             votes = rerank.majority_vote(correct, keys, k, tie_weights(values))
             results[str(k)][f"majority_{by}"] = rerank.bootstrap(votes)
         results["gain"][f"majority_{by}"] = rerank.bootstrap(votes - majority)
-        best = rerank.best_of_n(correct, values, n)
-        results["gain"][by] = rerank.bootstrap(best - majority)
-        if "logprob" in scores:
-            beyond = best - rerank.best_of_n(correct, scores["logprob"], n)
-            results["beyond_logprob"][by] = rerank.bootstrap(beyond)
+        results["gain"][by] = rerank.bootstrap(best[by] - majority)
+        if "logprob" in best:
+            results["beyond_logprob"][by] = rerank.bootstrap(best[by] - best["logprob"])
     if task == "countdown":
         rows = [one["texts"] for one in records]
         alike = torch.tensor([[row.index(text) for text in row] for row in rows])  # [Q, n]

@@ -380,6 +380,10 @@ def test_another_seed_takes_the_settings_of_the_first(tiny, monkeypatch):
         ([], "--model is missing"),
         (["--model", "x", "--only", "few_shott"], "invalid choice: 'few_shott'"),
         (["--model", "x", "--demonstrations", "0"], "--demonstrations must be"),
+        (
+            ["--task", "gsm8k", "--model", "x", "--sft", "240", "2e-3", "0", ".2"],
+            "--sft is for countdown",
+        ),
     ],
 )
 def test_bad_flags(flags, says):
