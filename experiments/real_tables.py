@@ -43,11 +43,12 @@ RULES = {
     "sft_logprob": "SFT's log-probability",
     "logprob": "base's log-probability",
     "reward": "**reward**",
-    "logprob + reward": "**reward + base's log-probability**",
     "oracle": "oracle",
 }
 # Two judges at once: the reward beside the strongest rival, and that rival beside another one.
 PAIRS = (("logprob", "reward"), ("logprob", "reward_copies"), ("logprob", "sft_logprob"))
+# What every rule's best of n is set beside, paired by question.
+RIVALS = {"beyond_logprob": "logprob", "beyond_both_logprobs": "logprob + sft_logprob"}
 # What is no result, or has not its rival beside it, stands in real.md alone.
 TRIED = "SFT at a rate of|samples of the chosen SFT|samples of 1,000 questions|SFT of 60 updates"
 
@@ -111,8 +112,8 @@ def choices(records: list[dict], task: str) -> dict:
     """rerank.choice_results of every signal, and of a majority vote whose ties it decides.
 
     records: {"question", "answer", "texts": [n], "scores": {signal: [n]}} of each question.
-    "gain", "beyond_logprob": what each rule has over the majority vote, and over the base's
-    log-probability, of the best of n, paired by question.
+    "gain": what each rule has over the majority vote, paired by question; "beyond_...": what the
+    best of n by each signal has over that by one of RIVALS.
     "majority_text": countdown's questions give the answer, so that a vote on answers is chance
     among those that arrive at it; a vote on whole texts is not.
     """
@@ -133,15 +134,15 @@ def choices(records: list[dict], task: str) -> dict:
     majority = rerank.majority_vote(correct, keys, n)
     best = {by: rerank.best_of_n(correct, values, n) for by, values in scores.items()}
     results["gain"] = {}
-    results["beyond_logprob"] = {}
     for by, values in scores.items():
         for k in (4, 8):
             votes = rerank.majority_vote(correct, keys, k, tie_weights(values))
             results[str(k)][f"majority_{by}"] = rerank.bootstrap(votes)
         results["gain"][f"majority_{by}"] = rerank.bootstrap(votes - majority)
         results["gain"][by] = rerank.bootstrap(best[by] - majority)
-        if "logprob" in best:
-            results["beyond_logprob"][by] = rerank.bootstrap(best[by] - best["logprob"])
+    for beyond, rival in RIVALS.items():
+        if rival in best:
+            results[beyond] = {by: rerank.bootstrap(best[by] - best[rival]) for by in best}
     if task == "countdown":
         rows = [one["texts"] for one in records]
         alike = torch.tensor([[row.index(text) for text in row] for row in rows])  # [Q, n]
@@ -348,8 +349,8 @@ def markdown(results: dict) -> str:
             parts.append(grid(rows))
         for source, ranking in one["rerank"].items():
             columns = ranking | {"auroc": one["auroc"][source]}
-            shown = ("2", "4", "8", "gain", "beyond_logprob", "auroc", "auroc_within")
-            rows = [(rule, k, value) for k in shown for rule, value in columns[k].items()]
+            shown = ("2", "4", "8", "gain", *RIVALS, "auroc", "auroc_within")
+            rows = [(rule, k, value) for k in shown for rule, value in columns.get(k, {}).items()]
             parts += [f"{name}: candidates of {source}", grid(rows)]
         for run, signals in one.get("processbench", {}).items():
             rows = [(by, f"F1 on ProcessBench, {run}", f1) for by, f1 in signals.items()]

@@ -210,8 +210,10 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     asked = ("base", "sft", "sft_first")
     assert all(rules <= set(one["rerank"][source]["8"]) for source in asked)
     # A rule that is to be tested: two judges at once, against one, and against another two.
-    beyond = one["rerank"]["sft_validation"]["beyond_logprob"]
-    assert {"logprob + reward_copies", "logprob + sft_logprob"} <= set(beyond)
+    for beyond, rival in real_tables.RIVALS.items():
+        gains = one["rerank"]["sft_validation"][beyond]
+        assert {"logprob + reward_copies", "logprob + sft_logprob"} <= set(gains)
+        assert gains[rival] == [0, 0, 0]
     assert one["rerank"]["sft_validation"]["questions"] == 8
     page = Path("results/real.md").read_text()
     assert "## Countdown, tiny, 8 demonstrations" in page
