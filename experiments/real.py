@@ -293,7 +293,7 @@ def judge(x: Experiment, name: str, by: str, examples: list, samples: list[dict]
         n = len(chosen[0]["texts"])
         if by == "own_verdict":
             questions = [example.question for example in asked for _ in range(n)]
-            return batched([own_verdict(x, *one) for one in zip(questions, texts)], n)
+            return batched(own_verdicts(x, questions, texts), n)
         candidates = from_texts(x.tokenizer, asked, texts, n)
         batch = candidates.batch.to(x.base.device)
         values = policy.in_chunks(function, batch, tokens=4096).cpu()
@@ -315,15 +315,17 @@ def batched(items: list, n: int) -> list[list]:
     return [items[first : first + n] for first in range(0, len(items), n)]
 
 
-@torch.no_grad()
-def own_verdict(x: Experiment, question: str, text: str) -> float:
-    """The base as its own judge: log P(Yes) - log P(No), asked whether a solution is right."""
-    ids = turns(x.tokenizer, [question, text, VERDICT])
-    tokens = torch.tensor([ids], device=x.base.device)
-    with memory.half_precision(x.base.device):
-        logits = x.base(tokens, logits_to_keep=1).logits[0, -1].float()
-    yes, no = (token_ids(x.tokenizer, word)[0] for word in ("Yes", "No"))
-    return float(logits[yes] - logits[no])
+def own_verdicts(x: Experiment, questions: list[str], texts: list[str]) -> list[float]:
+    """The base as its own judge: log P(Yes) - log P(No) of each text, asked whether it is right."""
+    answers = [[token_ids(x.tokenizer, word)[0]] for word in ("Yes", "No")]
+    # Two rows for a text, one with each answer: what they share is read once.
+    prompts = []
+    for question, text in zip(questions, texts):
+        prompts += [turns(x.tokenizer, [question, text, VERDICT])] * len(answers)
+    batch = data.make_batch(prompts, answers * len(texts)).to(x.base.device)
+    values = policy.in_chunks(partial(policy.token_logprobs, x.base), batch, tokens=8192)
+    yes, no = values.sum(1).view(-1, len(answers)).T
+    return (yes - no).tolist()
 
 
 def turns(tokenizer, texts: list[str]) -> list[int]:

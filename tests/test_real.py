@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 import data
 import rerank
 import train
+from engine import loading
 from engine.chat import set_date
 from engine.errors import UserError
 from experiments import real, real_tables
@@ -173,6 +174,20 @@ def tiny(tmp_path, monkeypatch):
     )
     Qwen2ForCausalLM(config).save_pretrained("tiny")
     return ["--model", "tiny", "--demonstrations", "8", "--questions", "2", "--validation", "8"]
+
+
+def test_own_verdicts_are_the_models_logits(tiny):
+    """Texts of different lengths, one of them twice, each alone in the plain model."""
+    base, tokenizer = loading.load_policy("tiny", torch.device("cpu"))
+    set_date(tokenizer, None)
+    questions, texts = ["1+1?", "1+1?", "7*8-6?", "1+1?"], ["2", "=3", "50, so", "2"]
+    verdicts = real.own_verdicts(SimpleNamespace(base=base, tokenizer=tokenizer), questions, texts)
+    yes, no = (tokenizer.convert_tokens_to_ids(letter) for letter in "YN")
+    for verdict, question, text in zip(verdicts, questions, texts, strict=True):
+        ids = real.turns(tokenizer, [question, text, real.VERDICT])
+        logits = base(T([ids])).logits[0, -1].detach()
+        assert verdict == pytest.approx(float(logits[yes] - logits[no]), abs=1e-5)
+    assert verdicts[0] == pytest.approx(verdicts[3]) and len({round(v, 6) for v in verdicts}) > 1
 
 
 SMALL = "--max-new-tokens 4 --questions 2 --group 2 --warm-up 1 --lora-rank 2 "
