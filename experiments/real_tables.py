@@ -278,13 +278,15 @@ def summary() -> dict:
     results |= {"countdown": results_of("countdown"), "gsm8k": results_of("gsm8k")}
     results |= {"gsm8k_votes": {}, "processbench": {}}
     for model, sizes in results["gsm8k"].items():
-        one = sizes[max(sizes, key=int)]
-        votes = one["rerank"].get("base", {})
-        # The first 100 questions, sampled at temperature 1, had been looked at before the rule of
-        # ties was fixed: they do not count here.
-        if one.get("temperature") == 0.7:
-            results["gsm8k_votes"][model] = votes | {"temperature": 0.7}
-        results["processbench"][model] = one.get("processbench", {})
+        for size in sorted(sizes, key=int):  # where two have it, the one of more demonstrations
+            one = sizes[size]
+            # The first 100 questions, sampled at temperature 1, had been looked at before the rule
+            # of ties was fixed: they do not count here.
+            if one.get("temperature") == 0.7:
+                votes = one["rerank"].get("base", {})
+                results["gsm8k_votes"][model] = votes | {"temperature": 0.7}
+            if "processbench" in one:
+                results["processbench"][model] = one["processbench"]
     return results
 
 
