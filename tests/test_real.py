@@ -224,7 +224,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert set(one["rerank"]) == {"base", "sft", "sft_first", "sft_validation"}
     asked = ("base", "sft", "sft_first")
     assert all(rules <= set(one["rerank"][source]["8"]) for source in asked)
-    # A rule that is to be tested: two judges at once, against one, and against another two.
+    # Two judges at once, beside one of them, and beside another two.
     for beyond, rival in real_tables.RIVALS.items():
         gains = one["rerank"]["sft_validation"][beyond]
         assert {"logprob + reward_copies", "logprob + sft_logprob"} <= set(gains)
