@@ -199,8 +199,10 @@ class Experiment:
         if run == "from_sft":
             return self.sft()
         if self.args.task == "countdown" and run in ("irl", "frozen"):
-            self.result_of("copies")
-            return str(self.run("copies") / "reward")
+            reward = self.run("copies") / "reward"
+            if not reward.exists():
+                raise UserError(f"{reward} is not there: run the stage copies first")
+            return str(reward)
         return self.first_sft()
 
 
@@ -495,7 +497,7 @@ def trained_rewards(x: Experiment, names: list[str]) -> list[str]:
     there = [name for name in names if (x.run_of(name) / "reward").exists()]
     missing = [name for name in names if name not in there]
     if missing:
-        print(f"rerank without {', '.join(missing)}: not trained", flush=True)
+        print(f"without {', '.join(missing)}: not trained", flush=True)
     return there
 
 
@@ -577,13 +579,16 @@ def as_row(example: data.Example) -> dict:
 
 
 def first_wrong_steps(x: Experiment) -> dict:
-    """F1 on ProcessBench of each run's reward, and of the log-probabilities."""
+    """F1 on ProcessBench of each reward that has been trained, and of the log-probabilities."""
+    x.result_of("irl")
     files = ["--dev", x.args.dev, "--test", x.args.test, "--experts", str(x.args.validation)]
     files += shlex.split(x.args.steps)
-    by_run = {run: steps.main(["--run", str(x.run(run)), *files]) for run in RUNS[x.args.task]}
-    for signals in by_run.values():
+    by_reward = {}
+    for reward in trained_rewards(x, REWARDS[x.args.task]):
+        signals = steps.main(["--run", str(x.run_of(reward)), *files])
         signals["sft_logprob"] = signals.pop("logprob")  # the base of these runs is SFT
-    return {"processbench": by_run}
+        by_reward[reward] = signals
+    return {"processbench": by_reward}
 
 
 def commit() -> str | None:
