@@ -152,20 +152,15 @@ def choices(records: list[dict], task: str) -> dict:
     return results | {"questions": len(records)}
 
 
-def accuracy(records: list[dict], texts: dict[str, dict], task: str) -> dict:
-    """{arm: {"t1", "greedy"}} from what arms wrote; "beyond_sft", paired by question."""
+def right_shares(records: list[dict], texts: dict[str, dict], task: str) -> dict[str, dict]:
+    """{arm: {"t1", "greedy": the share of right answers to each question}} of what arms wrote."""
     examples = examples_of(records, task)
-    arms: dict = {}
-    shares = {}
+    shares: dict = {}
     for arm, columns in texts.items():
         for column, answers in columns.items():
             rows = [[data.is_correct(e, text) for text in row] for e, row in zip(examples, answers)]
-            shares[arm, column] = torch.tensor(rows).double().mean(1)
-            one = arms.setdefault(arm, {"beyond_sft": {}})
-            one[column] = rerank.bootstrap(shares[arm, column])
-            beyond = shares[arm, column] - shares.get(("sft", column), torch.nan)
-            one["beyond_sft"][column] = rerank.bootstrap(beyond)
-    return arms
+            shares.setdefault(arm, {})[column] = torch.tensor(rows).double().mean(1).tolist()
+    return shares
 
 
 def mean_of(parts: list):
@@ -247,7 +242,13 @@ def results_of(task: str) -> dict:
             if "temperature" in stage:
                 one["temperature"] = stage["temperature"]
             if "written" in stage:
-                one |= accuracy(stage["base"], stage["written"], task)
+                written = right_shares(stage["base"], stage["written"], task)
+                shares |= written
+                for arm, columns in written.items():
+                    one[arm] = {
+                        column: rerank.bootstrap(torch.tensor(values))
+                        for column, values in columns.items()
+                    }
             for source in SOURCES:
                 if source in stage:
                     one["rerank"][source] = choices(stage[source], task)

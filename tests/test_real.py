@@ -96,16 +96,15 @@ def test_an_arm_is_averaged_over_the_questions_of_all_seeds():
     assert real_tables.over_questions([*many, {"irl": None}], "irl") == {}
 
 
-def test_what_arms_wrote_is_judged_and_compared_question_by_question():
-    records = [record([]), record([])]
+def test_what_arms_wrote_is_judged_question_by_question():
     right = "<answer>5</answer>"
     texts = {
-        "sft": {"t1": [[right, "6"], ["6", "6"]]},
+        "sft": {"t1": [[right, "6"], ["6", "6"]], "greedy": [["6"], [right]]},
         "irl": {"t1": [[right, right], ["6", right]]},
     }
-    arms = real_tables.accuracy(records, texts, "gsm8k")
-    assert arms["sft"]["t1"][0] == 0.25 and arms["irl"]["t1"][0] == 0.75
-    assert arms["irl"]["beyond_sft"]["t1"] == [0.5, 0.5, 0.5]
+    shares = real_tables.right_shares([record([]), record([])], texts, "gsm8k")
+    assert shares["sft"] == {"t1": [0.5, 0], "greedy": [0, 1]}
+    assert shares["irl"] == {"t1": [1, 0.5]}
 
 
 def test_means_over_seeds_keep_what_one_seed_has():
@@ -213,6 +212,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
+    assert "beyond_sft_fair" in one["base"]  # its answers are kept as texts, the others' as shares
     rules = {
         "majority_text",
         "majority_reward",
