@@ -297,7 +297,7 @@ def summary() -> dict:
 def grid(rows: list[tuple]) -> str:
     """A Markdown table of (row, column, value), in the order in which they come.
 
-    A value is [mean, low, high], an AUROC, a count or text.
+    A value is [mean, low, high], an AUROC, a count or text. Without rows "".
     """
 
     def shown(value) -> str:
@@ -306,6 +306,8 @@ def grid(rows: list[tuple]) -> str:
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
     frame = pandas.DataFrame(rows, columns=["", "column", "value"]).dropna()
+    if frame.empty:
+        return ""
     frame["value"] = frame["value"].map(shown)
     cells = frame.pivot_table("value", "", "column", "first", sort=False).fillna("–")
     return tables.table(["", *cells.columns], [[name, *row] for name, row in cells.T.items()])
@@ -341,15 +343,13 @@ def markdown(results: dict) -> str:
             for look, columns in one.get("validation", {}).items()
             for column, value in columns.items()
         ]
-        if rows:
-            parts.append(grid(rows))
+        parts.append(grid(rows))
         rows = [
             (f"reward_{run}", f"told from {kind} copies", share)
             for run, row in one.get("told", {}).items()
             for kind, share in row.items()
         ]
-        if rows:
-            parts.append(grid(rows))
+        parts.append(grid(rows))
         for source, ranking in one["rerank"].items():
             columns = ranking | {"auroc": one["auroc"][source]}
             shown = ("2", "4", "8", "gain", *RIVALS, "auroc", "auroc_within")
@@ -358,7 +358,7 @@ def markdown(results: dict) -> str:
         for run, signals in one.get("processbench", {}).items():
             rows = [(by, f"F1 on ProcessBench, {run}", f1) for by, f1 in signals.items()]
             parts.append(grid(rows))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def readme_table(results: dict) -> str:
