@@ -15,11 +15,13 @@ parts. At the end the stages go to a file in results/, and from there into the t
               model with a share of the base in its weights and its logits divided by a temperature,
               both chosen there too. All policies below start from SFT, the rewards from an SFT of
               few updates, where nothing else is said
-    copies    countdown: IRL whose discriminator never sees a sample, only experts' traces and
-              copies of them with an error in them. Its reward stands still after the warm-up
+    copies    countdown: a reward whose discriminator never sees a sample, only experts' traces and
+              copies of them with an error in them
     irl       countdown: IRL whose discriminator goes on from that of copies, and learns from the
               policy's samples too, beside the policy. GSM8K: a reward per token, from copies alone
-    frozen    countdown: the control of irl: its reward stands still after the warm-up
+    irl_copies, irl_frozen
+              countdown: controls of irl. The reward stands still as it comes from copies; or after
+              a warm-up with the policy's samples
     irl_best  countdown: 4 samples for each of many questions that have no demonstration. Those of
               which D is as sure as of most demonstrations that it has never seen are imitated
               beside the demonstrations, each text of a question once, with as many updates as SFT.
@@ -97,11 +99,12 @@ GO_ON = "--method irl --warm-up 4 --warm-up-lr 2e-4"
 REWARD_ALONE = "--method irl --rollouts-per-expert 0 --max-steps 1"
 RUNS = {  # of train.py, from SFT
     "countdown": {
-        "copies": "--method irl --rollouts-per-expert 0",
+        "copies": REWARD_ALONE,
         "irl": f"{GO_ON} --reward-lr 2e-4",
-        "frozen": GO_ON,
+        "irl_copies": "--method irl --rollouts-per-expert 0 --warm-up 0",
+        "irl_frozen": GO_ON,
         "grpo": "--method grpo",
-        # for the stage kinds, which wants the reward alone
+        # for the stage kinds
         "broken": f"{REWARD_ALONE} --negatives broken",
         "carried": f"{REWARD_ALONE} --negatives carried",
         "from_base": REWARD_ALONE,
@@ -198,7 +201,7 @@ class Experiment:
             return self.args.model
         if run == "from_sft":
             return self.sft()
-        if self.args.task == "countdown" and run in ("irl", "frozen"):
+        if self.args.task == "countdown" and run in ("irl", "irl_copies", "irl_frozen"):
             reward = self.run("copies") / "reward"
             if not reward.exists():
                 raise UserError(f"{reward} is not there: run the stage copies first")
@@ -429,8 +432,7 @@ def reward_from_sft(name: str, x: Experiment) -> dict:
 def policy_from_sft(name: str, x: Experiment) -> dict:
     """A policy, and how it does on the test questions."""
     train_from_sft(name, x)
-    arm = {"copies": "irl_copies", "frozen": "irl_frozen"}.get(name, name)
-    return {"arms": {arm: on_test(x, name)}}
+    return {"arms": {name: on_test(x, name)}}
 
 
 def kinds_of_copies(x: Experiment) -> dict:
@@ -603,13 +605,14 @@ def commit() -> str | None:
 STAGES: dict[str, dict[str, Callable]] = {
     "countdown": {
         "sft": train_sft,
-        "copies": partial(policy_from_sft, "copies"),
+        "copies": partial(reward_from_sft, "copies"),
         "irl": partial(policy_from_sft, "irl"),
+        "irl_copies": partial(policy_from_sft, "irl_copies"),
+        "irl_frozen": partial(policy_from_sft, "irl_frozen"),
         "grpo": partial(policy_from_sft, "grpo"),
         "irl_best": partial(imitate_best, "irl_best"),
         "best_logprob": partial(imitate_best, "best_logprob"),
         "best_true": partial(imitate_best, "best_true"),
-        "frozen": partial(policy_from_sft, "frozen"),
         "kinds": kinds_of_copies,
         "rerank_base": partial(candidates, "base"),
         "rerank_sft": partial(candidates, "sft"),

@@ -246,11 +246,12 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert counts[0] == counts[1] and len(rows) <= 8 + counts[0]
     # All that follows SFT starts from the cell that was chosen.
     chosen = json.loads((folder / "sft.json").read_text())["chosen"]["run"]
-    for run in ("irl", "frozen", "copies", "grpo", "from_base"):
+    for run in ("irl", "irl_frozen", "irl_copies", "copies", "grpo", "from_base"):
         settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
         assert settings["model"] == f"{folder}-{chosen}/policy" and settings["start"] == "base"
-        reward_starts = {"from_base": "tiny", "irl": f"{folder}-copies/reward"}
-        reward_starts["frozen"] = reward_starts["irl"]
+        reward_starts = {"from_base": "tiny"}
+        for name in ("irl", "irl_frozen", "irl_copies"):
+            reward_starts[name] = f"{folder}-copies/reward"
         few_updates = f"{folder}-sft-1-0.001/policy"
         assert settings["reward_model"] == reward_starts.get(run, few_updates)
     # Which kinds a reward tells, by the kind that it has learnt from.
