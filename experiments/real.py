@@ -41,6 +41,7 @@ parts. At the end the stages go to a file in results/, and from there into the t
     rerank_validation
               countdown: SFT's candidates for validation questions, for a rule that was found on
               test questions and fixed then (docs/results.md)
+    places    countdown: the first wrong token of SFT's candidates, by every judge
     steps     GSM8K: the first wrong step on ProcessBench (experiments/steps.py)
 
 True answers are read by tests, by GRPO and best_true, and by what is chosen on validation
@@ -66,7 +67,7 @@ import negatives
 import policy
 import rerank
 import train
-from candidates import collect, from_texts, without_cut_off
+from candidates import collect, from_texts, natural_errors, signals, without_cut_off
 from engine import checkpoint, loading, lora, memory
 from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
@@ -580,6 +581,21 @@ def as_row(example: data.Example) -> dict:
     return {"question": example.question, "trace": example.trace, "answer": example.answer}
 
 
+def first_wrong_tokens(x: Experiment) -> dict:
+    """{"places": rerank.place_results}: how often the reward of copies and the log-probabilities
+    point at the token with which a wrong candidate of rerank_sft goes wrong."""
+    texts = [text for one in x.result_of("rerank_sft")["sft"] for text in one["texts"]]
+    candidates = from_texts(x.tokenizer, x.test, texts, CANDIDATES)
+    discriminator, _, _ = rerank.load_run(x.run("copies"), x.base.device)
+    judges = {"sft_logprob": loading.load_causal(x.sft(), x.base.device)}
+    readings = signals(candidates.batch, discriminator, x.base, judges)
+    truth = natural_errors(candidates, x.tokenizer, data.end_tokens(x.tokenizer, x.base))
+    questions = torch.arange(len(texts)) // CANDIDATES
+    # A head's f has no unit, so that no threshold of a log-probability is for it.
+    places = rerank.place_results(candidates.batch, truth, questions, readings, likelihood=False)
+    return {"places": places}
+
+
 def first_wrong_steps(x: Experiment) -> dict:
     """F1 on ProcessBench of each reward that has been trained, and of the log-probabilities."""
     x.result_of("irl")
@@ -618,6 +634,7 @@ STAGES: dict[str, dict[str, Callable]] = {
         "rerank_sft": partial(candidates, "sft"),
         "rerank_sft_first": partial(candidates, "sft_first"),
         "rerank_validation": partial(candidates, "sft_validation"),
+        "places": first_wrong_tokens,
     },
     "gsm8k": {
         "sft": train_judge,

@@ -237,10 +237,9 @@ def results_of(task: str) -> dict:
                 one.setdefault("validation", {})[look_name(one_look)] = {
                     column: one_look[column] for column in ("t1", "greedy")
                 }
-            if "told" in stage:
-                one["told"] = stage["told"]
-            if "temperature" in stage:
-                one["temperature"] = stage["temperature"]
+            one |= {
+                name: stage[name] for name in ("told", "temperature", "places") if name in stage
+            }
             if "written" in stage:
                 written = right_shares(stage["base"], stage["written"], task)
                 shares |= written
@@ -355,6 +354,13 @@ def markdown(results: dict) -> str:
             shown = ("2", "4", "8", "gain", *RIVALS, "auroc", "auroc_within")
             rows = [(rule, k, value) for k in shown for rule, value in columns.get(k, {}).items()]
             parts += [f"{name}: candidates of {source}", grid(rows)]
+        columns = {"hit0": "first wrong token", "hit1": "it or its neighbour"}
+        rows = [
+            (by, columns[width], share)
+            for width in columns
+            for by, share in one.get("places", {}).get(width, {}).items()
+        ]
+        parts.append(grid(rows))
         for run, signals in one.get("processbench", {}).items():
             rows = [(by, f"F1 on ProcessBench, {run}", f1) for by, f1 in signals.items()]
             parts.append(grid(rows))

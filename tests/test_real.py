@@ -230,6 +230,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
         assert {"logprob + reward_copies", "logprob + sft_logprob"} <= set(gains)
         assert gains[rival] == [0, 0, 0]
     assert one["rerank"]["sft_validation"]["questions"] == 8
+    assert {"reward", "logprob", "sft_logprob", "chance"} <= set(one["places"]["hit0"])
     page = Path("results/real.md").read_text()
     assert "## Countdown, tiny, 8 demonstrations" in page
     # What was looked at on validation, by fair SFT and by the rivals alike.
