@@ -19,6 +19,9 @@ parts. At the end the stages go to a file in results/, and from there into the t
               copies of them with an error in them
     irl       countdown: IRL whose discriminator goes on from that of copies, and learns from the
               policy's samples too, beside the policy. GSM8K: a reward per token, from copies alone
+    irl_unclipped
+              countdown: the same, its reward not clipped: on irl's samples f stood above the clip
+              at nearly every token. Which of the two counts is chosen on validation
     irl_copies, irl_frozen
               countdown: controls of irl. The reward stands still as it comes from copies; or after
               a warm-up with the policy's samples
@@ -102,6 +105,7 @@ RUNS = {  # of train.py, from SFT
     "countdown": {
         "copies": REWARD_ALONE,
         "irl": f"{GO_ON} --reward-lr 2e-4",
+        "irl_unclipped": f"{GO_ON} --reward-lr 2e-4 --reward-clip 0",
         "irl_copies": "--method irl --rollouts-per-expert 0 --warm-up 0",
         "irl_frozen": GO_ON,
         "grpo": "--method grpo",
@@ -202,7 +206,12 @@ class Experiment:
             return self.args.model
         if run == "from_sft":
             return self.sft()
-        if self.args.task == "countdown" and run in ("irl", "irl_copies", "irl_frozen"):
+        if self.args.task == "countdown" and run in (
+            "irl",
+            "irl_unclipped",
+            "irl_copies",
+            "irl_frozen",
+        ):
             reward = self.run("copies") / "reward"
             if not reward.exists():
                 raise UserError(f"{reward} is not there: run the stage copies first")
@@ -431,9 +440,10 @@ def reward_from_sft(name: str, x: Experiment) -> dict:
 
 
 def policy_from_sft(name: str, x: Experiment) -> dict:
-    """A policy, and how it does on the test questions."""
+    """A policy, and how it does on validation and on the test questions."""
     train_from_sft(name, x)
-    return {"arms": {name: on_test(x, name)}}
+    looks = in_parts(x, name, [(0.0, 1.0)], 1, partial(look, x, name, x.validation))
+    return {"looks": looks, "arms": {name: on_test(x, name)}}
 
 
 def kinds_of_copies(x: Experiment) -> dict:
@@ -623,6 +633,7 @@ STAGES: dict[str, dict[str, Callable]] = {
         "sft": train_sft,
         "copies": partial(reward_from_sft, "copies"),
         "irl": partial(policy_from_sft, "irl"),
+        "irl_unclipped": partial(policy_from_sft, "irl_unclipped"),
         "irl_copies": partial(policy_from_sft, "irl_copies"),
         "irl_frozen": partial(policy_from_sft, "irl_frozen"),
         "grpo": partial(policy_from_sft, "grpo"),

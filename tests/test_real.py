@@ -237,6 +237,8 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     asked = ("share of the base 0, T = 1", "share of the base 0.25, T = 0.2")
     runs = ("sft", "irl_best", "best_logprob", "best_true")
     looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
+    policies = ("irl", "irl_unclipped", "irl_copies", "irl_frozen", "grpo")
+    looks |= {f"{run}, {asked[0]}" for run in policies}
     assert set(one["validation"]) == looks and all(f"| {look} |" in page for look in looks)
     # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
     rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
@@ -247,11 +249,11 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert counts[0] == counts[1] and len(rows) <= 8 + counts[0]
     # All that follows SFT starts from the cell that was chosen.
     chosen = json.loads((folder / "sft.json").read_text())["chosen"]["run"]
-    for run in ("irl", "irl_frozen", "irl_copies", "copies", "grpo", "from_base"):
+    for run in (*policies, "copies", "from_base"):
         settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
         assert settings["model"] == f"{folder}-{chosen}/policy" and settings["start"] == "base"
         reward_starts = {"from_base": "tiny"}
-        for name in ("irl", "irl_frozen", "irl_copies"):
+        for name in policies[:-1]:
             reward_starts[name] = f"{folder}-copies/reward"
         few_updates = f"{folder}-sft-1-0.001/policy"
         assert settings["reward_model"] == reward_starts.get(run, few_updates)
