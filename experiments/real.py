@@ -120,6 +120,7 @@ RUNS = {  # of train.py, from SFT
         "sparse": "--method irl --granularity sparse",
     },
 }
+FROM_COPIES = ("irl", "irl_unclipped", "irl_copies", "irl_frozen")  # countdown's
 REWARDS_ALONE = ("broken", "carried", "from_base", "from_sft")
 REWARDS = {"countdown": ("reward", "reward_copies"), "gsm8k": ("reward", "reward_sparse")}
 # SFT's (updates, rate), then fair SFT's (share of the base, temperature)
@@ -206,12 +207,7 @@ class Experiment:
             return self.args.model
         if run == "from_sft":
             return self.sft()
-        if self.args.task == "countdown" and run in (
-            "irl",
-            "irl_unclipped",
-            "irl_copies",
-            "irl_frozen",
-        ):
+        if self.args.task == "countdown" and run in FROM_COPIES:
             reward = self.run("copies") / "reward"
             if not reward.exists():
                 raise UserError(f"{reward} is not there: run the stage copies first")
@@ -613,9 +609,9 @@ def first_wrong_steps(x: Experiment) -> dict:
     files += shlex.split(x.args.steps)
     by_reward = {}
     for reward in trained_rewards(x, REWARDS[x.args.task]):
-        signals = steps.main(["--run", str(x.run_of(reward)), *files])
-        signals["sft_logprob"] = signals.pop("logprob")  # the base of these runs is SFT
-        by_reward[reward] = signals
+        by_signal = steps.main(["--run", str(x.run_of(reward)), *files])
+        by_signal["sft_logprob"] = by_signal.pop("logprob")  # the base of these runs is SFT
+        by_reward[reward] = by_signal
     return {"processbench": by_reward}
 
 
