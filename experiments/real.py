@@ -31,8 +31,11 @@ parts. At the end the stages go to a file in results/, and from there into the t
               The samples are of the SFT of few updates, where the reward starts. Its rival
               best_logprob imitates as many of the same samples: where the chosen SFT is surest.
               best_true imitates the right ones, of which somebody has to know that they are right:
-              what a reward without a mistake would bring in this way
-    grpo      countdown: GRPO on true answers, with as many steps
+              what a reward without a mistake would bring in this way. Controls: best_base_logprob
+              asks the base, random nobody
+    grpo, grpo_long
+              countdown: GRPO on true answers, with as many steps as IRL; with as many samples as
+              irl_best chooses from
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
               on held-out demonstrations (no answer is asked for), and one that starts from the
@@ -109,6 +112,7 @@ RUNS = {  # of train.py, from SFT
         "irl_copies": "--method irl --rollouts-per-expert 0 --warm-up 0",
         "irl_frozen": GO_ON,
         "grpo": "--method grpo",
+        "grpo_long": "--method grpo --grpo-steps 188",  # of 64 samples
         # for the stage kinds
         "broken": f"{REWARD_ALONE} --negatives broken",
         "carried": f"{REWARD_ALONE} --negatives carried",
@@ -133,6 +137,12 @@ TEMPERATURE = {"countdown": 1.0, "gsm8k": 0.7}  # of candidates: 0.7 is what use
 SHOTS = 4  # worked examples before a question
 CANDIDATES = 8
 EXTRA_SAMPLES = 4  # for each of irl_best's questions
+# Who chooses the samples that an arm imitates.
+CHOOSERS = {
+    "irl_best": "reward_copies",
+    "best_logprob": "sft_logprob",
+    "best_base_logprob": "logprob",
+}
 VERDICT = "Is this solution right? Answer Yes or No."
 
 
@@ -148,6 +158,8 @@ class Experiment:
         self.settings = parse_settings(self.flags)
         self.cells = CELLS[args.task]
         self.looks = LOOKS[args.task]
+        if args.cells:
+            self.cells = cells_of(args.cells)
         if args.sft:
             updates, rate, share, temperature = args.sft
             # The first cell is where the reward starts.
@@ -213,6 +225,22 @@ class Experiment:
                 raise UserError(f"{reward} is not there: run the stage copies first")
             return str(reward)
         return self.first_sft()
+
+
+def cells_of(text: str) -> tuple[tuple[int, float], ...]:
+    """SFT's (updates, rate).
+
+    >>> cells_of("60 1e-3, 120 2e-3")
+    ((60, 0.001), (120, 0.002))
+    """
+    try:
+        pairs = [one.split() for one in text.split(",")]
+        return tuple((int(updates), float(rate)) for updates, rate in pairs)
+    except ValueError:
+        raise UserError(
+            f"--cells {text!r} is not updates and a rate, with a comma between two such pairs: "
+            "write it as --cells '60 1e-3, 120 2e-3'"
+        ) from None
 
 
 def run_name(arm: str, updates: int, rate: float) -> str:
@@ -525,10 +553,11 @@ def winners(name: str, x: Experiment) -> list[tuple[float, data.Example, str]]:
             [float(data.is_correct(example, text)) for text in one["texts"]]
             for example, one in zip(x.extra, samples)
         ]
-    elif name == "best_logprob":
-        scores = judge(x, "extra", "sft_logprob", asked, samples)
+    elif name == "random":
+        rng = random.Random(x.args.seed)
+        scores = [[rng.random() for _ in one["texts"]] for one in samples]
     else:
-        scores = judge(x, "extra", "reward_copies", asked, samples)
+        scores = judge(x, "extra", CHOOSERS[name], asked, samples)
     scored = [
         (said, example, text)
         for example, one, row in zip(asked, samples, scores)
@@ -561,7 +590,7 @@ def imitate_best(name: str, x: Experiment) -> dict:
     elif name == "best_true":
         kept = sum(score > 0 for score, _, _ in surest)  # a right answer's is 1
     else:
-        # A log-probability does not say where to stop. The rival takes as many, its surest.
+        # A log-probability does not say where to stop. The rivals take as many, their surest.
         kept = x.result_of("irl_best")["winners"]
     rows = [as_row(example) for example in x.experts]
     for _, example, text in surest[:kept]:
@@ -633,9 +662,12 @@ STAGES: dict[str, dict[str, Callable]] = {
         "irl_copies": partial(policy_from_sft, "irl_copies"),
         "irl_frozen": partial(policy_from_sft, "irl_frozen"),
         "grpo": partial(policy_from_sft, "grpo"),
+        "grpo_long": partial(policy_from_sft, "grpo_long"),
         "irl_best": partial(imitate_best, "irl_best"),
         "best_logprob": partial(imitate_best, "best_logprob"),
         "best_true": partial(imitate_best, "best_true"),
+        "best_base_logprob": partial(imitate_best, "best_base_logprob"),
+        "random": partial(imitate_best, "random"),
         "kinds": kinds_of_copies,
         "rerank_base": partial(candidates, "base"),
         "rerank_sft": partial(candidates, "sft"),
@@ -667,6 +699,10 @@ ARGUMENTS = {
         metavar=("UPDATES", "RATE", "SHARE", "TEMPERATURE"),
         help="fair SFT's settings, as another seed has chosen them: no others but the first cell's",
     ),
+    "--cells": dict(
+        help="countdown: SFT's updates and rates, instead of those here: '60 1e-3, 120 2e-3'. The "
+        "reward starts from the first"
+    ),
     "--extra": dict(type=int, default=3000, help="questions that irl_best answers"),
     "--dev": dict(metavar="FILE", help="labelled solutions, for a threshold"),
     "--test": dict(metavar="FILE", help="ProcessBench's file, for F1"),
@@ -687,8 +723,12 @@ def main(arguments: list[str] | None = None) -> None:
         return real_tables.write()
     if not args.model:
         raise UserError("--model is missing: a folder with a pretrained model, or a hub name")
-    if args.sft and args.task == "gsm8k":
-        raise UserError("--sft is for countdown: GSM8K's SFT is not tuned. Leave it out")
+    if (args.sft or args.cells) and args.task == "gsm8k":
+        raise UserError(
+            "--sft and --cells are for countdown: GSM8K's SFT is not tuned. Leave them out"
+        )
+    if args.sft and args.cells:
+        raise UserError("--sft fixes what --cells would try: give one of the two")
     model = Path(args.model).name
     args.name = args.name or f"{model}-{args.demonstrations}-{args.seed}"
     loading.quiet()

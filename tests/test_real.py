@@ -197,6 +197,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     """Every stage; again nothing is run; a stage whose file is gone is made of what is kept."""
     monkeypatch.setattr(real, "CELLS", {"countdown": ((1, 1e-3),)})
     monkeypatch.setattr(real, "LOOKS", {"countdown": ((0.0, 1.0), (0.25, 0.2))})
+    monkeypatch.setitem(real.RUNS["countdown"], "grpo_long", "--method grpo --grpo-steps 2")
     command = [*tiny, "--extra", "3", "--flags", SMALL]
     real.main(command)
     folder = Path("runs/real-countdown-tiny-8-0")
@@ -208,7 +209,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     found = json.loads(Path("results/real.json").read_text())
     one = found["countdown"]["tiny"]["8"]
     arms = {"base", "sft", "sft_fair", "irl", "irl_frozen", "irl_copies", "grpo"}
-    arms |= {"irl_best", "best_logprob", "best_true"}
+    arms |= {"irl_best", "best_logprob", "best_true", "best_base_logprob", "random", "grpo_long"}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
@@ -235,9 +236,9 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert "## Countdown, tiny, 8 demonstrations" in page
     # What was looked at on validation, by fair SFT and by the rivals alike.
     asked = ("share of the base 0, T = 1", "share of the base 0.25, T = 0.2")
-    runs = ("sft", "irl_best", "best_logprob", "best_true")
+    runs = ("sft", "irl_best", "best_logprob", "best_true", "best_base_logprob", "random")
     looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
-    policies = ("irl", "irl_unclipped", "irl_copies", "irl_frozen", "grpo")
+    policies = ("irl", "irl_unclipped", "irl_copies", "irl_frozen", "grpo", "grpo_long")
     looks |= {f"{run}, {asked[0]}" for run in policies}
     assert set(one["validation"]) == looks and all(f"| {look} |" in page for look in looks)
     # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
@@ -253,7 +254,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
         settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
         assert settings["model"] == f"{folder}-{chosen}/policy" and settings["start"] == "base"
         reward_starts = {"from_base": "tiny"}
-        for name in policies[:-1]:
+        for name in real.FROM_COPIES:
             reward_starts[name] = f"{folder}-copies/reward"
         few_updates = f"{folder}-sft-1-0.001/policy"
         assert settings["reward_model"] == reward_starts.get(run, few_updates)
@@ -322,15 +323,39 @@ def test_winners_come_the_surest_first(monkeypatch):
     examples = [data.Example(f"{name}?", "", "5") for name in "abc"]
     texts = [["a0", "a1", "a1"], ["b0", "b1", "b0"], ["c0", "c1", "c2"]]
     scores = [[-2.0, -1.0, -1.0], [0.5, -3.0, 0.5], [0.1, 2.0, 1.0]]
+    asked = []
+
+    def judge(x, name, by, examples, samples):
+        asked.append(by)
+        return scores
+
     monkeypatch.setattr(real, "sample", lambda *_: [{"texts": some} for some in texts])
-    monkeypatch.setattr(real, "judge", lambda *_: scores)
+    monkeypatch.setattr(real, "judge", judge)
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
     x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
-    for name in ("irl_best", "best_logprob"):
+    for name in ("irl_best", "best_logprob", "best_base_logprob"):
         surest = real.winners(name, x)
         assert [text for _, _, text in surest] == ["c1", "c2", "b0", "c0", "a1", "a0", "b1"]
         assert all(example.question[0] == text[0] for _, example, text in surest)
         assert all(not example.answer for _, example, _ in surest)
+    assert asked == ["reward_copies", "sft_logprob", "logprob"]
+
+
+def test_a_choice_at_random_is_the_seeds(monkeypatch):
+    """Nobody is asked, and another seed chooses others."""
+    examples = [data.Example(f"{name}?", "", "5") for name in "abcdefgh"]
+    monkeypatch.setattr(real, "sample", lambda *_: [{"texts": [e.question]} for e in examples])
+    monkeypatch.setattr(real, "judge", None)
+    monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
+
+    def order(seed):
+        base = SimpleNamespace(device="cpu")
+        args = SimpleNamespace(seed=seed)
+        x = SimpleNamespace(extra=examples, base=base, first_sft=lambda: "", args=args)
+        return [text for _, _, text in real.winners("random", x)]
+
+    assert order(0) == order(0) != order(1)
+    assert sorted(order(0)) == [example.question for example in examples]
 
 
 def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
@@ -404,7 +429,12 @@ def test_another_seed_takes_the_settings_of_the_first(tiny, monkeypatch):
         (["--model", "x", "--demonstrations", "0"], "--demonstrations must be"),
         (
             ["--task", "gsm8k", "--model", "x", "--sft", "240", "2e-3", "0", ".2"],
-            "--sft is for countdown",
+            "--sft and --cells are for countdown",
+        ),
+        (["--model", "x", "--cells", "60"], "'60' is not updates and a rate"),
+        (
+            ["--model", "x", "--cells", "60 1e-3", "--sft", "240", "2e-3", "0", ".2"],
+            "give one of the two",
         ),
     ],
 )
