@@ -11,6 +11,7 @@ decides; `python -m experiments.real` of that commit makes it again.
 import json
 import lzma
 import re
+from functools import cache
 
 import numpy
 import pandas
@@ -20,6 +21,7 @@ import data
 import rerank
 from candidates import Candidates
 from experiments import store, tables
+from tasks import countdown
 
 FILES = {"countdown": "real-countdown.json.xz", "gsm8k": "real-samples.json.xz"}
 # of candidates: base with worked examples, the chosen SFT, the SFT of the fewest updates; the
@@ -172,34 +174,60 @@ def mean_of(parts: list):
     return numpy.mean(known, 0).tolist() if known else None
 
 
-def over_questions(seeds: list[dict], arm: str) -> dict:
-    """{"t1", "greedy": [mean, low, high]} of an arm over the questions of all seeds, and
-    "beyond_sft_fair", the same of what it has over fair SFT, paired by question.
+@cache  # it takes a second or two
+def countdown_problems(seed: int) -> list[str]:
+    """The problems of a seed's test questions, in the order in which they are asked.
 
-    seeds: {arm: {column: the share of right answers to each question}}. Where a seed's were not
-    kept, {}.
+    Every seed asks the same problems, in another order and with their numbers in another order.
 
-    >>> irl, fair = {"t1": [1, 1], "greedy": [1, 0]}, {"t1": [0.5, 0.5], "greedy": [1, 0]}
-    >>> over_questions([{"irl": irl, "sft_fair": fair}], "irl")["beyond_sft_fair"]
-    {'t1': [0.5, 0.5, 0.5], 'greedy': [0.0, 0.0, 0.0]}
+    >>> countdown_problems(seed=0)[0]
+    '4 8 11 > 15'
+    """
+    examples = data.load_examples("countdown", "test", 1000, seed)
+    asked = [countdown.problem_of(example.question) for example in examples]
+    return [countdown.question_of(tuple(sorted(numbers)), target) for numbers, target in asked]
+
+
+def of_problems(shares: dict[str, list], seed: int) -> dict[str, pandas.Series]:
+    """{column: the share of right answers to each problem} of what a seed's arm has kept."""
+    return {
+        column: pandas.Series(values, countdown_problems(seed)[: len(values)])
+        for column, values in shares.items()
+    }
+
+
+def over_problems(seeds: list[dict], arm: str) -> dict:
+    """{"t1", "greedy": [mean, low, high]} of an arm over the test problems, each the mean of its
+    seeds, and "beyond_sft_fair", the same of what it has over fair SFT, paired by problem.
+
+    seeds: {arm: {column: the share of right answers to each problem, a Series}}. Where a seed's
+    were not kept, {}.
+
+    >>> one, none = pandas.Series([1.0, 1.0], ["a", "b"]), pandas.Series([0.0, 0.0], ["a", "b"])
+    >>> seed = {"irl": {"t1": one, "greedy": none}, "sft_fair": {"t1": none, "greedy": none}}
+    >>> over_problems([seed], "irl")["beyond_sft_fair"]
+    {'t1': [1.0, 1.0, 1.0], 'greedy': [0.0, 0.0, 0.0]}
     """
 
     def are_kept(name: str) -> bool:
         """Whether every seed has this arm's shares."""
         return bool(seeds) and all(shares.get(name) for shares in seeds)
 
-    def joined(name: str, column: str) -> torch.Tensor:
-        """An arm's shares, seed after seed: [questions of all seeds]."""
-        return torch.tensor([share for shares in seeds for share in shares[name][column]])
+    def joined(name: str, column: str) -> pandas.Series:
+        """An arm's share of each problem, the mean over seeds."""
+        of_seeds = pandas.concat([shares[name][column] for shares in seeds])
+        return of_seeds.groupby(level=0, sort=False).mean()
+
+    def interval(values: pandas.Series) -> list[float]:
+        return rerank.bootstrap(torch.tensor(values.to_numpy()))
 
     over: dict = {}
     columns = ("t1", "greedy")
     if are_kept(arm):
-        over = {column: rerank.bootstrap(joined(arm, column)) for column in columns}
+        over = {column: interval(joined(arm, column)) for column in columns}
     if are_kept(arm) and are_kept("sft_fair") and arm not in ("sft", "sft_fair"):
         over["beyond_sft_fair"] = {
-            column: rerank.bootstrap(joined(arm, column) - joined("sft_fair", column))
-            for column in columns
+            column: interval(joined(arm, column) - joined("sft_fair", column)) for column in columns
         }
     return over
 
@@ -221,9 +249,10 @@ def arms_of(one: dict) -> dict[str, dict]:
 def results_of(task: str) -> dict:
     """{model: {demonstrations: {arm: {"t1", "greedy", "seeds"}, "rerank": {source: choices}}}}.
 
-    Means over seeds. An arm's interval is over the questions of all seeds, where they were kept;
-    any other one is the mean of the seeds' intervals, each over questions. "beyond_sft_fair": what
-    an arm has over fair SFT, paired by question. "room": what GRPO has, at T = 1, in points.
+    Means over seeds. An arm's interval is over the test problems, each the mean of its seeds, where
+    they were kept; any other one is the mean of the seeds' intervals, each over questions.
+    "beyond_sft_fair": what an arm has over fair SFT, paired by problem. "room": what GRPO has at
+    T = 1, in points.
     """
     by_size: dict = {}
     for run in stored(task).values():
@@ -232,7 +261,7 @@ def results_of(task: str) -> dict:
         for stage in run["stages"].values():
             for arm, columns in stage.get("arms", {}).items():
                 one[arm] = {column: columns[column] for column in ("t1", "greedy")}
-                shares[arm] = columns.get("shares")
+                shares[arm] = of_problems(columns.get("shares", {}), run["seed"])
             for one_look in stage.get("looks", []):
                 one.setdefault("validation", {})[look_name(one_look)] = {
                     column: one_look[column] for column in ("t1", "greedy")
@@ -242,8 +271,8 @@ def results_of(task: str) -> dict:
             }
             if "written" in stage:
                 written = right_shares(stage["base"], stage["written"], task)
-                shares |= written
                 for arm, columns in written.items():
+                    shares[arm] = of_problems(columns, run["seed"])
                     one[arm] = {
                         column: rerank.bootstrap(torch.tensor(values))
                         for column, values in columns.items()
@@ -262,7 +291,7 @@ def results_of(task: str) -> dict:
         one = mean_of([seed for seed, _ in seeds])
         for name, arm in arms_of(one).items():
             arm["seeds"] = sum(name in seed for seed, _ in seeds)
-            arm |= over_questions([shares for _, shares in seeds if name in shares], name)
+            arm |= over_problems([shares for _, shares in seeds if name in shares], name)
         if {"grpo", "sft_fair"} <= one.keys():
             one["room"] = round(100 * (one["grpo"]["t1"][0] - one["sft_fair"]["t1"][0]), 1)
         results.setdefault(model, {})[size] = one

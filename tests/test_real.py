@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -78,22 +79,41 @@ def test_where_the_question_gives_the_answer_whole_texts_are_voted_on():
     assert found["8"]["majority"][0] == 3 / 8 and found["8"]["majority_text"][0] == 1
 
 
-def test_an_arm_is_averaged_over_the_questions_of_all_seeds():
-    """Two seeds of two questions are four, whose interval is narrower than that of two; against
-    fair SFT question by question. A seed without shares leaves nothing."""
+def test_an_arm_is_averaged_over_problems():
+    """Each problem is the mean of its seeds, in whatever order they asked; against fair SFT problem
+    by problem. A seed without shares leaves nothing."""
+
+    def shares(values, problems="ab"):
+        return pandas.Series(values, list(problems), dtype=float)
+
     seeds = [
-        {"irl": {"t1": [1, 0], "greedy": [1, 0]}, "sft_fair": {"t1": [0.5, 0], "greedy": [0, 0]}},
-        {"irl": {"t1": [1, 0], "greedy": [0, 0]}, "sft_fair": {"t1": [1, 0], "greedy": [1, 0]}},
+        {
+            "irl": {"t1": shares([1, 0]), "greedy": shares([1, 0])},
+            "sft_fair": {"t1": shares([0.5, 0]), "greedy": shares([0, 0])},
+        },
+        {
+            "irl": {"t1": shares([0, 1], "ba"), "greedy": shares([0, 0], "ba")},
+            "sft_fair": {"t1": shares([0, 1], "ba"), "greedy": shares([1, 0], "ba")},
+        },
     ]
-    over = real_tables.over_questions(seeds, "irl")
-    assert over["t1"][0] == 0.5 and over["greedy"][0] == 0.25
-    assert over["beyond_sft_fair"]["t1"][0] == 0.125
-    assert over["beyond_sft_fair"]["greedy"][0] == 0
-    many = [{"irl": {"t1": [1, 0] * 50, "greedy": [0] * 100}}]
-    one, two = (real_tables.over_questions(many * n, "irl") for n in (1, 2))
-    assert two["t1"][2] - two["t1"][1] < 0.8 * (one["t1"][2] - one["t1"][1])
-    assert "beyond_sft_fair" not in one
-    assert real_tables.over_questions([*many, {"irl": None}], "irl") == {}
+    over = real_tables.over_problems(seeds, "irl")
+    # In both seeds "a" is right and "b" wrong: there are two problems, not four.
+    assert over["t1"] == [0.5, 0, 1] and over["greedy"][0] == 0.25
+    # "a" has 1 to fair SFT's 0.75 at T = 1; greedily "a" has 0.5 to 0 and "b" 0 to 0.5.
+    assert over["beyond_sft_fair"] == {"t1": [0.125, 0, 0.25], "greedy": [0, -0.5, 0.5]}
+    one = {name: columns for name, columns in seeds[0].items() if name == "irl"}
+    assert "beyond_sft_fair" not in real_tables.over_problems([one], "irl")
+    assert real_tables.over_problems([*seeds, {"irl": {}}], "irl") == {}
+
+
+def test_every_seed_asks_the_same_problems():
+    """All 515, in another order: so that their answers are no independent ones."""
+    orders = [real_tables.countdown_problems(seed) for seed in (0, 1)]
+    assert len(orders[0]) > 500 and orders[0] != orders[1]
+    assert len(set(orders[0]) & set(orders[1])) > 500
+    # Shares stand beside the problems in the order in which they were asked.
+    of_seed = real_tables.of_problems({"t1": [1.0, 0.5]}, 1)
+    assert of_seed["t1"].to_dict() == dict(zip(orders[1], [1.0, 0.5]))
 
 
 def test_what_arms_wrote_is_judged_question_by_question():
