@@ -48,6 +48,7 @@ parts. At the end the stages go to a file in results/, and from there into the t
               countdown: SFT's candidates for validation questions, for a rule that was found on
               test questions and fixed then (docs/results.md)
     places    countdown: the first wrong token of SFT's candidates, by every judge
+    errors    countdown: how the samples of every policy go wrong, on validation questions
     steps     GSM8K: the first wrong step on ProcessBench (experiments/steps.py)
 
 True answers are read by tests, by GRPO and best_true, and by what is chosen on validation
@@ -79,6 +80,7 @@ from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
 from engine.settings import parse_settings
 from experiments import real_tables, steps, store
+from tasks import countdown
 
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
 HEAD += "--reward-average 0 --perturbed 4 --questions 8 --eval-questions 2 "
@@ -125,6 +127,8 @@ RUNS = {  # of train.py, from SFT
     },
 }
 FROM_COPIES = ("irl", "irl_unclipped", "irl_copies", "irl_frozen")  # countdown's
+# Those that errors looks at, beside SFT's.
+POLICIES = (*FROM_COPIES, "grpo", "grpo_long", "irl_best", "best_logprob", "best_true")
 REWARDS_ALONE = ("broken", "carried", "from_base", "from_sft")
 REWARDS = {"countdown": ("reward", "reward_copies"), "gsm8k": ("reward", "reward_sparse")}
 # SFT's (updates, rate), then fair SFT's (share of the base, temperature)
@@ -631,6 +635,40 @@ def first_wrong_tokens(x: Experiment) -> dict:
     return {"places": places}
 
 
+def kinds_of_errors(x: Experiment) -> dict:
+    """{"errors": {policy: {"right", "wrong, at the target", "wrong, elsewhere": [share, low,
+    high]}}}: of 8 samples to each validation question, at T = 1, by every policy that is there.
+
+    A wrong sample that arrives at the target has nearly always a false last line.
+    """
+    shares: dict = {}
+    for name in ("sft", *POLICIES):
+        stage = x.folder / f"{name}.json"
+        if not stage.exists():
+            print(f"without {name}: not trained", flush=True)
+            continue
+        run = json.loads(stage.read_text()).get("chosen", {"run": name})["run"]
+        model = loading.load_causal(str(x.run(run) / "policy"), x.base.device)
+        samples = sample(x, f"errors-{name}", model, x.validation, CANDIDATES, 1.0)
+        right = []  # of each question's samples, which are
+        at_target = []  # and which end there
+        for example, one in zip(x.validation, samples):
+            _, target = countdown.problem_of(example.question)
+            end = f"={target}\n</think>\n<answer>{target}</answer>"
+            right.append([data.is_correct(example, text) for text in one["texts"]])
+            at_target.append([text.endswith(end) for text in one["texts"]])
+        is_right, arrives = torch.tensor(right), torch.tensor(at_target)
+        kinds = {
+            "right": is_right,
+            "wrong, at the target": ~is_right & arrives,
+            "wrong, elsewhere": ~is_right & ~arrives,
+        }
+        shares[name] = {
+            kind: rerank.bootstrap(is_so.float().mean(1)) for kind, is_so in kinds.items()
+        }
+    return {"errors": shares}
+
+
 def first_wrong_steps(x: Experiment) -> dict:
     """F1 on ProcessBench of each reward that has been trained, and of the log-probabilities."""
     x.result_of("irl")
@@ -674,6 +712,7 @@ STAGES: dict[str, dict[str, Callable]] = {
         "rerank_sft_first": partial(candidates, "sft_first"),
         "rerank_validation": partial(candidates, "sft_validation"),
         "places": first_wrong_tokens,
+        "errors": kinds_of_errors,
     },
     "gsm8k": {
         "sft": train_judge,

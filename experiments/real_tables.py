@@ -266,9 +266,8 @@ def results_of(task: str) -> dict:
                 one.setdefault("validation", {})[look_name(one_look)] = {
                     column: one_look[column] for column in ("t1", "greedy")
                 }
-            one |= {
-                name: stage[name] for name in ("told", "temperature", "places") if name in stage
-            }
+            kept = ("told", "temperature", "places", "errors")
+            one |= {name: stage[name] for name in kept if name in stage}
             if "written" in stage:
                 written = right_shares(stage["base"], stage["written"], task)
                 for arm, columns in written.items():
@@ -388,6 +387,12 @@ def markdown(results: dict) -> str:
             (by, columns[width], share)
             for width in columns
             for by, share in one.get("places", {}).get(width, {}).items()
+        ]
+        parts.append(grid(rows))
+        rows = [
+            (arm, f"{kind} (validation)", share)
+            for arm, kinds in one.get("errors", {}).items()
+            for kind, share in kinds.items()
         ]
         parts.append(grid(rows))
         for run, signals in one.get("processbench", {}).items():

@@ -252,6 +252,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
         assert gains[rival] == [0, 0, 0]
     assert one["rerank"]["sft_validation"]["questions"] == 8
     assert {"reward", "logprob", "sft_logprob", "chance"} <= set(one["places"]["hit0"])
+    assert set(one["errors"]) == {"sft", *real.POLICIES}
     page = Path("results/real.md").read_text()
     assert "## Countdown, tiny, 8 demonstrations" in page
     # What was looked at on validation, by fair SFT and by the rivals alike.
@@ -392,6 +393,29 @@ def test_who_knows_the_answers_imitates_right_ones(monkeypatch):
         (0, "b?"),
     ]
     assert surest[0][2] == "<answer>5</answer>"
+
+
+def test_errors_are_told_by_where_they_arrive(tmp_path, monkeypatch):
+    """Two right samples of four, a false last line, and a trace that misses the target."""
+    question = "7 12 4 > 15"
+    right = data.response_text("12+7=19\n19-4=15", "15")
+    forced = data.response_text("12-7=5\n5+4=15", "15")
+    misses = data.response_text("12-7=5\n5+4=9", "9")
+    texts = [right, right, forced, misses]
+    (tmp_path / "sft.json").write_text(json.dumps({"chosen": {"run": "sft-1-0.001"}}))
+    monkeypatch.setattr(real, "sample", lambda *_: [{"texts": texts}])
+    loaded = []
+    monkeypatch.setattr(real.loading, "load_causal", lambda path, _: loaded.append(path))
+    expert = data.Example(question, "", "15", task="countdown")
+    x = SimpleNamespace(folder=tmp_path, run=Path, validation=[expert])
+    x.base = SimpleNamespace(device="cpu")
+    [shares] = real.kinds_of_errors(x)["errors"].values()
+    assert loaded == ["sft-1-0.001/policy"]
+    assert {kind: share[0] for kind, share in shares.items()} == {
+        "right": 0.5,
+        "wrong, at the target": 0.25,
+        "wrong, elsewhere": 0.25,
+    }
 
 
 def test_imitated_are_winners_as_sure_as_demonstrations_and_as_many_of_the_rivals(
