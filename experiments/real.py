@@ -673,6 +673,7 @@ def first_wrong_steps(x: Experiment) -> dict:
     """F1 on ProcessBench of each reward that has been trained, and of the log-probabilities."""
     x.result_of("irl")
     files = ["--dev", x.args.dev, "--test", x.args.test, "--experts", str(x.args.validation)]
+    files += ["--scores", str(x.folder / "parts" / "steps")]
     files += shlex.split(x.args.steps)
     by_reward = {}
     for reward in trained_rewards(x, REWARDS[x.args.task]):

@@ -2,6 +2,7 @@
 
     1. Solution      question, steps, label: the first wrong step, counted from 0; -1 if none is
     2. step_scores   scores of a solution's tokens -> of its steps: the lowest, the mean, the last
+       falls         how far a step's lowest is below those of the steps before it
     3. predict       the first step whose score is below a threshold; -1 if none is
     4. accuracies    F1, as in ProcessBench (arXiv 2412.06559): the harmonic mean of the accuracies
                      on wrong and on right solutions
@@ -30,12 +31,13 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import policy
 import rerank
-from engine import loading
+from engine import checkpoint, loading
 from engine.chat import check_text
 from engine.errors import Parser, UserError, exit_status
 from tasks import records
 
-RULES = ("lowest", "mean", "last")
+READ = ("lowest", "mean", "last")  # off a step's tokens
+RULES = (*READ, "fall")
 ABSENT = torch.inf  # the score of a step that a solution does not have: below no threshold
 
 
@@ -146,6 +148,23 @@ def score(tokenizer, solutions: list[Solution], function: Callable, device="cpu"
     return [step_scores(row, owners) for row, (_, owners) in zip(rows, written)]
 
 
+def falls(lowest: list[float]) -> list[float]:
+    """How far each step's score is below (negative) the mean of those before it; of the first 0.
+
+    Another writer's style moves the scores of all steps, and a threshold with them; not these.
+
+    >>> falls([3.0, 1.0, 2.0])
+    [0.0, -2.0, 0.0]
+    """
+    means = [sum(lowest[:step]) / step for step in range(1, len(lowest))]
+    return [0.0] + [score - mean for score, mean in zip(lowest[1:], means)]
+
+
+def with_falls(scored: list[dict]) -> list[dict]:
+    """step_scores of solutions, and each step's fall."""
+    return [one | {"fall": falls(one["lowest"])} for one in scored]
+
+
 def padded(scored: list[dict], rule: str) -> torch.Tensor:
     """One rule's scores of all solutions: [B, S]."""
     return pad_sequence([torch.tensor(one[rule]) for one in scored], True, ABSENT)
@@ -246,6 +265,8 @@ def localise(
 
     Rule and threshold are those with the highest F1 on dev. Nothing is chosen on test.
     """
+    dev = with_falls(dev)
+    test = with_falls(test)
     best = {rule: best_threshold(padded(dev, rule), dev_labels) for rule in RULES}
     rule = max(best, key=best.get)
     dev_f1, threshold = best[rule]
@@ -256,6 +277,17 @@ def localise(
 
 
 # --- a run ----------------------------------------------------------------------------------------
+
+
+def kept(folder: Path | None, name: str, make: Callable) -> list[dict]:
+    """What make() returns, from a file if it has been made before; without a folder, anew."""
+    if folder is None:
+        return make()
+    path = folder / f"{name}.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(make()))
+    return json.loads(path.read_text())
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -270,6 +302,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--count", type=int, help="so many of each file (default: all)")
     experts = "so many experts' solutions of validation questions, as right ones, to dev"
     parser.add_argument("--experts", type=int, default=100, metavar="N", help=experts)
+    scores = "keep what is said of every step here, and do not ask again (of runs with one base)"
+    parser.add_argument("--scores", metavar="FOLDER", type=Path, help=scores)
     args = parser.parse(arguments)
     loading.quiet()
     dev = read_solutions(args.dev, args.count)
@@ -283,8 +317,11 @@ def main(arguments: list[str] | None = None) -> dict:
         functions[name] = partial(policy.token_logprobs, model)
     results = {name: {"f1": f1} for name, f1 in guesses(test).items()}
     for name, function in functions.items():
-        on_dev = score(tokenizer, dev, function, device)
-        on_test = score(tokenizer, test, function, device)
+        who = run.name if name == "reward" else name
+        on_dev, on_test = (
+            kept(args.scores, f"{file}-{who}", partial(score, tokenizer, some, function, device))
+            for file, some in (("dev", dev), ("test", test))
+        )
         results[name] = localise(on_dev, labels_of(dev), on_test, labels_of(test))
     for name, one in results.items():
         f1 = "{:.3f} [{:.3f}, {:.3f}]".format(*one["f1"])

@@ -128,7 +128,7 @@ def test_scores_do_not_depend_on_padding_or_on_what_follows(shipped):
     values = logprobs[-len(ids) - 1 : -1].gather(1, T(ids)[:, None]).squeeze(1)
     second = values[T(owners) == 1]
     expected = {"lowest": second.min(), "mean": second.mean(), "last": second[-1]}
-    for rule in steps.RULES:
+    for rule in steps.READ:
         assert both[0][rule][1] == pytest.approx(expected[rule].item(), abs=1e-4)
         assert both[0][rule][:2] == pytest.approx(first_two[rule], abs=1e-4)
         assert both[1][rule] == pytest.approx(alone[rule], abs=1e-4) and len(alone[rule]) == 1
@@ -157,7 +157,7 @@ def test_the_best_threshold_by_trying_all():
 def scored(rows: list, **others) -> list[dict]:
     """Step scores as steps.score gives them: the same by every rule, but for the others."""
     return [
-        dict.fromkeys(steps.RULES, row) | {r: o[i] for r, o in others.items()}
+        dict.fromkeys(steps.READ, row) | {r: o[i] for r, o in others.items()}
         for i, row in enumerate(rows)
     ]
 
@@ -173,6 +173,29 @@ def test_the_test_set_chooses_nothing():
     test = scored([*good, [-90.0, -80.0]])
     more = steps.localise(scored(good), labels, test, T([1, -1, 0]))
     assert more["f1"][0] == 1.0
+
+
+def test_a_fall_is_the_same_in_every_style():
+    """Test solutions are of another writer: all scores are 10 lower. The wrong steps are the ones
+    that fall, on dev and there."""
+    dev = [[5.0, 5.0, 1.0], [5.0, 2.0, 5.0], [1.0, 1.0, 1.0]]
+    labels = T([2, 1, -1])
+    test = [[score - 10 for score in row] for row in dev]
+    found = steps.localise(scored(dev), labels, scored(test), labels)
+    assert found["rule"] == "fall" and found["f1"][0] == 1.0
+
+
+def test_scores_are_kept(tmp_path):
+    """And are made again where no folder keeps them."""
+    made = []
+
+    def make():
+        made.append(1)
+        return [{"lowest": [float(len(made))]}]
+
+    for _ in range(2):
+        assert steps.kept(tmp_path / "new", "dev-reward", make) == [{"lowest": [1.0]}]
+    assert steps.kept(None, "dev-reward", make) == [{"lowest": [2.0]}]
 
 
 def test_a_threshold_lies_between_wrong_steps_and_right_solutions():
