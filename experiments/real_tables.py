@@ -281,9 +281,11 @@ def results_of(task: str) -> dict:
                     one["rerank"][source] = choices(stage[source], task)
                     one["auroc"][source] = one["rerank"][source].pop("auroc")
             for name, signals in stage.get("processbench", {}).items():
-                one.setdefault("processbench", {})[name] = {
-                    by: r["f1"] for by, r in signals.items()
-                }
+                # Chance and the longest step go by no rule.
+                for key, of_signal in (("processbench", "f1"), ("processbench_rules", "by_rule")):
+                    one.setdefault(key, {})[name] = {
+                        by: r[of_signal] for by, r in signals.items() if of_signal in r
+                    }
         by_size.setdefault((run["model"], str(run["demonstrations"])), []).append((one, shares))
     results: dict = {}
     for (model, size), seeds in by_size.items():
@@ -397,6 +399,11 @@ def markdown(results: dict) -> str:
         parts.append(grid(rows))
         for run, signals in one.get("processbench", {}).items():
             rows = [(by, f"F1 on ProcessBench, {run}", f1) for by, f1 in signals.items()]
+            rows += [
+                (by, f"by {rule}", f1)
+                for by, rules in one["processbench_rules"][run].items()
+                for rule, f1 in rules.items()
+            ]
             parts.append(grid(rows))
     return "\n\n".join(part for part in parts if part) + "\n"
 

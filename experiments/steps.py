@@ -261,19 +261,23 @@ def labels_of(solutions: list[Solution]) -> torch.Tensor:
 def localise(
     dev: list[dict], dev_labels: torch.Tensor, test: list[dict], labels: torch.Tensor
 ) -> dict:
-    """{"f1": [f1, low, high], "wrong", "right", "rule", "threshold", "dev_f1"} of one signal.
+    """{"f1": [f1, low, high], "wrong", "right", "rule", "threshold", "dev_f1"} of one signal, and
+    "by_rule": the F1 of each rule alone.
 
     Rule and threshold are those with the highest F1 on dev. Nothing is chosen on test.
     """
     dev = with_falls(dev)
     test = with_falls(test)
     best = {rule: best_threshold(padded(dev, rule), dev_labels) for rule in RULES}
+    predicted = {
+        rule: predict(padded(test, rule), threshold) for rule, (_, threshold) in best.items()
+    }
+    by_rule = {rule: f1_interval(named, labels) for rule, named in predicted.items()}
     rule = max(best, key=best.get)
     dev_f1, threshold = best[rule]
-    predicted = predict(padded(test, rule), threshold)
-    shares = {name: share.item() for name, share in accuracies(predicted, labels).items()}
+    shares = {name: share.item() for name, share in accuracies(predicted[rule], labels).items()}
     chosen = {"rule": rule, "threshold": threshold, "dev_f1": dev_f1}
-    return shares | chosen | {"f1": f1_interval(predicted, labels)}
+    return shares | chosen | {"f1": by_rule[rule], "by_rule": by_rule}
 
 
 # --- a run ----------------------------------------------------------------------------------------

@@ -320,6 +320,7 @@ def test_gsm8k_from_one_command(tiny, monkeypatch):
     assert {"majority_own_verdict", "majority_sft_logprob", "reward"} <= set(votes["gain"])
     assert {"reward", "sft_logprob", "longest"} <= set(found["processbench"]["tiny"]["reward"])
     assert set(found["processbench"]["tiny"]) == {"reward", "reward_sparse"}
+    assert "| by fall |" in Path("results/real.md").read_text()
     # Another run does not look at the same questions.
     seen = real_tables.questions_seen("another")
     assert len(seen) == 2 and real_tables.questions_seen("tiny-8-0") == set()

@@ -183,6 +183,7 @@ def test_a_fall_is_the_same_in_every_style():
     test = [[score - 10 for score in row] for row in dev]
     found = steps.localise(scored(dev), labels, scored(test), labels)
     assert found["rule"] == "fall" and found["f1"][0] == 1.0
+    assert found["by_rule"]["fall"] == found["f1"] and found["by_rule"]["lowest"][0] == 0.0
 
 
 def test_scores_are_kept(tmp_path):
