@@ -33,11 +33,11 @@ ARMS = {
     "sft": "SFT",
     "sft_fair": "fair SFT",
     "irl": "**IRL**",
-    "irl_copies": "IRL, copies alone",
     "irl_best": "SFT on the reward's choice",
     "best_logprob": "SFT on SFT's choice",
     "best_true": "SFT on right samples",
     "grpo": "GRPO, true answers",
+    "grpo_long": "GRPO, three times the steps",
 }
 RULES = {
     "majority": "majority vote",
