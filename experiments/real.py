@@ -127,8 +127,6 @@ RUNS = {  # of train.py, from SFT
     },
 }
 FROM_COPIES = ("irl", "irl_unclipped", "irl_copies", "irl_frozen")  # countdown's
-# Those that errors looks at, beside SFT's.
-POLICIES = (*FROM_COPIES, "grpo", "grpo_long", "irl_best", "best_logprob", "best_true")
 REWARDS_ALONE = ("broken", "carried", "from_base", "from_sft")
 REWARDS = {"countdown": ("reward", "reward_copies"), "gsm8k": ("reward", "reward_sparse")}
 # SFT's (updates, rate), then fair SFT's (share of the base, temperature)
@@ -147,6 +145,8 @@ CHOOSERS = {
     "best_logprob": "sft_logprob",
     "best_base_logprob": "logprob",
 }
+# Countdown's, beside SFT's.
+POLICIES = (*FROM_COPIES, "grpo", "grpo_long", *CHOOSERS, "best_true", "random")
 VERDICT = "Is this solution right? Answer Yes or No."
 
 

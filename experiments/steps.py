@@ -283,15 +283,21 @@ def localise(
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def kept(folder: Path | None, name: str, make: Callable) -> list[dict]:
-    """What make() returns, from a file if it has been made before; without a folder, anew."""
+def kept(folder: Path | None, name: str, solutions: list[Solution], make: Callable) -> list[dict]:
+    """make()'s step scores of these solutions, from a file if they are there; without a folder,
+    anew."""
     if folder is None:
         return make()
     path = folder / f"{name}.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, json.dumps(make()))
-    return json.loads(path.read_text())
+    if path.exists():
+        scored = json.loads(path.read_text())
+        # Those of other solutions, as of another --count, would stand beside the wrong labels.
+        if [len(one["lowest"]) for one in scored] == [len(s.steps) for s in solutions]:
+            return scored
+    folder.mkdir(parents=True, exist_ok=True)
+    scored = make()
+    checkpoint.write_text(path, json.dumps(scored))
+    return scored
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -323,8 +329,13 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, function in functions.items():
         who = run.name if name == "reward" else name
         on_dev, on_test = (
-            kept(args.scores, f"{file}-{who}", partial(score, tokenizer, some, function, device))
-            for file, some in (("dev", dev), ("test", test))
+            kept(
+                args.scores,
+                f"{file}-{who}",
+                solutions,
+                partial(score, tokenizer, solutions, function, device),
+            )
+            for file, solutions in (("dev", dev), ("test", test))
         )
         results[name] = localise(on_dev, labels_of(dev), on_test, labels_of(test))
     for name, one in results.items():

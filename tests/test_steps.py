@@ -187,16 +187,19 @@ def test_a_fall_is_the_same_in_every_style():
 
 
 def test_scores_are_kept(tmp_path):
-    """And are made again where no folder keeps them."""
+    """And are made again where no folder keeps them, and for other solutions."""
     made = []
+    one = [Solution("?", ("1+1=2",), -1)]
+    longer = [Solution("?", ("1+1=2", "2+1=3"), -1)]
 
     def make():
         made.append(1)
         return [{"lowest": [float(len(made))]}]
 
     for _ in range(2):
-        assert steps.kept(tmp_path / "new", "dev-reward", make) == [{"lowest": [1.0]}]
-    assert steps.kept(None, "dev-reward", make) == [{"lowest": [2.0]}]
+        assert steps.kept(tmp_path / "new", "dev-reward", one, make) == [{"lowest": [1.0]}]
+    assert steps.kept(None, "dev-reward", one, make) == [{"lowest": [2.0]}]
+    assert steps.kept(tmp_path / "new", "dev-reward", longer, make) == [{"lowest": [3.0]}]
 
 
 def test_a_threshold_lies_between_wrong_steps_and_right_solutions():
