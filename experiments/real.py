@@ -31,8 +31,9 @@ parts. At the end the stages go to a file in results/, and from there into the t
               The samples are of the SFT of few updates, where the reward starts. Its rival
               best_logprob imitates as many of the same samples: where the chosen SFT is surest.
               best_true imitates the right ones, of which somebody has to know that they are right:
-              what a reward without a mistake would bring in this way. Controls: best_base_logprob
-              asks the base, random nobody
+              what a reward without a mistake would bring in this way. Controls: best_own_verdict
+              asks the base whether a sample is right, best_base_logprob how likely it is, random
+              nobody
     grpo, grpo_long
               countdown: GRPO on true answers, with as many steps as IRL; with as many samples as
               irl_best chooses from
@@ -144,6 +145,7 @@ CHOOSERS = {
     "irl_best": "reward_copies",
     "best_logprob": "sft_logprob",
     "best_base_logprob": "logprob",
+    "best_own_verdict": "own_verdict",
 }
 # Countdown's, beside SFT's.
 POLICIES = (*FROM_COPIES, "grpo", "grpo_long", *CHOOSERS, "best_true", "random")
@@ -706,6 +708,7 @@ STAGES: dict[str, dict[str, Callable]] = {
         "best_logprob": partial(imitate_best, "best_logprob"),
         "best_true": partial(imitate_best, "best_true"),
         "best_base_logprob": partial(imitate_best, "best_base_logprob"),
+        "best_own_verdict": partial(imitate_best, "best_own_verdict"),
         "random": partial(imitate_best, "random"),
         "kinds": kinds_of_copies,
         "rerank_base": partial(candidates, "base"),

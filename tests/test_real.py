@@ -229,7 +229,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     found = json.loads(Path("results/real.json").read_text())
     one = found["countdown"]["tiny"]["8"]
     arms = {"base", "sft", "sft_fair", "irl", "irl_frozen", "irl_copies", "grpo"}
-    arms |= {"irl_best", "best_logprob", "best_true", "best_base_logprob", "random", "grpo_long"}
+    arms |= {*real.CHOOSERS, "best_true", "random", "grpo_long"}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
@@ -257,7 +257,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert "## Countdown, tiny, 8 demonstrations" in page
     # What was looked at on validation, by fair SFT and by the rivals alike.
     asked = ("share of the base 0, T = 1", "share of the base 0.25, T = 0.2")
-    runs = ("sft", "irl_best", "best_logprob", "best_true", "best_base_logprob", "random")
+    runs = ("sft", *real.CHOOSERS, "best_true", "random")
     looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
     policies = ("irl", "irl_unclipped", "irl_copies", "irl_frozen", "grpo", "grpo_long")
     looks |= {f"{run}, {asked[0]}" for run in policies}
@@ -355,12 +355,12 @@ def test_winners_come_the_surest_first(monkeypatch):
     monkeypatch.setattr(real, "judge", judge)
     monkeypatch.setattr(real.loading, "load_causal", lambda *_: None)
     x = SimpleNamespace(extra=examples, base=SimpleNamespace(device="cpu"), first_sft=lambda: "")
-    for name in ("irl_best", "best_logprob", "best_base_logprob"):
+    for name in ("irl_best", "best_logprob", "best_base_logprob", "best_own_verdict"):
         surest = real.winners(name, x)
         assert [text for _, _, text in surest] == ["c1", "c2", "b0", "c0", "a1", "a0", "b1"]
         assert all(example.question[0] == text[0] for _, example, text in surest)
         assert all(not example.answer for _, example, _ in surest)
-    assert asked == ["reward_copies", "sft_logprob", "logprob"]
+    assert asked == ["reward_copies", "sft_logprob", "logprob", "own_verdict"]
 
 
 def test_a_choice_at_random_is_the_seeds(monkeypatch):
