@@ -675,12 +675,13 @@ def first_wrong_steps(x: Experiment) -> dict:
     """F1 on ProcessBench of each reward that has been trained, and of the log-probabilities."""
     x.result_of("irl")
     files = ["--dev", x.args.dev, "--test", x.args.test, "--experts", str(x.args.validation)]
-    files += ["--scores", str(x.folder / "parts" / "steps")]
+    files += ["--scores", str(x.folder / "parts" / "steps"), "--untrained", x.args.model]
     files += shlex.split(x.args.steps)
     by_reward = {}
     for reward in trained_rewards(x, REWARDS[x.args.task]):
         by_signal = steps.main(["--run", str(x.run_of(reward)), *files])
         by_signal["sft_logprob"] = by_signal.pop("logprob")  # the base of these runs is SFT
+        by_signal["logprob"] = by_signal.pop("untrained_logprob")
         by_reward[reward] = by_signal
     return {"processbench": by_reward}
 

@@ -314,6 +314,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--experts", type=int, default=100, metavar="N", help=experts)
     scores = "keep what is said of every step here, and do not ask again (of runs with one base)"
     parser.add_argument("--scores", metavar="FOLDER", type=Path, help=scores)
+    untrained = "ask this model too, as untrained_logprob: what the run's base was trained from"
+    parser.add_argument("--untrained", metavar="MODEL", help=untrained)
     args = parser.parse(arguments)
     loading.quiet()
     dev = read_solutions(args.dev, args.count)
@@ -322,8 +324,12 @@ def main(arguments: list[str] | None = None) -> dict:
     run = Path(args.run)
     base, tokenizer, discriminator, judges, s = rerank.models_of_run(run, "base", device)
     dev += right_solutions(data.load_examples(s["data"], "validation", args.experts, s["seed"]))
+    models = {"logprob": base} | judges
+    if args.untrained:
+        loading.check_same_tokenizer(tokenizer, args.untrained)
+        models["untrained_logprob"] = loading.load_causal(args.untrained, device)
     functions = {"reward": discriminator.reward_model.scores}  # f of every token
-    for name, model in ({"logprob": base} | judges).items():
+    for name, model in models.items():
         functions[name] = partial(policy.token_logprobs, model)
     results = {name: {"f1": f1} for name, f1 in guesses(test).items()}
     for name, function in functions.items():

@@ -318,7 +318,8 @@ def test_gsm8k_from_one_command(tiny, monkeypatch):
     assert (votes["questions"], votes["temperature"]) == (2, 0.7)
     assert {"majority_reward", "majority_reward_sparse", "majority_shortest"} <= set(votes["8"])
     assert {"majority_own_verdict", "majority_sft_logprob", "reward"} <= set(votes["gain"])
-    assert {"reward", "sft_logprob", "longest"} <= set(found["processbench"]["tiny"]["reward"])
+    judges = {"reward", "logprob", "sft_logprob", "longest", "chance"}
+    assert judges == set(found["processbench"]["tiny"]["reward"])
     assert set(found["processbench"]["tiny"]) == {"reward", "reward_sparse"}
     assert "| by fall |" in Path("results/real.md").read_text()
     # Another run does not look at the same questions.
