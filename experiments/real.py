@@ -17,6 +17,7 @@ parts. At the end the stages go to a file in results/, and from there into the t
               few updates, where nothing else is said
     copies    countdown: a reward whose discriminator never sees a sample, only experts' traces and
               copies of them with an error in them
+    from_base countdown: the same, but it starts from the base, not from an SFT of few updates
     irl       countdown: IRL whose discriminator goes on from that of copies, and learns from the
               policy's samples too, beside the policy. GSM8K: a reward per token, from copies alone
     irl_unclipped
@@ -25,6 +26,11 @@ parts. At the end the stages go to a file in results/, and from there into the t
     irl_copies, irl_frozen
               countdown: controls of irl. The reward stands still as it comes from copies; or after
               a warm-up with the policy's samples
+    irl_kl, irl_kl_long
+              countdown: the reward of from_base stands still and is not clipped, and the policy
+              pays for its KL to SFT; the same with as many samples as grpo_long
+    irl_no_kl, irl_kl_copies
+              countdown: controls of irl_kl. The policy pays nothing; the reward is copies'
     irl_best  countdown: 4 samples for each of many questions that have no demonstration. Those of
               which D is as sure as of most demonstrations that it has never seen are imitated
               beside the demonstrations, each text of a question once, with as many updates as SFT.
@@ -39,8 +45,8 @@ parts. At the end the stages go to a file in results/, and from there into the t
               irl_best chooses from
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
-              on held-out demonstrations (no answer is asked for), and one that starts from the
-              base, or from SFT, instead of an SFT of few updates
+              on held-out demonstrations (no answer is asked for); and one that starts from the
+              base, or from SFT
     rerank_base, rerank_sft, rerank_sft_first
               8 candidates for each test question, of the base that was shown worked examples, of
               SFT, and (countdown) of the SFT of few updates; and what every model that was trained
@@ -107,6 +113,11 @@ FLAGS = {
 # a reward for the target behind the last "=", true or not: validation fell from 49 % to 32.
 GO_ON = "--method irl --warm-up 4 --warm-up-lr 2e-4"
 REWARD_ALONE = "--method irl --rollouts-per-expert 0 --max-steps 1"
+STANDING = "--method irl --rollouts-per-expert 0 --warm-up 0 --reward-clip 0"
+# Fixed before any look at what it brings. If advantages were normal with a spread of 1, the best
+# policy at this price would lie at a KL of 1 / (2 * 0.3^2) = 5.6 nats a trace.
+KL = 0.3
+LONG = 188  # steps of 64 samples: as many samples as irl_best chooses from
 RUNS = {  # of train.py, from SFT
     "countdown": {
         "copies": REWARD_ALONE,
@@ -114,12 +125,16 @@ RUNS = {  # of train.py, from SFT
         "irl_unclipped": f"{GO_ON} --reward-lr 2e-4 --reward-clip 0",
         "irl_copies": "--method irl --rollouts-per-expert 0 --warm-up 0",
         "irl_frozen": GO_ON,
+        "irl_kl": f"{STANDING} --kl-coef {KL}",
+        "irl_kl_long": f"{STANDING} --kl-coef {KL} --max-steps {LONG}",
+        "irl_no_kl": STANDING,
+        "irl_kl_copies": f"{STANDING} --kl-coef {KL}",
         "grpo": "--method grpo",
-        "grpo_long": "--method grpo --grpo-steps 188",  # of 64 samples
+        "grpo_long": f"--method grpo --grpo-steps {LONG}",
+        "from_base": REWARD_ALONE,
         # for the stage kinds
         "broken": f"{REWARD_ALONE} --negatives broken",
         "carried": f"{REWARD_ALONE} --negatives carried",
-        "from_base": REWARD_ALONE,
         "from_sft": REWARD_ALONE,
     },
     "gsm8k": {
@@ -127,9 +142,23 @@ RUNS = {  # of train.py, from SFT
         "sparse": "--method irl --granularity sparse",
     },
 }
-FROM_COPIES = ("irl", "irl_unclipped", "irl_copies", "irl_frozen")  # countdown's
-REWARDS_ALONE = ("broken", "carried", "from_base", "from_sft")
-REWARDS = {"countdown": ("reward", "reward_copies"), "gsm8k": ("reward", "reward_sparse")}
+# Countdown's policies that are trained on a reward, and the run from which this one comes.
+REWARD_OF = {
+    "irl": "copies",
+    "irl_unclipped": "copies",
+    "irl_copies": "copies",
+    "irl_frozen": "copies",
+    "irl_kl": "from_base",
+    "irl_kl_long": "from_base",
+    "irl_no_kl": "from_base",
+    "irl_kl_copies": "copies",
+}
+GRPO = ("grpo", "grpo_long")
+REWARDS_ALONE = ("broken", "carried", "from_sft")
+REWARDS = {
+    "countdown": ("reward", "reward_copies", "reward_from_base"),
+    "gsm8k": ("reward", "reward_sparse"),
+}
 # SFT's (updates, rate), then fair SFT's (share of the base, temperature)
 CELLS = {
     "countdown": ((60, 1e-3), (120, 1e-3), (240, 1e-3), (120, 2e-3), (120, 4e-3), (240, 2e-3)),
@@ -148,7 +177,7 @@ CHOOSERS = {
     "best_own_verdict": "own_verdict",
 }
 # Countdown's, beside SFT's.
-POLICIES = (*FROM_COPIES, "grpo", "grpo_long", *CHOOSERS, "best_true", "random")
+POLICIES = (*REWARD_OF, *GRPO, *CHOOSERS, "best_true", "random")
 VERDICT = "Is this solution right? Answer Yes or No."
 
 
@@ -225,10 +254,11 @@ class Experiment:
             return self.args.model
         if run == "from_sft":
             return self.sft()
-        if self.args.task == "countdown" and run in FROM_COPIES:
-            reward = self.run("copies") / "reward"
+        if self.args.task == "countdown" and run in REWARD_OF:
+            stage = REWARD_OF[run]
+            reward = self.run(stage) / "reward"
             if not reward.exists():
-                raise UserError(f"{reward} is not there: run the stage copies first")
+                raise UserError(f"{reward} is not there: run the stage {stage} first")
             return str(reward)
         return self.first_sft()
 
@@ -419,6 +449,11 @@ def on_test(x: Experiment, run: str, share: float = 0.0, temperature: float = 1.
     return {column: result[column] for column in ("t1", "greedy", "shares")}
 
 
+def on_validation(one: dict) -> float:
+    """By what a look at validation questions is chosen."""
+    return one["t1"][0]
+
+
 def tuned(x: Experiment, name: str, cells: tuple, flags: str = "") -> dict:
     """SFT with every cell's updates and rate, looked at with every share and temperature.
 
@@ -430,9 +465,6 @@ def tuned(x: Experiment, name: str, cells: tuple, flags: str = "") -> dict:
         trained(x, run, f"--method sft --sft-steps {updates} --sft-lr {rate} {flags}")
         seen = in_parts(x, run, x.looks, 1, partial(look, x, run, x.validation))
         looks += [{"updates": updates, "rate": rate} | one for one in seen]
-
-    def on_validation(one: dict) -> float:
-        return one["t1"][0]
 
     return {"looks": looks, "chosen": max(looks, key=on_validation)}
 
@@ -470,10 +502,17 @@ def reward_from_sft(name: str, x: Experiment) -> dict:
 
 
 def policy_from_sft(name: str, x: Experiment) -> dict:
-    """A policy, and how it does on validation and on the test questions."""
+    """A policy, and how it does on validation and on the test questions.
+
+    Its logits may be divided as fair SFT's are, if that is better on validation.
+    """
     train_from_sft(name, x)
-    looks = in_parts(x, name, [(0.0, 1.0)], 1, partial(look, x, name, x.validation))
-    return {"looks": looks, "arms": {name: on_test(x, name)}}
+    temperatures = sorted({1.0, x.result_of("sft")["chosen"]["temperature"]}, reverse=True)
+    cells = [(0.0, temperature) for temperature in temperatures]
+    looks = in_parts(x, name, cells, 1, partial(look, x, name, x.validation))
+    best = max(looks, key=on_validation)
+    arms = {name: on_test(x, name, temperature=best["temperature"])}
+    return {"looks": looks, "chosen": best, "arms": arms}
 
 
 def kinds_of_copies(x: Experiment) -> dict:
@@ -483,7 +522,7 @@ def kinds_of_copies(x: Experiment) -> dict:
     No answer is asked for: by this the kind of copies can be chosen, and where a reward starts.
     """
     told: dict = {}
-    for run in ("copies", *REWARDS_ALONE):
+    for run in ("copies", "from_base", *REWARDS_ALONE):
         train_from_sft(run, x)
         for kind in ("broken", "carried", "length"):
             rng = random.Random(x.args.seed)
@@ -699,18 +738,9 @@ STAGES: dict[str, dict[str, Callable]] = {
     "countdown": {
         "sft": train_sft,
         "copies": partial(reward_from_sft, "copies"),
-        "irl": partial(policy_from_sft, "irl"),
-        "irl_unclipped": partial(policy_from_sft, "irl_unclipped"),
-        "irl_copies": partial(policy_from_sft, "irl_copies"),
-        "irl_frozen": partial(policy_from_sft, "irl_frozen"),
-        "grpo": partial(policy_from_sft, "grpo"),
-        "grpo_long": partial(policy_from_sft, "grpo_long"),
-        "irl_best": partial(imitate_best, "irl_best"),
-        "best_logprob": partial(imitate_best, "best_logprob"),
-        "best_true": partial(imitate_best, "best_true"),
-        "best_base_logprob": partial(imitate_best, "best_base_logprob"),
-        "best_own_verdict": partial(imitate_best, "best_own_verdict"),
-        "random": partial(imitate_best, "random"),
+        "from_base": partial(reward_from_sft, "from_base"),
+        **{run: partial(policy_from_sft, run) for run in (*REWARD_OF, *GRPO)},
+        **{arm: partial(imitate_best, arm) for arm in (*CHOOSERS, "best_true", "random")},
         "kinds": kinds_of_copies,
         "rerank_base": partial(candidates, "base"),
         "rerank_sft": partial(candidates, "sft"),

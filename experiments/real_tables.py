@@ -48,7 +48,12 @@ RULES = {
     "oracle": "oracle",
 }
 # Two judges at once: the reward beside the strongest rival, and that rival beside another one.
-PAIRS = (("logprob", "reward"), ("logprob", "reward_copies"), ("logprob", "sft_logprob"))
+PAIRS = (
+    ("logprob", "reward"),
+    ("logprob", "reward_copies"),
+    ("logprob", "reward_from_base"),
+    ("logprob", "sft_logprob"),
+)
 # What every rule's best of n is set beside, paired by question.
 RIVALS = {"beyond_logprob": "logprob", "beyond_both_logprobs": "logprob + sft_logprob"}
 # What is no result, or has not its rival beside it, stands in real.md alone.

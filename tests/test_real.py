@@ -217,7 +217,9 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     """Every stage; again nothing is run; a stage whose file is gone is made of what is kept."""
     monkeypatch.setattr(real, "CELLS", {"countdown": ((1, 1e-3),)})
     monkeypatch.setattr(real, "LOOKS", {"countdown": ((0.0, 1.0), (0.25, 0.2))})
-    monkeypatch.setitem(real.RUNS["countdown"], "grpo_long", "--method grpo --grpo-steps 2")
+    for run in ("irl_kl_long", "grpo_long"):  # two steps, not 188
+        shorter = real.RUNS["countdown"][run].replace(f"-steps {real.LONG}", "-steps 2")
+        monkeypatch.setitem(real.RUNS["countdown"], run, shorter)
     command = [*tiny, "--extra", "3", "--flags", SMALL]
     real.main(command)
     folder = Path("runs/real-countdown-tiny-8-0")
@@ -228,8 +230,7 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
         assert kept["command"] and kept["commit"] == real.commit()
     found = json.loads(Path("results/real.json").read_text())
     one = found["countdown"]["tiny"]["8"]
-    arms = {"base", "sft", "sft_fair", "irl", "irl_frozen", "irl_copies", "grpo"}
-    arms |= {*real.CHOOSERS, "best_true", "random", "grpo_long"}
+    arms = {"base", "sft", "sft_fair", *real.POLICIES}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
@@ -259,8 +260,11 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     asked = ("share of the base 0, T = 1", "share of the base 0.25, T = 0.2")
     runs = ("sft", *real.CHOOSERS, "best_true", "random")
     looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
-    policies = ("irl", "irl_unclipped", "irl_copies", "irl_frozen", "grpo", "grpo_long")
-    looks |= {f"{run}, {asked[0]}" for run in policies}
+    # A policy that was trained on a reward is looked at as it is, and as fair SFT was chosen.
+    chosen = json.loads((folder / "sft.json").read_text())["chosen"]
+    policies = (*real.REWARD_OF, *real.GRPO)
+    temperatures = {1, chosen["temperature"]}
+    looks |= {f"{run}, share of the base 0, T = {t:g}" for run in policies for t in temperatures}
     assert set(one["validation"]) == looks and all(f"| {look} |" in page for look in looks)
     # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
     rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
@@ -270,13 +274,13 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     counts = [json.loads((folder / f"{name}.json").read_text())["winners"] for name in names]
     assert counts[0] == counts[1] and len(rows) <= 8 + counts[0]
     # All that follows SFT starts from the cell that was chosen.
-    chosen = json.loads((folder / "sft.json").read_text())["chosen"]["run"]
     for run in (*policies, "copies", "from_base"):
         settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
-        assert settings["model"] == f"{folder}-{chosen}/policy" and settings["start"] == "base"
+        assert settings["model"] == f"{folder}-{chosen['run']}/policy"
+        assert settings["start"] == "base"
         reward_starts = {"from_base": "tiny"}
-        for name in real.FROM_COPIES:
-            reward_starts[name] = f"{folder}-copies/reward"
+        for name, reward in real.REWARD_OF.items():
+            reward_starts[name] = f"{folder}-{reward}/reward"
         few_updates = f"{folder}-sft-1-0.001/policy"
         assert settings["reward_model"] == reward_starts.get(run, few_updates)
     # Which kinds a reward tells, by the kind that it has learnt from.
