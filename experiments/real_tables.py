@@ -32,10 +32,10 @@ ARMS = {
     "base": "base, 4 solved examples",
     "sft": "SFT",
     "sft_fair": "fair SFT",
-    "irl": "**IRL**",
+    "irl": "IRL",
+    "irl_kl": "**IRL**, KL to SFT",
     "irl_best": "SFT on the reward's choice",
     "best_logprob": "SFT on SFT's choice",
-    "best_true": "SFT on right samples",
     "grpo": "GRPO, true answers",
     "grpo_long": "GRPO, three times the steps",
 }
