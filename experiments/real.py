@@ -113,22 +113,22 @@ FLAGS = {
 # a reward for the target behind the last "=", true or not: validation fell from 49 % to 32.
 GO_ON = "--method irl --warm-up 4 --warm-up-lr 2e-4"
 REWARD_ALONE = "--method irl --rollouts-per-expert 0 --max-steps 1"
-STANDING = "--method irl --rollouts-per-expert 0 --warm-up 0 --reward-clip 0"
-# Fixed before any look at what it brings. If advantages were normal with a spread of 1, the best
-# policy at this price would lie at a KL of 1 / (2 * 0.3^2) = 5.6 nats a trace.
-KL = 0.3
+STANDING = "--method irl --rollouts-per-expert 0 --warm-up 0"  # a reward that learns no more
+# The KL's weight was fixed before any look at what it brings. If advantages were normal with a
+# spread of 1, the best policy at this price would lie at 1 / (2 * 0.3^2) = 5.6 nats a trace.
+WITH_KL = f"{STANDING} --reward-clip 0 --kl-coef 0.3"
 LONG = 188  # steps of 64 samples: as many samples as irl_best chooses from
 RUNS = {  # of train.py, from SFT
     "countdown": {
         "copies": REWARD_ALONE,
         "irl": f"{GO_ON} --reward-lr 2e-4",
         "irl_unclipped": f"{GO_ON} --reward-lr 2e-4 --reward-clip 0",
-        "irl_copies": "--method irl --rollouts-per-expert 0 --warm-up 0",
+        "irl_copies": STANDING,
         "irl_frozen": GO_ON,
-        "irl_kl": f"{STANDING} --kl-coef {KL}",
-        "irl_kl_long": f"{STANDING} --kl-coef {KL} --max-steps {LONG}",
-        "irl_no_kl": STANDING,
-        "irl_kl_copies": f"{STANDING} --kl-coef {KL}",
+        "irl_kl": WITH_KL,
+        "irl_kl_long": f"{WITH_KL} --max-steps {LONG}",
+        "irl_no_kl": f"{STANDING} --reward-clip 0",
+        "irl_kl_copies": WITH_KL,
         "grpo": "--method grpo",
         "grpo_long": f"--method grpo --grpo-steps {LONG}",
         "from_base": REWARD_ALONE,
