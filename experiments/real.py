@@ -114,8 +114,9 @@ FLAGS = {
 GO_ON = "--method irl --warm-up 4 --warm-up-lr 2e-4"
 REWARD_ALONE = "--method irl --rollouts-per-expert 0 --max-steps 1"
 STANDING = "--method irl --rollouts-per-expert 0 --warm-up 0"  # a reward that learns no more
-# The KL's weight was fixed before any look at what it brings. If advantages were normal with a
-# spread of 1, the best policy at this price would lie at 1 / (2 * 0.3^2) = 5.6 nats a trace.
+# The KL's weight was fixed before any look at what it brings. A guide, for the KL(pi || pi_SFT) of
+# a trace: were advantages normal with a spread of 1, the best policy at this price would lie at
+# 1 / (2 * 0.3^2) = 5.6 nats. (The loss, kl_k3, has the gradient of KL(pi_SFT || pi).)
 WITH_KL = f"{STANDING} --reward-clip 0 --kl-coef 0.3"
 LONG = 188  # steps of 64 samples: as many samples as irl_best chooses from
 RUNS = {  # of train.py, from SFT
