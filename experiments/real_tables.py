@@ -27,18 +27,39 @@ FILES = {"countdown": "real-countdown.json.xz", "gsm8k": "real-samples.json.xz"}
 # of candidates: base with worked examples, the chosen SFT, the SFT of the fewest updates; the
 # chosen SFT's for validation questions
 SOURCES = ("base", "sft", "sft_first", "sft_validation")
-# README.md's rows: arms, then rules for the best of 8
+# Rows of docs/results.md's table of policies, in its order.
 ARMS = {
     "base": "base, 4 solved examples",
     "sft": "SFT",
     "sft_fair": "fair SFT",
     "irl": "IRL",
+    "irl_unclipped": "IRL, reward not clipped",
+    "irl_copies": "IRL, reward of copies alone stands still",
     "irl_kl": "**IRL**, KL to SFT",
+    "irl_kl_long": "**IRL**, KL to SFT, more steps",
+    "irl_no_kl": "the same, KL without a price",
+    "irl_kl_copies": "the same, reward starts from an SFT",
     "irl_best": "SFT on the reward's choice",
     "best_logprob": "SFT on SFT's choice",
+    "best_base_logprob": "SFT on the base's choice",
+    "best_own_verdict": "SFT on the base's own verdict",
+    "random": "SFT on samples at random",
+    "best_true": "SFT on right samples",
     "grpo": "GRPO, true answers",
     "grpo_long": "GRPO, three times the steps",
 }
+# README.md's rows: these, then rules for the best of 8.
+README_ARMS = (
+    "base",
+    "sft",
+    "sft_fair",
+    "irl",
+    "irl_kl",
+    "irl_best",
+    "best_logprob",
+    "grpo",
+    "grpo_long",
+)
 RULES = {
     "majority": "majority vote",
     "majority_text": "vote on whole texts",
@@ -417,10 +438,10 @@ def readme_table(results: dict) -> str:
     """README.md's: arms at T = 1 / greedy, then the best of 8 of SFT's samples."""
     shown = [(name, one) for name, one in experiments(results) if not re.search(TRIED, name)]
     rows = []
-    for arm, label in ARMS.items():
+    for arm in README_ARMS:
         for name, one in shown:
             cells = [tables.short(one[arm][column]) for column in ("t1", "greedy") if arm in one]
-            rows.append((label, name, " / ".join(cells) or None))
+            rows.append((ARMS[arm], name, " / ".join(cells) or None))
     for rule, label in RULES.items():
         for name, one in shown:
             ranking = one["rerank"].get("sft", {}).get("8", {})
@@ -430,13 +451,43 @@ def readme_table(results: dict) -> str:
     return grid(rows)
 
 
+def policies_table(results: dict) -> str:
+    """docs/results.md's: countdown's policies, each with its number of demonstrations."""
+    columns = {"T = 1": "t1", "greedy": "greedy"}
+    kind = "wrong, at the target"
+    rows = []
+    for model, sizes in results["countdown"].items():
+        if re.search(TRIED, model):
+            continue
+        for size, one in sizes.items():
+            errors = one.get("errors", {})
+            for arm in [name for name in ARMS if name in one]:
+                row = f"{ARMS[arm]} ({size})"
+                beyond = one[arm].get("beyond_sft_fair", {})
+                for title, column in columns.items():
+                    rows.append((row, title, one[arm][column]))
+                for title, column in columns.items():
+                    rows.append((row, f"{title}, beyond fair SFT", beyond.get(column)))
+                rows.append((row, f"{kind} (validation)", errors.get(arm, {}).get(kind)))
+                rows.append((row, "seeds", one[arm]["seeds"]))
+    return grid(rows)
+
+
+def pages(results: dict) -> dict[str, tuple[str, str]]:
+    """{page: (its part, the table that stands there)}."""
+    return {
+        "README.md": ("real", readme_table(results)),
+        "docs/results.md": ("policies", policies_table(results)),
+    }
+
+
 def write() -> None:
-    """results/real.json and results/real.md, and README.md's table."""
+    """results/real.json and results/real.md, and the tables of README.md and docs/results.md."""
     results = summary()
     store.keep("real.json", json.dumps(results, indent=1) + "\n")
     store.keep("real.md", markdown(results))
     if store.folder() == store.ROOT / "results":
-        text = (store.ROOT / "README.md").read_text(encoding="utf-8")
-        table = readme_table(results)
-        store.keep("../README.md", tables.between_marks(text, "real", table, "real"))
+        for page, (part, table) in pages(results).items():
+            text = (store.ROOT / page).read_text(encoding="utf-8")
+            store.keep(f"../{page}", tables.between_marks(text, part, table, "real"))
     print(f"tables: {store.folder() / 'real.md'}")

@@ -120,14 +120,14 @@ def rounded(found):
 
 
 def test_the_real_model_table_is_that_of_the_samples(monkeypatch):
-    """results/real.json is what the kept samples say today, real.md and README.md what it says."""
+    """results/real.json is what the kept samples say today, the pages are what it says."""
     monkeypatch.delenv("IRL_RESULTS", raising=False)
     found = json.loads((store.folder() / "real.json").read_text(encoding="utf-8"))
     assert rounded(found) == rounded(real_tables.summary()) and found["gsm8k"]
     assert (store.folder() / "real.md").read_text(encoding="utf-8") == real_tables.markdown(found)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = real_tables.readme_table(found)
-    assert text == tables.between_marks(text, "real", table, "real")
+    for page, (part, table) in real_tables.pages(found).items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert text == tables.between_marks(text, part, table, "real")
 
 
 def test_the_pages_hold_the_tables_of_the_results(monkeypatch):
