@@ -28,7 +28,7 @@ parts. At the end the stages go to a file in results/, and from there into the t
               a warm-up with the policy's samples
     irl_kl, irl_kl_long
               countdown: the reward of from_base stands still and is not clipped, and the policy
-              pays for its KL to SFT; the same with as many samples as grpo_long
+              pays for its KL to SFT; the same with twice the steps
     irl_no_kl, irl_kl_copies
               countdown: controls of irl_kl. The policy pays nothing; the reward is copies'
     irl_best  countdown: 4 samples for each of many questions that have no demonstration. Those of
@@ -119,6 +119,7 @@ STANDING = "--method irl --rollouts-per-expert 0 --warm-up 0"  # a reward that l
 # 1 / (2 * 0.3^2) = 5.6 nats. (The loss, kl_k3, has the gradient of KL(pi_SFT || pi).)
 WITH_KL = f"{STANDING} --reward-clip 0 --kl-coef 0.3"
 LONG = 188  # steps of 64 samples: as many samples as irl_best chooses from
+TWICE = 120  # steps; fixed before any look at what they bring
 RUNS = {  # of train.py, from SFT
     "countdown": {
         "copies": REWARD_ALONE,
@@ -127,7 +128,7 @@ RUNS = {  # of train.py, from SFT
         "irl_copies": STANDING,
         "irl_frozen": GO_ON,
         "irl_kl": WITH_KL,
-        "irl_kl_long": f"{WITH_KL} --max-steps {LONG}",
+        "irl_kl_long": f"{WITH_KL} --max-steps {TWICE}",
         "irl_no_kl": f"{STANDING} --reward-clip 0",
         "irl_kl_copies": WITH_KL,
         "grpo": "--method grpo",

@@ -36,7 +36,7 @@ ARMS = {
     "irl_unclipped": "IRL, reward not clipped",
     "irl_copies": "IRL, reward of copies alone stands still",
     "irl_kl": "**IRL**, KL to SFT",
-    "irl_kl_long": "**IRL**, KL to SFT, more steps",
+    "irl_kl_long": "**IRL**, KL to SFT, twice the steps",
     "irl_no_kl": "the same, KL without a price",
     "irl_kl_copies": "the same, reward starts from an SFT",
     "irl_best": "SFT on the reward's choice",

@@ -217,8 +217,8 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     """Every stage; again nothing is run; a stage whose file is gone is made of what is kept."""
     monkeypatch.setattr(real, "CELLS", {"countdown": ((1, 1e-3),)})
     monkeypatch.setattr(real, "LOOKS", {"countdown": ((0.0, 1.0), (0.25, 0.2))})
-    for run in ("irl_kl_long", "grpo_long"):  # two steps, not 188
-        shorter = real.RUNS["countdown"][run].replace(f"-steps {real.LONG}", "-steps 2")
+    for run, steps in (("irl_kl_long", real.TWICE), ("grpo_long", real.LONG)):  # two steps
+        shorter = real.RUNS["countdown"][run].replace(f"-steps {steps}", "-steps 2")
         monkeypatch.setitem(real.RUNS["countdown"], run, shorter)
     command = [*tiny, "--extra", "3", "--flags", SMALL]
     real.main(command)
