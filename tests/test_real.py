@@ -254,6 +254,8 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     assert one["rerank"]["sft_validation"]["questions"] == 8
     assert {"reward", "logprob", "sft_logprob", "chance"} <= set(one["places"]["hit0"])
     assert set(one["errors"]) == {"sft", *real.POLICIES}
+    table = real_tables.policies_table(found)
+    assert all(f"| {real_tables.ARMS[arm]} (8) |" in table for arm in arms)
     page = Path("results/real.md").read_text()
     assert "## Countdown, tiny, 8 demonstrations" in page
     # What was looked at on validation, by fair SFT and by the rivals alike.
@@ -453,6 +455,28 @@ def test_imitated_are_winners_as_sure_as_demonstrations_and_as_many_of_the_rival
         rows = (tmp_path / name / "train.jsonl").read_text().splitlines()
         asked = [json.loads(row)["question"] for row in rows]
         assert asked == ["2+1?", *(f"{score}?" for score in scores[name][:2])]
+
+
+def test_room_is_of_the_seeds_that_have_grpo(monkeypatch):
+    """Where one of two seeds has no GRPO, its fair SFT does not count."""
+
+    def arm(share: float) -> dict:
+        columns = {"t1": [share] * 3, "greedy": [share] * 3}
+        return columns | {"shares": {column: [share] * 4 for column in columns}}
+
+    seeds = [{"sft_fair": arm(0.25), "grpo": arm(0.5)}, {"sft_fair": arm(0.0)}]
+    runs = {
+        str(seed): {
+            "model": "m",
+            "demonstrations": 8,
+            "seed": seed,
+            "stages": {"some": {"arms": arms}},
+        }
+        for seed, arms in enumerate(seeds)
+    }
+    monkeypatch.setattr(real_tables, "stored", {"countdown": runs}.get)
+    one = real_tables.results_of("countdown")["m"]["8"]
+    assert one["room"] == 25 and one["sft_fair"]["t1"][0] == 0.125
 
 
 def test_another_seed_takes_the_settings_of_the_first(tiny, monkeypatch):
