@@ -18,6 +18,8 @@ parts. At the end the stages go to a file in results/, and from there into the t
     copies    countdown: a reward whose discriminator never sees a sample, only experts' traces and
               copies of them with an error in them
     from_base countdown: the same, but it starts from the base, not from an SFT of few updates
+    from_base_likelihood
+              countdown: the same, and f is a likelihood (and the logit AIRL's), not a head
     irl       countdown: IRL whose discriminator goes on from that of copies, and learns from the
               policy's samples too, beside the policy. GSM8K: a reward per token, from copies alone
     irl_unclipped
@@ -31,6 +33,9 @@ parts. At the end the stages go to a file in results/, and from there into the t
               pays for its KL to SFT; the same with twice the steps
     irl_no_kl, irl_kl_copies
               countdown: controls of irl_kl. The policy pays nothing; the reward is copies'
+    irl_kl_likelihood, irl_kl_base
+              countdown: irl_kl with the reward of from_base_likelihood; and its rival that learns
+              no reward, f = the base's own log-probability
     irl_best  countdown: 4 samples for each of many questions that have no demonstration. Those of
               which D is as sure as of most demonstrations that it has never seen are imitated
               beside the demonstrations, each text of a question once, with as many updates as SFT.
@@ -118,6 +123,8 @@ STANDING = "--method irl --rollouts-per-expert 0 --warm-up 0"  # a reward that l
 # a trace: were advantages normal with a spread of 1, the best policy at this price would lie at
 # 1 / (2 * 0.3^2) = 5.6 nats. (The loss, kl_k3, has the gradient of KL(pi_SFT || pi).)
 WITH_KL = f"{STANDING} --reward-clip 0 --kl-coef 0.3"
+# Fixed before any look at what they bring. The weight alpha of -log pi in r is the default, 0.1.
+LIKELIHOOD = "--reward likelihood --logit airl"
 LONG = 188  # steps of 64 samples: as many samples as irl_best chooses from
 TWICE = 120  # steps; fixed before any look at what they bring
 RUNS = {  # of train.py, from SFT
@@ -131,9 +138,12 @@ RUNS = {  # of train.py, from SFT
         "irl_kl_long": f"{WITH_KL} --max-steps {TWICE}",
         "irl_no_kl": f"{STANDING} --reward-clip 0",
         "irl_kl_copies": WITH_KL,
+        "irl_kl_likelihood": f"{WITH_KL} {LIKELIHOOD}",
+        "irl_kl_base": f"{WITH_KL} {LIKELIHOOD}",
         "grpo": "--method grpo",
         "grpo_long": f"--method grpo --grpo-steps {LONG}",
         "from_base": REWARD_ALONE,
+        "from_base_likelihood": f"{REWARD_ALONE} {LIKELIHOOD}",
         # for the stage kinds
         "broken": f"{REWARD_ALONE} --negatives broken",
         "carried": f"{REWARD_ALONE} --negatives carried",
@@ -144,6 +154,7 @@ RUNS = {  # of train.py, from SFT
         "sparse": "--method irl --granularity sparse",
     },
 }
+BASE = "the base"
 # Countdown's policies that are trained on a reward, and the run from which this one comes.
 REWARD_OF = {
     "irl": "copies",
@@ -154,11 +165,18 @@ REWARD_OF = {
     "irl_kl_long": "from_base",
     "irl_no_kl": "from_base",
     "irl_kl_copies": "copies",
+    "irl_kl_likelihood": "from_base_likelihood",
+    "irl_kl_base": BASE,
 }
 GRPO = ("grpo", "grpo_long")
 REWARDS_ALONE = ("broken", "carried", "from_sft")
 REWARDS = {
-    "countdown": ("reward", "reward_copies", "reward_from_base"),
+    "countdown": (
+        "reward",
+        "reward_copies",
+        "reward_from_base",
+        "reward_from_base_likelihood",
+    ),
     "gsm8k": ("reward", "reward_sparse"),
 }
 # SFT's (updates, rate), then fair SFT's (share of the base, temperature)
@@ -252,7 +270,8 @@ class Experiment:
         That is the SFT with the fewest updates: it can read the task. One that knows the
         demonstrations by heart might tell them from copies by that (see the stage kinds).
         """
-        if run == "from_base":
+        starts_at_base = ("from_base", "from_base_likelihood")
+        if run in starts_at_base or REWARD_OF.get(run) == BASE:
             return self.args.model
         if run == "from_sft":
             return self.sft()
@@ -741,6 +760,7 @@ STAGES: dict[str, dict[str, Callable]] = {
         "sft": train_sft,
         "copies": partial(reward_from_sft, "copies"),
         "from_base": partial(reward_from_sft, "from_base"),
+        "from_base_likelihood": partial(reward_from_sft, "from_base_likelihood"),
         **{run: partial(policy_from_sft, run) for run in (*REWARD_OF, *GRPO)},
         **{arm: partial(imitate_best, arm) for arm in (*CHOOSERS, "best_true", "random")},
         "kinds": kinds_of_copies,

@@ -40,6 +40,8 @@ ARMS = {
     "irl_kl_long": "**IRL**, KL to SFT, twice the steps",
     "irl_no_kl": "IRL, reward from the base, no KL",
     "irl_kl_copies": "IRL, KL to SFT, reward of copies",
+    "irl_kl_likelihood": "IRL, KL to SFT, reward a likelihood",
+    "irl_kl_base": "the base's log-probability as reward, KL to SFT",
     "irl_best": "SFT on the reward's choice",
     "best_logprob": "SFT on SFT's choice",
     "best_base_logprob": "SFT on the base's choice",
