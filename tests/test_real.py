@@ -276,13 +276,15 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
     counts = [json.loads((folder / f"{name}.json").read_text())["winners"] for name in names]
     assert counts[0] == counts[1] and len(rows) <= 8 + counts[0]
     # All that follows SFT starts from the cell that was chosen.
-    for run in (*policies, "copies", "from_base"):
+    at_base = ("from_base", "from_base_likelihood", "irl_kl_base")
+    for run in (*policies, "copies", *at_base):
         settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
         assert settings["model"] == f"{folder}-{chosen['run']}/policy"
         assert settings["start"] == "base"
-        reward_starts = {"from_base": "tiny"}
+        reward_starts = {}
         for name, reward in real.REWARD_OF.items():
             reward_starts[name] = f"{folder}-{reward}/reward"
+        reward_starts |= dict.fromkeys(at_base, "tiny")
         few_updates = f"{folder}-sft-1-0.001/policy"
         assert settings["reward_model"] == reward_starts.get(run, few_updates)
     # Which kinds a reward tells, by the kind that it has learnt from.
