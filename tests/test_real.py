@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,16 +162,8 @@ def test_a_chat_in_turns_whose_texts_are_text(qwen_tokenizer):
     assert written.count(control) == plain.count(control)
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """A random model with one layer, which reads letters, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("IRL_RESULTS", str(tmp_path / "results"))
-
-    def no_curve(self, model) -> float:  # a hundred questions at every look
-        return 0.0
-
-    monkeypatch.setattr(train.Run, "validate", no_curve)
+def make_tiny() -> list[str]:
+    """A random model with one layer, which reads letters, in tiny/. The flags of a run with it."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -195,6 +188,20 @@ def tiny(tmp_path, monkeypatch):
     return ["--model", "tiny", "--demonstrations", "8", "--questions", "2", "--validation", "8"]
 
 
+def no_curve(self, model) -> float:
+    """In place of a hundred questions at every look."""
+    return 0.0
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """`make_tiny` in a folder of its own, where results go, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IRL_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(train.Run, "validate", no_curve)
+    return make_tiny()
+
+
 def test_own_verdicts_are_the_models_logits(tiny):
     """Texts of different lengths, one of them twice, each alone in the plain model."""
     base, tokenizer = loading.load_policy("tiny", torch.device("cpu"))
@@ -213,28 +220,73 @@ SMALL = "--max-new-tokens 4 --questions 2 --group 2 --warm-up 1 --lora-rank 2 "
 SMALL += "--extra-questions 2 --max-steps 1 --grpo-steps 1"
 
 
-def test_countdown_from_one_command(tiny, monkeypatch, capsys):
-    """Every stage; again nothing is run; a stage whose file is gone is made of what is kept."""
-    monkeypatch.setattr(real, "CELLS", {"countdown": ((1, 1e-3),)})
-    monkeypatch.setattr(real, "LOOKS", {"countdown": ((0.0, 1.0), (0.25, 0.2))})
-    for run, steps in (("irl_kl_long", real.TWICE), ("grpo_long", real.LONG)):  # two steps
-        shorter = real.RUNS["countdown"][run].replace(f"-steps {steps}", "-steps 2")
-        monkeypatch.setitem(real.RUNS["countdown"], run, shorter)
-    command = [*tiny, "--extra", "3", "--flags", SMALL]
-    real.main(command)
-    folder = Path("runs/real-countdown-tiny-8-0")
-    stages = {path.stem for path in folder.glob("*.json")}
+COUNTDOWN = "runs/real-countdown-tiny-8-0"
+
+
+@contextmanager
+def few_steps(where: Path):
+    """Runs in this folder, of countdown's shortest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        patch.setenv("IRL_RESULTS", str(where / "results"))
+        patch.setattr(train.Run, "validate", no_curve)
+        patch.setitem(real.CELLS, "countdown", ((1, 1e-3),))
+        patch.setitem(real.LOOKS, "countdown", ((0.0, 1.0), (0.25, 0.2)))
+        for run, steps in (("irl_kl_long", real.TWICE), ("grpo_long", real.LONG)):  # two steps
+            shorter = real.RUNS["countdown"][run].replace(f"-steps {steps}", "-steps 2")
+            patch.setitem(real.RUNS["countdown"], run, shorter)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def countdown_runs(tmp_path_factory):
+    """Every stage of countdown, by one command: it takes a minute, so several tests read it."""
+    where = tmp_path_factory.mktemp("countdown")
+    with few_steps(where):
+        command = [*make_tiny(), "--extra", "3", "--flags", SMALL]
+        real.main(command)
+    return SimpleNamespace(
+        where=where,
+        command=command,
+        folder=where / COUNTDOWN,
+        results=json.loads((where / "results/real.json").read_text()),
+        page=(where / "results/real.md").read_text(),
+    )
+
+
+def of_the_tiny(runs) -> dict:
+    """What real.json holds of these runs."""
+    return runs.results["countdown"]["tiny"]["8"]
+
+
+def kept_of(runs, stage: str) -> dict:
+    """A stage's file."""
+    return json.loads((runs.folder / f"{stage}.json").read_text())
+
+
+def test_every_stage_says_how_it_was_made(countdown_runs):
+    stages = {path.stem for path in countdown_runs.folder.glob("*.json")}
     assert stages == set(real.STAGES["countdown"])
     for stage in stages:
-        kept = json.loads((folder / f"{stage}.json").read_text())
+        kept = kept_of(countdown_runs, stage)
         assert kept["command"] and kept["commit"] == real.commit()
-    found = json.loads(Path("results/real.json").read_text())
-    one = found["countdown"]["tiny"]["8"]
+
+
+def test_every_policy_is_in_the_tables(countdown_runs):
+    one = of_the_tiny(countdown_runs)
     arms = {"base", "sft", "sft_fair", *real.POLICIES}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
     assert "beyond_sft_fair" in one["base"]  # its answers are kept as texts, the others' as shares
+    assert set(one["errors"]) == {"sft", *real.POLICIES}
+    table = real_tables.policies_table(countdown_runs.results)
+    assert all(f"| {real_tables.ARMS[arm]} (8) |" in table for arm in arms)
+    assert "## Countdown, tiny, 8 demonstrations" in countdown_runs.page
+
+
+def test_every_judge_is_asked(countdown_runs):
+    one = of_the_tiny(countdown_runs)
     rules = {
         "majority_text",
         "majority_reward",
@@ -253,58 +305,69 @@ def test_countdown_from_one_command(tiny, monkeypatch, capsys):
         assert gains[rival] == [0, 0, 0]
     assert one["rerank"]["sft_validation"]["questions"] == 8
     assert {"reward", "logprob", "sft_logprob", "chance"} <= set(one["places"]["hit0"])
-    assert set(one["errors"]) == {"sft", *real.POLICIES}
-    table = real_tables.policies_table(found)
-    assert all(f"| {real_tables.ARMS[arm]} (8) |" in table for arm in arms)
-    page = Path("results/real.md").read_text()
-    assert "## Countdown, tiny, 8 demonstrations" in page
-    # What was looked at on validation, by fair SFT and by the rivals alike.
+    # Which kinds a reward tells, by the kind that it has learnt from.
+    told = kept_of(countdown_runs, "kinds")["told"]
+    assert set(told) == {"copies", "broken", "carried", "from_base", "from_sft"}
+    assert all(set(row) == {"broken", "carried", "length"} for row in told.values())
+    assert one["told"] == told
+
+
+def test_every_look_at_validation_is_kept(countdown_runs):
+    """By fair SFT and by the rivals alike."""
+    one = of_the_tiny(countdown_runs)
     asked = ("share of the base 0, T = 1", "share of the base 0.25, T = 0.2")
     runs = ("sft", *real.CHOOSERS, "best_true", "random")
     looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
     # A policy that was trained on a reward is looked at as it is, and as fair SFT was chosen.
-    chosen = json.loads((folder / "sft.json").read_text())["chosen"]
+    temperatures = {1, kept_of(countdown_runs, "sft")["chosen"]["temperature"]}
     policies = (*real.REWARD_OF, *real.GRPO)
-    temperatures = {1, chosen["temperature"]}
     looks |= {f"{run}, share of the base 0, T = {t:g}" for run in policies for t in temperatures}
-    assert set(one["validation"]) == looks and all(f"| {look} |" in page for look in looks)
-    # What irl_best imitates are the demonstrations, and samples whose answers nobody has looked at.
-    rows = (folder / "irl_best" / "train.jsonl").read_text().splitlines()
+    assert set(one["validation"]) == looks
+    assert all(f"| {look} |" in countdown_runs.page for look in looks)
+
+
+def test_the_rival_imitates_as_many(countdown_runs):
+    """What irl_best imitates are demonstrations, and samples whose answers nobody has seen."""
+    rows = (countdown_runs.folder / "irl_best" / "train.jsonl").read_text().splitlines()
     assert 8 <= len(rows) <= 8 + 3 * real.EXTRA_SAMPLES
-    # The rival imitates as many.
-    names = ("irl_best", "best_logprob")
-    counts = [json.loads((folder / f"{name}.json").read_text())["winners"] for name in names]
-    assert counts[0] == counts[1] and len(rows) <= 8 + counts[0]
-    # All that follows SFT starts from the cell that was chosen.
+    winners = kept_of(countdown_runs, "irl_best")["winners"]
+    assert winners == kept_of(countdown_runs, "best_logprob")["winners"]
+    assert len(rows) <= 8 + winners
+
+
+def test_where_policies_and_rewards_start(countdown_runs):
+    """All that follows SFT starts from the cell that was chosen."""
     at_base = ("from_base", "from_base_likelihood", "irl_kl_base")
-    for run in (*policies, "copies", *at_base):
-        settings = json.loads(Path(f"{folder}-{run}/settings.json").read_text())
-        assert settings["model"] == f"{folder}-{chosen['run']}/policy"
+    reward_starts = {
+        name: f"{COUNTDOWN}-{reward}/reward" for name, reward in real.REWARD_OF.items()
+    } | dict.fromkeys(at_base, "tiny")
+    few_updates = f"{COUNTDOWN}-sft-1-0.001/policy"
+    chosen = kept_of(countdown_runs, "sft")["chosen"]["run"]
+    for run in (*real.REWARD_OF, *real.GRPO, "copies", *at_base):
+        path = countdown_runs.where / f"{COUNTDOWN}-{run}" / "settings.json"
+        settings = json.loads(path.read_text())
+        assert settings["model"] == f"{COUNTDOWN}-{chosen}/policy"
         assert settings["start"] == "base"
-        reward_starts = {}
-        for name, reward in real.REWARD_OF.items():
-            reward_starts[name] = f"{folder}-{reward}/reward"
-        reward_starts |= dict.fromkeys(at_base, "tiny")
-        few_updates = f"{folder}-sft-1-0.001/policy"
         assert settings["reward_model"] == reward_starts.get(run, few_updates)
-    # Which kinds a reward tells, by the kind that it has learnt from.
-    told = json.loads((folder / "kinds.json").read_text())["told"]
-    assert set(told) == {"copies", "broken", "carried", "from_base", "from_sft"}
-    assert all(set(row) == {"broken", "carried", "length"} for row in told.values())
-    assert one["told"] == told
-    before = {stage: without_seconds(folder / f"{stage}.json") for stage in ("irl", "rerank_sft")}
-    for stage in before:
-        (folder / f"{stage}.json").unlink()
-    monkeypatch.setattr(real, "collect", None)  # nothing is sampled again
-    monkeypatch.setattr(real.train, "evaluate", None)  # nor looked at again
-    monkeypatch.setattr(train.Run, "train_irl", None)  # train.py's runs are finished
-    real.main(command)
-    assert before == {stage: without_seconds(folder / f"{stage}.json") for stage in before}
 
 
-def without_seconds(path: Path) -> dict:
-    """What a stage has found."""
-    return json.loads(path.read_text()) | {"seconds": 0}
+def test_a_stage_whose_file_is_gone_is_made_of_what_is_kept(countdown_runs):
+    """Nothing is sampled, looked at or trained again."""
+    gone = ("irl", "rerank_sft")
+    before = [without_seconds(countdown_runs, stage) for stage in gone]
+    for stage in gone:
+        (countdown_runs.folder / f"{stage}.json").unlink()
+    with few_steps(countdown_runs.where) as patch:
+        patch.setattr(real, "collect", None)
+        patch.setattr(real.train, "evaluate", None)
+        patch.setattr(train.Run, "train_irl", None)
+        real.main(countdown_runs.command)
+    assert before == [without_seconds(countdown_runs, stage) for stage in gone]
+
+
+def without_seconds(runs, stage: str) -> dict:
+    """What a stage has left."""
+    return kept_of(runs, stage) | {"seconds": 0}
 
 
 def test_gsm8k_from_one_command(tiny, monkeypatch):
