@@ -183,18 +183,7 @@ class Run:
                 f"'{s.data}' has {len(experts)} demonstrations and {len(self.test)} {s.test_split} "
                 "questions: give a folder with train.jsonl and test.jsonl"
             )
-        self.counts = {
-            "demonstrations": len(experts),
-            "extra_questions": len(extra),
-            "validation": len(self.validation),
-            "test": len(self.test),
-            "reranked": len(self.reranked),
-        }
-        # A number over fewer questions than were asked for must not look like one over all.
-        asked = (s.demonstrations, s.extra_questions, VALIDATION_QUESTIONS, s.eval_questions)
-        for (name, count), wanted in zip(self.counts.items(), asked):
-            if count < wanted:
-                print(f"{name.replace('_', ' ')}: only {count} are there, not {wanted}")
+        self.count_data(len(experts), len(extra))
         # By this a resumed run knows its data: with other examples it would not be the same run.
         self.data_sum = zlib.crc32(repr((experts, extra, self.validation, self.test)).encode())
         # They have been tokenised, once: each is used in many steps.
@@ -202,6 +191,22 @@ class Run:
         self.extra = parallel.share(extra)
         # GRPO learns from the answers of all of them.
         self.answered = parallel.share(experts + extra)
+
+    def count_data(self, n_experts: int, n_extra: int) -> None:
+        """Keep how many examples there are, and say of what there is less than was asked for."""
+        self.counts = {
+            "demonstrations": n_experts,
+            "extra_questions": n_extra,
+            "validation": len(self.validation),
+            "test": len(self.test),
+            "reranked": len(self.reranked),
+        }
+        # A number over fewer questions than were asked for must not look like one over all.
+        s = self.s
+        asked = (s.demonstrations, s.extra_questions, VALIDATION_QUESTIONS, s.eval_questions)
+        for (name, count), wanted in zip(self.counts.items(), asked):
+            if count < wanted:
+                print(f"{name.replace('_', ' ')}: only {count} are there, not {wanted}")
 
     # --- models -----------------------------------------------------------------------------------
 
