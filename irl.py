@@ -29,6 +29,7 @@ Run `python irl.py` for three iterations on the shipped base, stage by stage.
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -54,6 +55,8 @@ class IRL:
     experts: list[Example]
     # Questions without a demonstration (data.question_only), which only the policy sees.
     extra: list[Example] = field(default_factory=list)
+    # A language model whose log-probability of a token is added to its reward (--prior).
+    prior: torch.nn.Module | None = None
 
     # what a checkpoint keeps
     changes = (
@@ -237,6 +240,13 @@ class IRL:
             self.reward_model.scores, batch, s.micro_batch, s.micro_tokens, states
         )  # [B, T]
         rewards = self.discriminator.token_rewards(batch, f, rollout.logprobs, s.entropy_coef)
+        if self.prior is not None:
+            # Ours. What a model knew before it saw a demonstration counts, too. (Less c log pi this
+            # is the usual price of a KL to a reference model, -c KL(pi || p).)
+            log_p = policy.in_chunks(
+                partial(policy.token_logprobs, self.prior), batch, s.micro_batch, s.micro_tokens
+            )  # [B, T]
+            rewards = rewards + s.prior_coef * log_p
         # Where later rewards count, a trace that goes on for ever would collect them.
         if s.gamma:
             limits = (batch.response_mask, rollout.finished, s.gamma)

@@ -250,6 +250,16 @@ class Run:
             reward_model, self.tokenizer, s.logit, s.granularity, clip=s.reward_clip
         )
 
+    def load_prior(self):
+        """The model of --prior, which nothing trains; None without it."""
+        path = self.s.prior
+        if not path:
+            return None
+        loading.check_same_tokenizer(self.tokenizer, path)
+        if self.base and path == self.s.model:
+            return self.base
+        return loading.load_causal(path, self.device, self.dtype)
+
     def make_loop(self, kind: type[irl.IRL] = irl.IRL, **changes) -> irl.IRL:
         """The loop with all it needs, before its first update.
 
@@ -265,6 +275,7 @@ class Run:
             experts=self.experts,
             # Without their answers: nothing in the loop could check one.
             extra=[data.question_only(example) for example in self.extra],
+            prior=self.load_prior(),
         )
 
     def save_model(self, model, name: str) -> None:
