@@ -127,6 +127,10 @@ class Run:
         torch.manual_seed(s.seed)
         base, self.tokenizer = loading.load_policy(s.model, self.device, self.dtype)
         set_date(self.tokenizer, self.date)
+        # The reward scores the very token ids that the policy has sampled.
+        for other in (s.reward_model, s.prior):
+            if other and {"irl", "likelihood"} & set(s.methods):
+                loading.check_same_tokenizer(self.tokenizer, other)
         self.context = loading.context_length(base)
         # With adapters the base is kept: every adapter is put on this one copy.
         self.base = base if s.lora_rank else None
@@ -255,7 +259,6 @@ class Run:
         path = self.s.prior
         if not path:
             return None
-        loading.check_same_tokenizer(self.tokenizer, path)
         if self.base and path == self.s.model:
             return self.base
         return loading.load_causal(path, self.device, self.dtype)
@@ -265,8 +268,6 @@ class Run:
 
         kind: explain.Lecture talks. changes: of settings.
         """
-        # The reward scores the very token ids that the policy has sampled.
-        loading.check_same_tokenizer(self.tokenizer, self.s.reward_model)
         return kind(
             settings=replace(self.process_settings, **changes),
             tokenizer=self.tokenizer,

@@ -478,9 +478,8 @@ def check(s: Settings, given: dict) -> None:
             "one of them out",
         ),
         (
-            s.prior and sums_all,
-            "--prior changes nothing beside --policy-loss exact, which sums f itself: leave one of "
-            "them out",
+            s.prior and s.policy_loss == "exact",
+            "--prior is a reward of sampled tokens: it takes --policy-loss ppo or reinforce",
         ),
         (
             given.get("prior_coef") is not None and not s.prior,
