@@ -61,6 +61,8 @@ parts. At the end the stages go to a file in results/, and from there into the t
     rerank_validation
               countdown: SFT's candidates for validation questions, for a rule that was found on
               test questions and fixed then (docs/results.md)
+    judges    countdown: what the log-probabilities and the rewards say of SFT's samples for the
+              validation questions of errors
     places    countdown: the first wrong token of SFT's candidates, by every judge
     errors    countdown: how the samples of every policy go wrong, on validation questions
     steps     GSM8K: the first wrong step on ProcessBench (experiments/steps.py)
@@ -573,16 +575,18 @@ def candidates(source: str, x: Experiment) -> dict:
     """{source: [{"question", "answer", "texts", "scores": {signal: [n]}}], "temperature"}.
 
     source: base, sft, or sft_first: countdown's SFT of few updates, where the rewards start;
-    sft_validation: SFT, asked validation questions. "written": the base's texts, as an arm's.
+    sft_validation, errors-sft: SFT, asked validation questions. "written": the base's texts, as an
+    arm's.
     """
     temperature = TEMPERATURE[x.args.task]
     folders = {"base": x.args.model, "sft_first": x.first_sft()}
     model = loading.load_causal(folders.get(source, x.sft()), x.base.device)
-    examples = x.validation if source == "sft_validation" else x.test
+    asks_validation = source in ("sft_validation", "errors-sft")
+    examples = x.validation if asks_validation else x.test
     before = x.shots if source == "base" else ()
     samples = sample(x, source, model, examples, CANDIDATES, temperature, before)
     signals = ["logprob", "sft_logprob", *trained_rewards(x, REWARDS[x.args.task])]
-    if source != "sft_validation":
+    if not asks_validation:
         signals.append("own_verdict")
     if source == "sft" and x.args.task == "countdown":
         signals += trained_rewards(x, [f"reward_{run}" for run in REWARDS_ALONE])
@@ -779,6 +783,7 @@ STAGES: dict[str, dict[str, Callable]] = {
         "rerank_sft": partial(candidates, "sft"),
         "rerank_sft_first": partial(candidates, "sft_first"),
         "rerank_validation": partial(candidates, "sft_validation"),
+        "judges": partial(candidates, "errors-sft"),
         "places": first_wrong_tokens,
         "errors": kinds_of_errors,
     },

@@ -25,8 +25,8 @@ from tasks import countdown
 
 FILES = {"countdown": "real-countdown.json.xz", "gsm8k": "real-samples.json.xz"}
 # of candidates: base with worked examples, the chosen SFT, the SFT of the fewest updates; the
-# chosen SFT's for validation questions
-SOURCES = ("base", "sft", "sft_first", "sft_validation")
+# chosen SFT's for validation questions, and fewer of these
+SOURCES = ("base", "sft", "sft_first", "sft_validation", "errors-sft")
 # Rows of docs/results.md's table of policies, in its order.
 ARMS = {
     "base": "base, 4 solved examples",

@@ -295,7 +295,7 @@ def test_every_judge_is_asked(countdown_runs):
         "sft_logprob",
         "oracle",
     }
-    assert set(one["rerank"]) == {"base", "sft", "sft_first", "sft_validation"}
+    assert set(one["rerank"]) == set(real_tables.SOURCES)
     asked = ("base", "sft", "sft_first")
     assert all(rules <= set(one["rerank"][source]["8"]) for source in asked)
     # Two judges at once, beside one of them, and beside another two.
@@ -303,7 +303,7 @@ def test_every_judge_is_asked(countdown_runs):
         gains = one["rerank"]["sft_validation"][beyond]
         assert {"logprob + reward_copies", "logprob + sft_logprob"} <= set(gains)
         assert gains[rival] == [0, 0, 0]
-    assert one["rerank"]["sft_validation"]["questions"] == 8
+    assert all(one["rerank"][of]["questions"] == 8 for of in ("sft_validation", "errors-sft"))
     assert {"reward", "logprob", "sft_logprob", "chance"} <= set(one["places"]["hit0"])
     # Which kinds a reward tells, by the kind that it has learnt from.
     told = kept_of(countdown_runs, "kinds")["told"]
