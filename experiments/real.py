@@ -36,6 +36,8 @@ parts. At the end the stages go to a file in results/, and from there into the t
     irl_kl_prior, irl_kl_base
               countdown: irl_kl, and the base's log-probability of a token is added to its reward;
               and its rival that learns no reward, f = the base's log-probability
+    irl_kl_prior_long, irl_kl_base_long
+              countdown: the same two with as many steps as grpo_long
     irl_kl_likelihood
               countdown: irl_kl with the reward of from_base_likelihood
     irl_best  countdown: 4 samples for each of many questions that have no demonstration. Those of
@@ -147,6 +149,8 @@ RUNS = {  # of train.py, from SFT
         "irl_no_kl": f"{STANDING} --reward-clip 0",
         "irl_kl_copies": WITH_KL,
         "irl_kl_prior": f"{WITH_KL} --prior-coef {PRIOR_COEF}",
+        "irl_kl_prior_long": f"{WITH_KL} --prior-coef {PRIOR_COEF} --max-steps {LONG}",
+        "irl_kl_base_long": f"{WITH_KL} {LIKELIHOOD} --max-steps {LONG}",
         "irl_kl_likelihood": f"{WITH_KL} {LIKELIHOOD}",
         "irl_kl_base": f"{WITH_KL} {LIKELIHOOD}",
         "grpo": "--method grpo",
@@ -175,10 +179,12 @@ REWARD_OF = {
     "irl_no_kl": "from_base",
     "irl_kl_copies": "copies",
     "irl_kl_prior": "from_base",
+    "irl_kl_prior_long": "from_base",
     "irl_kl_likelihood": "from_base_likelihood",
     "irl_kl_base": BASE,
+    "irl_kl_base_long": BASE,
 }
-WITH_PRIOR = ("irl_kl_prior",)  # the base
+WITH_PRIOR = ("irl_kl_prior", "irl_kl_prior_long")  # the base
 GRPO = ("grpo", "grpo_long")
 REWARDS_ALONE = ("broken", "carried", "from_sft")
 REWARDS = {

@@ -43,6 +43,8 @@ ARMS = {
     "irl_kl_likelihood": "IRL, KL to SFT, reward a likelihood",
     "irl_kl_prior": "**IRL**, KL to SFT, base's log-probability added",
     "irl_kl_base": "a policy on the base's log-probability, KL to SFT",
+    "irl_kl_prior_long": "**IRL**, base's log-probability added, three times the steps",
+    "irl_kl_base_long": "a policy on the base's log-probability, three times the steps",
     "irl_best": "SFT on the reward's choice",
     "best_logprob": "SFT on SFT's choice",
     "best_base_logprob": "SFT on the base's choice",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -232,8 +233,8 @@ def few_steps(where: Path):
         patch.setattr(train.Run, "validate", no_curve)
         patch.setitem(real.CELLS, "countdown", ((1, 1e-3),))
         patch.setitem(real.LOOKS, "countdown", ((0.0, 1.0), (0.25, 0.2)))
-        for run, steps in (("irl_kl_long", real.TWICE), ("grpo_long", real.LONG)):  # two steps
-            shorter = real.RUNS["countdown"][run].replace(f"-steps {steps}", "-steps 2")
+        for run, flags in real.RUNS["countdown"].items():
+            shorter = re.sub(r"-steps \d+", "-steps 2", flags)
             patch.setitem(real.RUNS["countdown"], run, shorter)
         yield patch
 
@@ -337,7 +338,7 @@ def test_the_rival_imitates_as_many(countdown_runs):
 
 def test_where_policies_and_rewards_start(countdown_runs):
     """All that follows SFT starts from the cell that was chosen."""
-    at_base = ("from_base", "from_base_likelihood", "irl_kl_base")
+    at_base = ("from_base", "from_base_likelihood", "irl_kl_base", "irl_kl_base_long")
     reward_starts = {
         name: f"{COUNTDOWN}-{reward}/reward" for name, reward in real.REWARD_OF.items()
     } | dict.fromkeys(at_base, "tiny")
@@ -349,6 +350,7 @@ def test_where_policies_and_rewards_start(countdown_runs):
         assert settings["model"] == f"{COUNTDOWN}-{chosen}/policy"
         assert settings["start"] == "base"
         assert settings["reward_model"] == reward_starts.get(run, few_updates)
+        assert settings["prior"] == ("tiny" if run in real.WITH_PRIOR else "")
 
 
 def test_a_stage_whose_file_is_gone_is_made_of_what_is_kept(countdown_runs):
