@@ -18,6 +18,7 @@ step of the method stands in this file. What they call is in reward.py (f, D, lo
     equation                                       where                   tests/test_irl.py
     Algorithm 1                                    IRL.step                a_policy_improves_..
     L of the discriminator                         IRL.discriminator_step  the_discriminators_..
+    r_t + c log p of a prior (ours)                IRL.rewards             a_prior_pays_..
     pi ~ exp(f / alpha) is best for r, gamma = 0   IRL.end_warm_up         the_policy_starts_at_..
     max E_{a~pi}[f - alpha log pi] (ours)          IRL.policy_loss         exact_loss_equals_..
     A_t = G_t - b_t (v1), or F_t less its mean     IRL.advantages          sums_over_actions_..
@@ -241,8 +242,8 @@ class IRL:
         )  # [B, T]
         rewards = self.discriminator.token_rewards(batch, f, rollout.logprobs, s.entropy_coef)
         if self.prior is not None:
-            # Ours. What a model knew before it saw a demonstration counts, too. (Less c log pi this
-            # is the usual price of a KL to a reference model, -c KL(pi || p).)
+            # Ours. What a model knew before it saw a demonstration counts, too: r_t + c log p. (With
+            # -c log pi beside it, c log p would be the usual price of a KL to a reference model.)
             log_p = policy.in_chunks(
                 partial(policy.token_logprobs, self.prior), batch, s.micro_batch, s.micro_tokens
             )  # [B, T]
