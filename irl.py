@@ -242,8 +242,8 @@ class IRL:
         )  # [B, T]
         rewards = self.discriminator.token_rewards(batch, f, rollout.logprobs, s.entropy_coef)
         if self.prior is not None:
-            # Ours. What a model knew before it saw a demonstration counts, too: r_t + c log p. (With
-            # -c log pi beside it, c log p would be the usual price of a KL to a reference model.)
+            # Ours: r_t + c log p. What a model knew before it saw a demonstration counts, too.
+            # (With -c log pi beside it, that is the usual price of a KL to a reference model.)
             log_p = policy.in_chunks(
                 partial(policy.token_logprobs, self.prior), batch, s.micro_batch, s.micro_tokens
             )  # [B, T]
