@@ -129,7 +129,7 @@ class Run:
         set_date(self.tokenizer, self.date)
         # The reward scores the very token ids that the policy has sampled.
         for other in (s.reward_model, s.prior):
-            if other and {"irl", "likelihood"} & set(s.methods):
+            if other not in ("", s.model):
                 loading.check_same_tokenizer(self.tokenizer, other)
         self.context = loading.context_length(base)
         # With adapters the base is kept: every adapter is put on this one copy.
