@@ -18,7 +18,6 @@ step of the method stands in this file. What they call is in reward.py (f, D, lo
     equation                                       where                   tests/test_irl.py
     Algorithm 1                                    IRL.step                a_policy_improves_..
     L of the discriminator                         IRL.discriminator_step  the_discriminators_..
-    r_t + c log p of a prior (ours)                IRL.rewards             a_prior_pays_..
     pi ~ exp(f / alpha) is best for r, gamma = 0   IRL.end_warm_up         the_policy_starts_at_..
     max E_{a~pi}[f - alpha log pi] (ours)          IRL.policy_loss         exact_loss_equals_..
     A_t = G_t - b_t (v1), or F_t less its mean     IRL.advantages          sums_over_actions_..
@@ -30,7 +29,6 @@ Run `python irl.py` for three iterations on the shipped base, stage by stage.
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
@@ -56,8 +54,6 @@ class IRL:
     experts: list[Example]
     # Questions without a demonstration (data.question_only), which only the policy sees.
     extra: list[Example] = field(default_factory=list)
-    # A language model whose log-probability of a token is added to its reward (--prior).
-    prior: torch.nn.Module | None = None
 
     # what a checkpoint keeps
     changes = (
@@ -241,13 +237,6 @@ class IRL:
             self.reward_model.scores, batch, s.micro_batch, s.micro_tokens, states
         )  # [B, T]
         rewards = self.discriminator.token_rewards(batch, f, rollout.logprobs, s.entropy_coef)
-        if self.prior is not None:
-            # Ours: r_t + c log p. What a model knew before it saw a demonstration counts, too.
-            # (With -c log pi beside it, that is the usual price of a KL to a reference model.)
-            log_p = policy.in_chunks(
-                partial(policy.token_logprobs, self.prior), batch, s.micro_batch, s.micro_tokens
-            )  # [B, T]
-            rewards = rewards + s.prior_coef * log_p
         # Where later rewards count, a trace that goes on for ever would collect them.
         if s.gamma:
             limits = (batch.response_mask, rollout.finished, s.gamma)

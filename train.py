@@ -28,6 +28,7 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -108,6 +109,9 @@ def evaluate(model, tokenizer, examples: list[data.Example], s: Settings) -> dic
 class Run:
     """One call of train.py: settings, data, models; `go` trains and tests method after method."""
 
+    # The loop that is trained. An experiment, or a fork, may give one of its own to `main`.
+    loop: Callable[..., irl.IRL] = irl.IRL
+
     def __init__(
         self, s: Settings, name: str = "demo", device: str = "auto", date: str | None = None
     ):
@@ -128,9 +132,8 @@ class Run:
         base, self.tokenizer = loading.load_policy(s.model, self.device, self.dtype)
         set_date(self.tokenizer, self.date)
         # The reward scores the very token ids that the policy has sampled.
-        for other in (s.reward_model, s.prior):
-            if other not in ("", s.model):
-                loading.check_same_tokenizer(self.tokenizer, other)
+        if s.reward_model != s.model:
+            loading.check_same_tokenizer(self.tokenizer, s.reward_model)
         self.context = loading.context_length(base)
         # With adapters the base is kept: every adapter is put on this one copy.
         self.base = base if s.lora_rank else None
@@ -254,16 +257,7 @@ class Run:
             reward_model, self.tokenizer, s.logit, s.granularity, clip=s.reward_clip
         )
 
-    def load_prior(self):
-        """The model of --prior, which nothing trains; None without it."""
-        path = self.s.prior
-        if not path:
-            return None
-        if self.base and path == self.s.model:
-            return self.base
-        return loading.load_causal(path, self.device, self.dtype)
-
-    def make_loop(self, kind: type[irl.IRL] = irl.IRL, **changes) -> irl.IRL:
+    def make_loop(self, kind: Callable[..., irl.IRL] = irl.IRL, **changes) -> irl.IRL:
         """The loop with all it needs, before its first update.
 
         kind: explain.Lecture talks. changes: of settings.
@@ -276,7 +270,6 @@ class Run:
             experts=self.experts,
             # Without their answers: nothing in the loop could check one.
             extra=[data.question_only(example) for example in self.extra],
-            prior=self.load_prior(),
         )
 
     def save_model(self, model, name: str) -> None:
@@ -368,7 +361,7 @@ class Run:
         """Warm the discriminator up, run the loop, save policy and reward."""
         # The method likelihood is IRL without the discriminator's loss: discriminator_coef is 0 in
         # its settings. What IRL has beyond it is what telling the expert from others brings.
-        loop = self.keeper.resumed(self.make_loop(method=method))
+        loop = self.keeper.resumed(self.make_loop(self.loop, method=method))
         steps = self.keeper.progress.steps
         warm_up = warm_up_of(method)
         # A fresh discriminator knows nothing, and the policy would learn noise from it: it learns
@@ -465,7 +458,7 @@ def conclude(folder: Path) -> None:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def begin(arguments: list[str] | None) -> None:
+def begin(arguments: list[str] | None, loop: Callable[..., irl.IRL] = irl.IRL) -> None:
     """Do what the flags ask for. Raises UserError."""
     loading.quiet()
     # All that can be wrong with flags is told before anything is loaded or written.
@@ -490,6 +483,7 @@ def begin(arguments: list[str] | None) -> None:
     # From here on a stop, a full disk and a full memory are told in one line, too.
     with in_one_line(s, folder):
         run = Run(s, command.name, command.device, command.date)
+        run.loop = loop
         if not command.explain:
             run.go(command.resume)
         elif "irl" not in s.methods or s.start == "sft" or s.reward == "random":
@@ -501,12 +495,12 @@ def begin(arguments: list[str] | None) -> None:
             run.make_loop(explain.Lecture).give()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, loop: Callable[..., irl.IRL] = irl.IRL) -> int:
     """Run with these flags, by default the command line's. Returns the exit status.
 
     0, or 2 after one line that says what was wrong. SystemExit: a signal has stopped the run.
     """
-    return exit_status(begin, arguments)
+    return exit_status(begin, arguments, loop)
 
 
 if __name__ == "__main__":

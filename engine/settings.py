@@ -101,13 +101,6 @@ class Settings:
         None, "learning rate of the reward beside the policy; 0: it stands still after the warm-up"
     )
     reward_clip: float = setting(0.0, "hold rewards within [-x, x]; 0: do not")
-    prior: str = setting(
-        "",
-        "a language model of the same tokenizer, such as the base before SFT: its log-probability "
-        "of a token is added to the token's reward",
-        (),
-    )
-    prior_coef: float = setting(1.0, "weight of the prior's log-probability")
 
     # Policy
     start: str = setting(
@@ -478,14 +471,6 @@ def check(s: Settings, given: dict) -> None:
             "one of them out",
         ),
         (
-            s.prior and s.policy_loss == "exact",
-            "--prior is a reward of sampled tokens: it takes --policy-loss ppo or reinforce",
-        ),
-        (
-            given.get("prior_coef") is not None and not s.prior,
-            "--prior-coef changes nothing without --prior: give both, or leave it out",
-        ),
-        (
             given.get("reward_lr") and s.reward == "random",
             "--reward-lr changes nothing beside --reward random: leave one of them out",
         ),
@@ -532,7 +517,7 @@ def help_of(f) -> str:
     default = ", ".join(f"{kind} {value}" for kind, value in values.items() if value != "None")
     if len(set(values.values())) == 1:
         default = values["words"]
-    if default in ("None", "False", ""):  # `complete` finds it, or it is a switch, or there is none
+    if default in ("None", "False"):  # `complete` finds it, or it is a switch
         return f.metadata["help"]
     return f"{f.metadata['help']} (default: {default})"
 

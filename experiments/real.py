@@ -81,13 +81,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import data
+import irl
 import negatives
 import policy
 import rerank
@@ -148,8 +149,8 @@ RUNS = {  # of train.py, from SFT
         "irl_kl_long": f"{WITH_KL} --max-steps {TWICE}",
         "irl_no_kl": f"{STANDING} --reward-clip 0",
         "irl_kl_copies": WITH_KL,
-        "irl_kl_prior": f"{WITH_KL} --prior-coef {PRIOR_COEF}",
-        "irl_kl_prior_long": f"{WITH_KL} --prior-coef {PRIOR_COEF} --max-steps {LONG}",
+        "irl_kl_prior": WITH_KL,
+        "irl_kl_prior_long": f"{WITH_KL} --max-steps {LONG}",
         "irl_kl_base_long": f"{WITH_KL} {LIKELIHOOD} --max-steps {LONG}",
         "irl_kl_likelihood": f"{WITH_KL} {LIKELIHOOD}",
         "irl_kl_base": f"{WITH_KL} {LIKELIHOOD}",
@@ -184,7 +185,7 @@ REWARD_OF = {
     "irl_kl_base": BASE,
     "irl_kl_base_long": BASE,
 }
-WITH_PRIOR = ("irl_kl_prior", "irl_kl_prior_long")  # the base
+WITH_PRIOR = ("irl_kl_prior", "irl_kl_prior_long")
 GRPO = ("grpo", "grpo_long")
 REWARDS_ALONE = ("broken", "carried", "from_sft")
 REWARDS = {
@@ -216,6 +217,21 @@ CHOOSERS = {
 # Countdown's, beside SFT's.
 POLICIES = (*REWARD_OF, *GRPO, *CHOOSERS, "best_true", "random")
 VERDICT = "Is this solution right? Answer Yes or No."
+
+
+@dataclass
+class WithPrior(irl.IRL):
+    """IRL, and what the base knew before it saw a demonstration counts, too: r_t + c log p."""
+
+    # The base, whose log-probability of a token is added to its reward. Nothing trains it.
+    prior: torch.nn.Module | None = None
+
+    def rewards(self, rollout: policy.Rollout) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Stage 3. Its metrics are those of r_t alone."""
+        rewards, states, metrics = super().rewards(rollout)
+        limits = (self.settings.micro_batch, self.settings.micro_tokens)
+        log_p = policy.in_chunks(partial(policy.token_logprobs, self.prior), rollout.batch, *limits)
+        return rewards + PRIOR_COEF * log_p, states, metrics
 
 
 class Experiment:
@@ -326,7 +342,7 @@ def run_name(arm: str, updates: int, rate: float) -> str:
     return f"{arm}-{updates}-{rate:g}"
 
 
-def trained(x: Experiment, name: str, flags: str) -> None:
+def trained(x: Experiment, name: str, flags: str, loop: Callable[..., irl.IRL] = irl.IRL) -> None:
     """Have train.py make a run, or go on with it."""
     folder = x.run(name)
     arguments = ["--name", folder.name]
@@ -334,7 +350,7 @@ def trained(x: Experiment, name: str, flags: str) -> None:
         arguments.append("--resume")
     else:
         arguments += [*x.flags, *shlex.split(flags)]
-    status = train.main(arguments)
+    status = train.main(arguments, loop)
     if status:
         sys.exit(status)
 
@@ -530,9 +546,8 @@ def train_from_sft(name: str, x: Experiment) -> None:
     """A run of train.py whose base is SFT."""
     starts = f"--model {shlex.quote(x.sft())} --start base"
     starts += f" --reward-model {shlex.quote(x.reward_start(name))}"
-    if name in WITH_PRIOR:
-        starts += f" --prior {shlex.quote(x.args.model)}"
-    trained(x, name, f"{RUNS[x.args.task][name]} {starts}")
+    loop = partial(WithPrior, prior=x.base) if name in WITH_PRIOR else irl.IRL
+    trained(x, name, f"{RUNS[x.args.task][name]} {starts}", loop)
 
 
 def reward_from_sft(name: str, x: Experiment) -> dict:

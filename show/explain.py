@@ -147,8 +147,6 @@ class Lecture(irl.IRL):
             "3. REWARD", "irl.IRL.rewards, reward.Discriminator.token_rewards, irl.IRL.advantages"
         )
         formula = f"f - {s.entropy_coef:g} log pi" if s.logit == "airl" else "f"
-        if s.prior:
-            formula += f" + {s.prior_coef:g} log p of {s.prior}"
         say(
             f"  r_t = {formula}; return G_t = r_t + {s.gamma:g} G_(t+1); advantage: the return, or "
             "with the exact loss what follows r_t, less that of the question's other samples",

@@ -392,24 +392,6 @@ def test_f_is_the_reward_at_temperature_one(shipped, settings, temperature, soft
     assert metrics["mean"] == pytest.approx(float(wanted.sum()) / len(f), abs=1e-4)
 
 
-@pytest.mark.parametrize("reward_kind", ["likelihood", "head"])
-def test_a_prior_pays_for_what_it_holds_likely(shipped, settings, reward_kind):
-    """c log p of every sampled token comes on top, at temperature 1; nothing else changes."""
-    changes = dict(reward=reward_kind, policy_loss="reinforce", gamma=0.0, temperature=0.7)
-    loop = make_loop(shipped, settings, prior_coef=1.5, **changes)
-    rollout, _ = loop.rollout(loop.experts[:1], 2)
-    without, _, _ = loop.rewards(rollout)
-    loop.prior = copy.deepcopy(loop.policy_model)
-    disturb(loop.prior)
-    rewards, _, metrics = loop.rewards(rollout)
-    wanted = without.clone()
-    log_p = plain_logprobs(loop.prior, rollout.batch)
-    for row, t in log_p:
-        wanted[row, t] += 1.5 * log_p[row, t][rollout.batch.tokens[row, t]].detach()
-    assert_close(rewards, wanted, atol=1e-3, rtol=0)
-    assert metrics["mean"] == pytest.approx(float(wanted.sum()) / len(log_p), abs=1e-4)
-
-
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize(
     "granularity, gamma", [("sparse", 1.0), ("interval", 0.9), ("dense", 0.9), ("dense", 0.0)]

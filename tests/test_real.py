@@ -1,5 +1,6 @@
 """experiments/real.py and real_tables.py: a whole run of a tiny model, and the tables by hand."""
 
+import copy
 import itertools
 import json
 import re
@@ -11,11 +12,14 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+from conftest import all_logprobs, examples_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import data
+import irl
 import rerank
+import reward
 import train
 from engine import loading
 from engine.chat import set_date
@@ -350,7 +354,6 @@ def test_where_policies_and_rewards_start(countdown_runs):
         assert settings["model"] == f"{COUNTDOWN}-{chosen}/policy"
         assert settings["start"] == "base"
         assert settings["reward_model"] == reward_starts.get(run, few_updates)
-        assert settings["prior"] == ("tiny" if run in real.WITH_PRIOR else "")
 
 
 def test_a_stage_whose_file_is_gone_is_made_of_what_is_kept(countdown_runs):
@@ -365,6 +368,30 @@ def test_a_stage_whose_file_is_gone_is_made_of_what_is_kept(countdown_runs):
         patch.setattr(train.Run, "train_irl", None)
         real.main(countdown_runs.command)
     assert before == [without_seconds(countdown_runs, stage) for stage in gone]
+
+
+def test_a_prior_pays_for_what_it_holds_likely(shipped, settings):
+    """c log p of every sampled token comes on top; nothing else changes."""
+    discriminator = reward.make_discriminator(reward.load_reward("head", "base"), shipped[1])
+    experts = examples_of(shipped[1], "words", "train", 4)
+    parts = (settings, shipped[1], copy.deepcopy(shipped[0]), discriminator, experts)
+    prior = copy.deepcopy(shipped[0])
+    for parameter in prior.parameters():  # it is no copy of the policy
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    loop = real.WithPrior(*parts, prior=prior)
+    rollout, _ = loop.rollout(experts[:1], 2)
+    without, _, _ = irl.IRL(*parts).rewards(rollout)
+    rewards, _, _ = loop.rewards(rollout)
+    batch = rollout.batch
+    expected = without.clone()
+    expected[batch.response_mask.bool()] += (
+        real.PRIOR_COEF
+        * all_logprobs(prior, batch)
+        .gather(1, batch.tokens[batch.response_mask.bool()][:, None])
+        .squeeze(1)
+        .detach()
+    )
+    torch.testing.assert_close(rewards, expected, atol=1e-3, rtol=0)
 
 
 def without_seconds(runs, stage: str) -> dict:
