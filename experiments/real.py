@@ -40,6 +40,9 @@ parts. At the end the stages go to a file in results/, and from there into the t
               countdown: the same two with as many steps as grpo_long
     irl_kl_likelihood
               countdown: irl_kl with the reward of from_base_likelihood
+    sft_with_base
+              countdown: the base's logits are added to SFT's, with a weight that is chosen on
+              validation. Nothing is trained: the rival of a training on the base's log-probability
     irl_best  countdown: 4 samples for each of many questions that have no demonstration. Those of
               which D is as sure as of most demonstrations that it has never seen are imitated
               beside the demonstrations, each text of a question once, with as many updates as SFT.
@@ -99,6 +102,7 @@ from engine.chat import at_date, set_date, text_ids, token_ids
 from engine.errors import Parser, UserError, exit_status
 from engine.settings import parse_settings
 from experiments import real_tables, steps, store
+from experiments.together import Together
 from tasks import countdown
 
 HEAD = "--lora-rank 16 --weights float32 --reward head --logit gail --reward-lr 0 "
@@ -203,6 +207,7 @@ CELLS = {
     "gsm8k": ((32, 2e-4),),  # each of 512 demonstrations once
 }
 LOOKS = {"countdown": ((0.0, 1.0), (0.0, 0.5), (0.0, 0.2), (0.25, 0.2)), "gsm8k": ()}
+WEIGHTS = (0.25, 0.5, 1.0, 2.0)  # of the base's logits beside SFT's; all that was tried
 TEMPERATURE = {"countdown": 1.0, "gsm8k": 0.7}  # of candidates: 0.7 is what users sample with
 SHOTS = 4  # worked examples before a question
 CANDIDATES = 8
@@ -479,21 +484,24 @@ def turns(tokenizer, texts: list[str]) -> list[int]:
 
 
 def look(x: Experiment, run: str, examples: list, chosen: list, _start: int = 0) -> list[dict]:
-    """The accuracy of a run's policy with each (share of the base, temperature) that is chosen.
-
-    "shares": of each question's answers, how many are right.
-    """
+    """The accuracy of a run's policy with each (share of the base, temperature) that is chosen."""
     looks = []
     for share, temperature in chosen:
         model = loading.load_causal(str(x.run(run) / "policy"), x.base.device)
         lora.average(model, lora.start_of(x.base), share)
         policy.divide_logits(model, temperature)
-        right = train.right_answers(model, x.tokenizer, examples, x.settings)
-        shares = {column: rows.float().mean(1) for column, rows in right.items()}
-        one = {"run": run, "share": share, "temperature": temperature}
-        one |= {column: rerank.bootstrap(values) for column, values in shares.items()}
-        looks.append(one | {"shares": {column: shares[column].tolist() for column in shares}})
+        about = {"run": run, "share": share, "temperature": temperature}
+        looks.append(about | accuracy(x, model, examples))
     return looks
+
+
+def accuracy(x: Experiment, model, examples: list) -> dict:
+    """{"t1", "greedy": [mean, low, high], "shares": of each question's answers, how many are
+    right}."""
+    right = train.right_answers(model, x.tokenizer, examples, x.settings)
+    shares = {column: rows.float().mean(1) for column, rows in right.items()}
+    means = {column: rerank.bootstrap(values) for column, values in shares.items()}
+    return means | {"shares": {column: shares[column].tolist() for column in shares}}
 
 
 def on_test(x: Experiment, run: str, share: float = 0.0, temperature: float = 1.0) -> dict:
@@ -568,6 +576,31 @@ def policy_from_sft(name: str, x: Experiment) -> dict:
     best = max(looks, key=on_validation)
     arms = {name: on_test(x, name, temperature=best["temperature"])}
     return {"looks": looks, "chosen": best, "arms": arms}
+
+
+def look_together(x: Experiment, examples: list, weights: list, _start: int = 0) -> list[dict]:
+    """The accuracy of SFT whose logits have `weight` times the base's added, at fair SFT's
+    temperature."""
+    temperature = x.result_of("sft")["chosen"]["temperature"]
+    looks = []
+    for weight in weights:
+        both = [loading.load_causal(folder, x.base.device) for folder in (x.sft(), x.args.model)]
+        for model in both:
+            policy.divide_logits(model, temperature)
+        name = f"sft + {weight:g} of the base's logits"
+        about = {"run": name, "weight": weight, "share": 0.0, "temperature": temperature}
+        looks.append(about | accuracy(x, Together(*both, weight), examples))
+    return looks
+
+
+def sft_with_base(x: Experiment) -> dict:
+    """SFT and the base write together; the base's weight is chosen on validation."""
+    looks = in_parts(x, "sft_with_base", WEIGHTS, 1, partial(look_together, x, x.validation))
+    best = max(looks, key=on_validation)
+    name = f"test-{len(x.test)}-sft_with_base-{best['weight']:g}"
+    [tested] = in_parts(x, name, [best["weight"]], 1, partial(look_together, x, x.test))
+    arm = {column: tested[column] for column in ("t1", "greedy", "shares")}
+    return {"looks": looks, "chosen": best, "arms": {"sft_with_base": arm}}
 
 
 def kinds_of_copies(x: Experiment) -> dict:
@@ -799,6 +832,7 @@ STAGES: dict[str, dict[str, Callable]] = {
         "from_base_likelihood": partial(reward_from_sft, "from_base_likelihood"),
         **{run: partial(policy_from_sft, run) for run in (*REWARD_OF, *GRPO)},
         **{arm: partial(imitate_best, arm) for arm in (*CHOOSERS, "best_true", "random")},
+        "sft_with_base": sft_with_base,
         "kinds": kinds_of_copies,
         "rerank_base": partial(candidates, "base"),
         "rerank_sft": partial(candidates, "sft"),

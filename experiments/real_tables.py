@@ -32,6 +32,7 @@ ARMS = {
     "base": "base, 4 solved examples",
     "sft": "SFT",
     "sft_fair": "fair SFT",
+    "sft_with_base": "SFT's logits and the base's, added",
     "irl": "IRL",
     "irl_unclipped": "IRL, reward not clipped",
     "irl_copies": "IRL, reward of copies alone stands still",

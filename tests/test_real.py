@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import data
 import irl
+import policy
 import rerank
 import reward
 import train
@@ -25,6 +26,7 @@ from engine import loading
 from engine.chat import set_date
 from engine.errors import UserError
 from experiments import real, real_tables
+from experiments.together import Together
 
 T = torch.tensor
 
@@ -279,7 +281,7 @@ def test_every_stage_says_how_it_was_made(countdown_runs):
 
 def test_every_policy_is_in_the_tables(countdown_runs):
     one = of_the_tiny(countdown_runs)
-    arms = {"base", "sft", "sft_fair", *real.POLICIES}
+    arms = {"base", "sft", "sft_fair", "sft_with_base", *real.POLICIES}
     assert arms <= set(real_tables.arms_of(one)) and one["irl"]["seeds"] == 1 and "room" in one
     beyond = one["irl"]["beyond_sft_fair"]["t1"][0]
     assert abs(beyond - (one["irl"]["t1"][0] - one["sft_fair"]["t1"][0])) < 1e-6
@@ -324,9 +326,11 @@ def test_every_look_at_validation_is_kept(countdown_runs):
     runs = ("sft", *real.CHOOSERS, "best_true", "random")
     looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
     # A policy that was trained on a reward is looked at as it is, and as fair SFT was chosen.
-    temperatures = {1, kept_of(countdown_runs, "sft")["chosen"]["temperature"]}
+    fair = kept_of(countdown_runs, "sft")["chosen"]["temperature"]
     policies = (*real.REWARD_OF, *real.GRPO)
-    looks |= {f"{run}, share of the base 0, T = {t:g}" for run in policies for t in temperatures}
+    looks |= {f"{run}, share of the base 0, T = {t:g}" for run in policies for t in {1, fair}}
+    together = [f"sft + {weight:g} of the base's logits" for weight in real.WEIGHTS]
+    looks |= {f"{name}, share of the base 0, T = {fair:g}" for name in together}
     assert set(one["validation"]) == looks
     assert all(f"| {look} |" in countdown_runs.page for look in looks)
 
@@ -392,6 +396,37 @@ def test_a_prior_pays_for_what_it_holds_likely(shipped, settings):
         .detach()
     )
     torch.testing.assert_close(rewards, expected, atol=1e-3, rtol=0)
+
+
+def test_two_models_write_by_the_sum_of_their_logits(shipped):
+    """Greedy, token by token, against each model's own logits without a cache."""
+    torch.manual_seed(0)
+    first, other = copy.deepcopy(shipped[0]), copy.deepcopy(shipped[0])
+    for parameter in other.get_decoder().layers.parameters():  # the output matrix stays
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    prompts = [example.prompt for example in examples_of(shipped[1], "words", "train", 5)]
+    ends = data.end_tokens(shipped[1], first)
+    both = Together(first, other, 2.0)
+    written = policy.sample(both, prompts, ends, 12, 2, temperature=0.0)
+    differ = 0
+    for row, prompt in enumerate(p for p in prompts for _ in range(2)):
+        start, stop = len(prompt), int(written.batch.lengths[row])
+        tokens = written.batch.tokens[row : row + 1, :stop]
+        with torch.no_grad():
+            alone = first(tokens).logits[0, start - 1 : -1]
+            logits = alone + 2.0 * other(tokens).logits[0, start - 1 : -1]
+        assert torch.equal(logits.argmax(-1), tokens[0, start:])
+        expected = logits.log_softmax(-1).max(-1).values
+        torch.testing.assert_close(written.logprobs[row, start:stop], expected, atol=1e-4, rtol=0)
+        differ += int((alone.argmax(-1) != tokens[0, start:]).sum())
+    assert differ > 0  # the other model has a say
+
+
+def test_logits_of_two_output_matrices_are_not_added(shipped):
+    other = copy.deepcopy(shipped[0])
+    other.get_output_embeddings().weight.data += 0.1
+    with pytest.raises(UserError, match="the same W"):
+        Together(shipped[0], other, 1.0)
 
 
 def without_seconds(runs, stage: str) -> dict:
