@@ -1,9 +1,10 @@
 """Two models that write together: their logits are added, and nothing is trained.
 
-    log pi(a | s) = log softmax(z(s) + c z'(s)),   so that pi is proportional to p^1 p'^c
+    pi(a | s) = softmax(z + c z'), which is proportional to p(a | s) p'(a | s)^c
 
-The best policy for the reward log p', at a price on its KL to p, has this form where a trace is one
-token. So this is what a policy that is *trained* on the base's log-probability has to beat.
+where z and z' are the logits of the models p and p'. If a trace were one token, this would be the
+best policy for the reward c log p' at a price of 1 on its KL to p. So it is what a policy that is
+trained on the base's log-probability (experiments/real.py: irl_kl_base) has to beat.
 """
 
 import torch
