@@ -506,8 +506,13 @@ def accuracy(x: Experiment, model, examples: list) -> dict:
 
 def on_test(x: Experiment, run: str, share: float = 0.0, temperature: float = 1.0) -> dict:
     """{"t1", "greedy": [mean, low, high], "shares"} of a run's policy on the test questions."""
-    name = f"test-{len(x.test)}-{run}-{share:g}-{temperature:g}"
-    [result] = in_parts(x, name, [(share, temperature)], 1, partial(look, x, run, x.test))
+    name = f"{run}-{share:g}-{temperature:g}"
+    return tested(x, name, (share, temperature), partial(look, x, run, x.test))
+
+
+def tested(x: Experiment, name: str, setting, looking: Callable) -> dict:
+    """{"t1", "greedy": [mean, low, high], "shares"} of one look at the test questions."""
+    [result] = in_parts(x, f"test-{len(x.test)}-{name}", [setting], 1, looking)
     return {column: result[column] for column in ("t1", "greedy", "shares")}
 
 
@@ -597,9 +602,8 @@ def sft_with_base(x: Experiment) -> dict:
     """SFT and the base write together; the base's weight is chosen on validation."""
     looks = in_parts(x, "sft_with_base", WEIGHTS, 1, partial(look_together, x, x.validation))
     best = max(looks, key=on_validation)
-    name = f"test-{len(x.test)}-sft_with_base-{best['weight']:g}"
-    [tested] = in_parts(x, name, [best["weight"]], 1, partial(look_together, x, x.test))
-    arm = {column: tested[column] for column in ("t1", "greedy", "shares")}
+    name = f"sft_with_base-{best['weight']:g}"
+    arm = tested(x, name, best["weight"], partial(look_together, x, x.test))
     return {"looks": looks, "chosen": best, "arms": {"sft_with_base": arm}}
 
 
