@@ -23,6 +23,7 @@ from candidates import Candidates
 from experiments import store, tables
 from tasks import countdown
 
+COLUMNS = ("t1", "greedy")
 FILES = {"countdown": "real-countdown.json.xz", "gsm8k": "real-samples.json.xz"}
 # of candidates: base with worked examples, the chosen SFT, the SFT of the fewest updates; the
 # chosen SFT's for validation questions, and fewer of these
@@ -81,6 +82,15 @@ PAIRS = (
     ("logprob", "reward_copies"),
     ("logprob", "reward_from_base"),
     ("logprob", "sft_logprob"),
+)
+# Policies beside a rival that is not fair SFT, problem by problem.
+COMPARED = (
+    ("irl_kl", "best_logprob"),
+    ("irl_best", "best_logprob"),
+    ("best_true", "best_logprob"),
+    ("irl_kl_prior", "irl_kl_base"),
+    ("irl_kl_prior", "grpo"),
+    ("irl_kl_base", "grpo"),
 )
 # What every rule's best of n is set beside, paired by question.
 RIVALS = {"beyond_logprob": "logprob", "beyond_both_logprobs": "logprob + sft_logprob"}
@@ -229,40 +239,72 @@ def of_problems(shares: dict[str, list], seed: int) -> dict[str, pandas.Series]:
     }
 
 
+def are_kept(seeds: list[dict], *arms: str) -> bool:
+    """Whether every seed has these arms' shares."""
+    return bool(seeds) and all(shares.get(arm) for arm in arms for shares in seeds)
+
+
+def joined(seeds: list[dict], arm: str, column: str) -> pandas.Series:
+    """An arm's share of right answers to each problem, the mean over seeds."""
+    of_seeds = pandas.concat([shares[arm][column] for shares in seeds])
+    return of_seeds.groupby(level=0, sort=False).mean()
+
+
+def interval(values: pandas.Series) -> list[float]:
+    """[mean, low, high] over problems."""
+    return rerank.bootstrap(torch.tensor(values.to_numpy()))
+
+
+def beyond(seeds: list[dict], arm: str, rival: str) -> dict[str, list[float]]:
+    """{"t1", "greedy": [mean, low, high]} of what an arm has over a rival, paired by problem.
+
+    seeds: {arm: {column: the share of right answers to each problem, a Series}}; both arms are in
+    each of them.
+    """
+    return {
+        column: interval(joined(seeds, arm, column) - joined(seeds, rival, column))
+        for column in COLUMNS
+    }
+
+
 def over_problems(seeds: list[dict], arm: str) -> dict:
     """{"t1", "greedy": [mean, low, high]} of an arm over the test problems, each the mean of its
     seeds, and "beyond_sft_fair", the same of what it has over fair SFT, paired by problem.
 
-    seeds: {arm: {column: the share of right answers to each problem, a Series}}. Where a seed's
-    were not kept, {}.
+    seeds: as in `beyond`. Where a seed's were not kept, {}.
 
     >>> one, none = pandas.Series([1.0, 1.0], ["a", "b"]), pandas.Series([0.0, 0.0], ["a", "b"])
     >>> seed = {"irl": {"t1": one, "greedy": none}, "sft_fair": {"t1": none, "greedy": none}}
     >>> over_problems([seed], "irl")["beyond_sft_fair"]
     {'t1': [1.0, 1.0, 1.0], 'greedy': [0.0, 0.0, 0.0]}
     """
-
-    def are_kept(name: str) -> bool:
-        """Whether every seed has this arm's shares."""
-        return bool(seeds) and all(shares.get(name) for shares in seeds)
-
-    def joined(name: str, column: str) -> pandas.Series:
-        """An arm's share of each problem, the mean over seeds."""
-        of_seeds = pandas.concat([shares[name][column] for shares in seeds])
-        return of_seeds.groupby(level=0, sort=False).mean()
-
-    def interval(values: pandas.Series) -> list[float]:
-        return rerank.bootstrap(torch.tensor(values.to_numpy()))
-
     over: dict = {}
-    columns = ("t1", "greedy")
-    if are_kept(arm):
-        over = {column: interval(joined(arm, column)) for column in columns}
-    if are_kept(arm) and are_kept("sft_fair") and arm not in ("sft", "sft_fair"):
-        over["beyond_sft_fair"] = {
-            column: interval(joined(arm, column) - joined("sft_fair", column)) for column in columns
-        }
+    if are_kept(seeds, arm):
+        over = {column: interval(joined(seeds, arm, column)) for column in COLUMNS}
+    if are_kept(seeds, arm, "sft_fair") and arm not in ("sft", "sft_fair"):
+        over["beyond_sft_fair"] = beyond(seeds, arm, "sft_fair")
     return over
+
+
+def side_by_side(shares: dict[int, dict]) -> dict[str, dict]:
+    """{what is compared: {"t1", "greedy": [mean, low, high], "seeds": how many}}, by problem.
+
+    shares: {seed: {arm: ..}}, as in `beyond`. Each pair of COMPARED on the seeds that have both;
+    and, where there are several seeds, what each arm has over fair SFT by each of them.
+    """
+    compared = {}
+    for arm, rival in COMPARED:
+        seeds = [of_seed for of_seed in shares.values() if are_kept([of_seed], arm, rival)]
+        if seeds:
+            compared[f"{arm}, beyond {rival}"] = beyond(seeds, arm, rival) | {"seeds": len(seeds)}
+    if len(shares) == 1:
+        return compared
+    for seed, of_seed in shares.items():
+        for arm in of_seed:
+            if are_kept([of_seed], arm, "sft_fair") and arm not in ("sft", "sft_fair"):
+                gain = beyond([of_seed], arm, "sft_fair")
+                compared[f"{arm}, beyond sft_fair, seed {seed}"] = gain | {"seeds": 1}
+    return compared
 
 
 def look_name(look: dict) -> str:
@@ -285,7 +327,7 @@ def results_of(task: str) -> dict:
     Means over seeds. An arm's interval is over the test problems, each the mean of its seeds, where
     they were kept; any other one is the mean of the seeds' intervals, each over questions.
     "beyond_sft_fair": what an arm has over fair SFT, paired by problem. "room": what GRPO has at
-    T = 1, in points.
+    T = 1, in points. "compared": policies beside others (`side_by_side`).
     """
     by_size: dict = {}
     for run in stored(task).values():
@@ -293,11 +335,11 @@ def results_of(task: str) -> dict:
         shares = {}
         for stage in run["stages"].values():
             for arm, columns in stage.get("arms", {}).items():
-                one[arm] = {column: columns[column] for column in ("t1", "greedy")}
+                one[arm] = {column: columns[column] for column in COLUMNS}
                 shares[arm] = of_problems(columns.get("shares", {}), run["seed"])
             for one_look in stage.get("looks", []):
                 one.setdefault("validation", {})[look_name(one_look)] = {
-                    column: one_look[column] for column in ("t1", "greedy")
+                    column: one_look[column] for column in COLUMNS
                 }
             kept = ("told", "temperature", "places", "errors")
             one |= {name: stage[name] for name in kept if name in stage}
@@ -319,13 +361,17 @@ def results_of(task: str) -> dict:
                     one.setdefault(key, {})[name] = {
                         by: r[of_signal] for by, r in signals.items() if of_signal in r
                     }
-        by_size.setdefault((run["model"], str(run["demonstrations"])), []).append((one, shares))
+        size = (run["model"], str(run["demonstrations"]))
+        by_size.setdefault(size, {})[run["seed"]] = (one, shares)
     results: dict = {}
     for (model, size), seeds in by_size.items():
-        one = mean_of([seed for seed, _ in seeds])
+        arms_by_seed = {seed: shares for seed, (_, shares) in seeds.items()}
+        one = mean_of([of_seed for of_seed, _ in seeds.values()])
         for name, arm in arms_of(one).items():
-            arm["seeds"] = sum(name in seed for seed, _ in seeds)
-            arm |= over_problems([shares for _, shares in seeds if name in shares], name)
+            arm["seeds"] = sum(name in of_seed for of_seed, _ in seeds.values())
+            having = [shares for shares in arms_by_seed.values() if name in shares]
+            arm |= over_problems(having, name)
+        one["compared"] = side_by_side(arms_by_seed)
         if {"grpo", "sft_fair"} <= one.keys():
             gain = one["grpo"]["t1"][0] - one["sft_fair"]["t1"][0]
             if "beyond_sft_fair" in one["grpo"]:  # of the seeds that have both
@@ -396,13 +442,19 @@ def markdown(results: dict) -> str:
     ]
     for name, one in experiments(results):
         arms = arms_of(one)
-        rows = [(arm, column, arms[arm][column]) for arm in arms for column in ("t1", "greedy")]
+        rows = [(arm, column, arms[arm][column]) for arm in arms for column in COLUMNS]
         rows += [
             (arm, f"{column}, beyond fair SFT", beyond)
             for arm in arms
             for column, beyond in arms[arm].get("beyond_sft_fair", {}).items()
         ]
         parts += [f"## {name}", grid(rows + [(arm, "seeds", arms[arm]["seeds"]) for arm in arms])]
+        rows = [
+            (pair, column, value)
+            for pair, columns in one["compared"].items()
+            for column, value in columns.items()
+        ]
+        parts.append(grid(rows))
         rows = [
             (look, f"{column}, validation", value)
             for look, columns in one.get("validation", {}).items()
@@ -450,7 +502,7 @@ def readme_table(results: dict) -> str:
     rows = []
     for arm in README_ARMS:
         for name, one in shown:
-            cells = [tables.short(one[arm][column]) for column in ("t1", "greedy") if arm in one]
+            cells = [tables.short(one[arm][column]) for column in COLUMNS if arm in one]
             rows.append((ARMS[arm], name, " / ".join(cells) or None))
     for rule, label in RULES.items():
         for name, one in shown:

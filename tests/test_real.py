@@ -114,6 +114,25 @@ def test_an_arm_is_averaged_over_problems():
     assert real_tables.over_problems([*seeds, {"irl": {}}], "irl") == {}
 
 
+def test_policies_are_compared_on_the_seeds_that_have_both():
+    """A pair of COMPARED, and with several seeds each arm beside fair SFT, seed by seed."""
+
+    def arm(first, second):
+        values = pandas.Series([first, second], ["a", "b"], dtype=float)
+        return {"t1": values, "greedy": values}
+
+    both = {"irl_kl": arm(1, 0), "best_logprob": arm(0, 0), "sft_fair": arm(1, 1)}
+    alone = {"irl_kl": arm(1, 1), "sft_fair": arm(1, 0)}
+    compared = real_tables.side_by_side({0: both, 1: alone})
+    pair = compared["irl_kl, beyond best_logprob"]
+    assert pair == {"t1": [0.5, 0, 1], "greedy": [0.5, 0, 1], "seeds": 1}
+    assert compared["irl_kl, beyond sft_fair, seed 0"]["t1"] == [-0.5, -1, 0]
+    assert compared["irl_kl, beyond sft_fair, seed 1"]["t1"] == [0.5, 0, 1]
+    assert "irl_kl, beyond best_logprob" not in real_tables.side_by_side({1: alone})
+    # With one seed the table of arms says it already.
+    assert set(real_tables.side_by_side({0: both})) == {"irl_kl, beyond best_logprob"}
+
+
 def test_every_seed_asks_the_same_problems():
     """All 515, in another order: so that their answers are no independent ones."""
     orders = [real_tables.countdown_problems(seed) for seed in (0, 1)]
