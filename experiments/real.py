@@ -38,6 +38,8 @@ parts. At the end the stages go to a file in results/, and from there into the t
               and its rival that learns no reward, f = the base's log-probability
     irl_kl_prior_long, irl_kl_base_long
               countdown: the same two with as many steps as grpo_long
+    irl_kl_prior_cheap, irl_kl_base_cheap
+              countdown: the same two at a third of the KL's price, with twice irl_kl's steps
     irl_kl_likelihood
               countdown: irl_kl with the reward of from_base_likelihood
     sft_with_base
@@ -134,6 +136,9 @@ STANDING = "--method irl --rollouts-per-expert 0 --warm-up 0"  # a reward that l
 # a trace: were advantages normal with a spread of 1, the best policy at this price would lie at
 # 1 / (2 * 0.3^2) = 5.6 nats. (The loss, kl_k3, has the gradient of KL(pi_SFT || pi).)
 WITH_KL = f"{STANDING} --reward-clip 0 --kl-coef 0.3"
+# The price was the first guess, and with it more steps brought nothing (irl_kl_prior_long): a third
+# of it, for twice the steps. Both were fixed before any look at what they bring.
+CHEAP = f"{STANDING} --reward-clip 0 --kl-coef 0.1"
 # Fixed before any look at what they bring. The weight alpha of -log pi in r is the default, 0.1.
 LIKELIHOOD = "--reward likelihood --logit airl"
 # Both parts of the reward weigh alike: the spread of from_base's score, the mean of a trace, is so
@@ -155,7 +160,9 @@ RUNS = {  # of train.py, from SFT
         "irl_kl_copies": WITH_KL,
         "irl_kl_prior": WITH_KL,
         "irl_kl_prior_long": f"{WITH_KL} --max-steps {LONG}",
+        "irl_kl_prior_cheap": f"{CHEAP} --max-steps {TWICE}",
         "irl_kl_base_long": f"{WITH_KL} {LIKELIHOOD} --max-steps {LONG}",
+        "irl_kl_base_cheap": f"{CHEAP} {LIKELIHOOD} --max-steps {TWICE}",
         "irl_kl_likelihood": f"{WITH_KL} {LIKELIHOOD}",
         "irl_kl_base": f"{WITH_KL} {LIKELIHOOD}",
         "grpo": "--method grpo",
@@ -185,11 +192,13 @@ REWARD_OF = {
     "irl_kl_copies": "copies",
     "irl_kl_prior": "from_base",
     "irl_kl_prior_long": "from_base",
+    "irl_kl_prior_cheap": "from_base",
     "irl_kl_likelihood": "from_base_likelihood",
     "irl_kl_base": BASE,
     "irl_kl_base_long": BASE,
+    "irl_kl_base_cheap": BASE,
 }
-WITH_PRIOR = ("irl_kl_prior", "irl_kl_prior_long")
+WITH_PRIOR = ("irl_kl_prior", "irl_kl_prior_long", "irl_kl_prior_cheap")
 GRPO = ("grpo", "grpo_long")
 REWARDS_ALONE = ("broken", "carried", "from_sft")
 REWARDS = {

@@ -47,6 +47,8 @@ ARMS = {
     "irl_kl_base": "a policy on the base's log-probability, KL to SFT",
     "irl_kl_prior_long": "**IRL**, base's log-probability added, three times the steps",
     "irl_kl_base_long": "a policy on the base's log-probability, three times the steps",
+    "irl_kl_prior_cheap": "**IRL**, base's log-probability added, a third of the KL's price",
+    "irl_kl_base_cheap": "a policy on the base's log-probability, a third of the KL's price",
     "irl_best": "SFT on the reward's choice",
     "best_logprob": "SFT on SFT's choice",
     "best_base_logprob": "SFT on the base's choice",
