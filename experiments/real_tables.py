@@ -65,6 +65,8 @@ README_ARMS = (
     "sft_fair",
     "irl",
     "irl_kl",
+    "irl_kl_prior",
+    "irl_kl_base",
     "irl_best",
     "best_logprob",
     "grpo",
@@ -72,8 +74,6 @@ README_ARMS = (
 )
 RULES = {
     "majority": "majority vote",
-    "majority_text": "vote on whole texts",
-    "sft_logprob": "SFT's log-probability",
     "logprob": "base's log-probability",
     "reward": "**reward**",
     "oracle": "oracle",
