@@ -365,7 +365,13 @@ def test_the_rival_imitates_as_many(countdown_runs):
 
 def test_where_policies_and_rewards_start(countdown_runs):
     """All that follows SFT starts from the cell that was chosen."""
-    at_base = ("from_base", "from_base_likelihood", "irl_kl_base", "irl_kl_base_long")
+    at_base = (
+        "from_base",
+        "from_base_likelihood",
+        "irl_kl_base",
+        "irl_kl_base_long",
+        "irl_kl_base_cheap",
+    )
     reward_starts = {
         name: f"{COUNTDOWN}-{reward}/reward" for name, reward in real.REWARD_OF.items()
     } | dict.fromkeys(at_base, "tiny")
