@@ -303,8 +303,8 @@ def side_by_side(shares: dict[int, dict]) -> dict[str, dict]:
         return compared
     for seed, of_seed in shares.items():
         for arm in of_seed:
-            if are_kept([of_seed], arm, "sft_fair") and arm not in ("sft", "sft_fair"):
-                gain = beyond([of_seed], arm, "sft_fair")
+            gain = over_problems([of_seed], arm).get("beyond_sft_fair")
+            if gain:
                 compared[f"{arm}, beyond sft_fair, seed {seed}"] = gain | {"seeds": 1}
     return compared
 
