@@ -404,7 +404,16 @@ def test_no_pickle(here, monkeypatch):
 # --- stopped --------------------------------------------------------------------------------------
 
 
-def test_during_evaluation_ctrl_c_does_not_wait(here, finished, monkeypatch, capsys):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, even where a shell has started the tests in the background: it then has
+    them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_during_evaluation_ctrl_c_does_not_wait(here, finished, monkeypatch, capsys, ctrl_c):
     waited = []
 
     def evaluation(*_):
