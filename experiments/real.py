@@ -261,7 +261,12 @@ class Experiment:
         self.cells = CELLS[args.task]
         self.looks = LOOKS[args.task]
         if args.cells:
-            self.cells = cells_of(args.cells)
+            pairs = pairs_of("--cells", args.cells, "updates and a rate", "60 1e-3, 120 2e-3")
+            self.cells = tuple((int(updates), rate) for updates, rate in pairs)
+        if args.looks:
+            self.looks = pairs_of(
+                "--looks", args.looks, "a share and a temperature", "0 0.2, 0.25 0.2"
+            )
         if args.sft:
             updates, rate, share, temperature = args.sft
             # The first cell is where the reward starts.
@@ -331,19 +336,19 @@ class Experiment:
         return self.first_sft()
 
 
-def cells_of(text: str) -> tuple[tuple[int, float], ...]:
-    """SFT's (updates, rate).
+def pairs_of(flag: str, text: str, what: str, example: str) -> tuple[tuple[float, float], ...]:
+    """The pairs of numbers that a flag gives. UserError, with an example, if they are not pairs.
 
-    >>> cells_of("60 1e-3, 120 2e-3")
-    ((60, 0.001), (120, 0.002))
+    >>> pairs_of("--cells", "60 1e-3, 120 2e-3", "updates and a rate", "")
+    ((60.0, 0.001), (120.0, 0.002))
     """
     try:
         pairs = [one.split() for one in text.split(",")]
-        return tuple((int(updates), float(rate)) for updates, rate in pairs)
+        return tuple((float(first), float(second)) for first, second in pairs)
     except ValueError:
         raise UserError(
-            f"--cells {text!r} is not updates and a rate, with a comma between two such pairs: "
-            "write it as --cells '60 1e-3, 120 2e-3'"
+            f"{flag} {text!r} is not {what}, with a comma between two such pairs: "
+            f"write it as {flag} {example!r}"
         ) from None
 
 
@@ -883,6 +888,10 @@ ARGUMENTS = {
         help="countdown: SFT's updates and rates, instead of those here: '60 1e-3, 120 2e-3'. The "
         "reward starts from the first"
     ),
+    "--looks": dict(
+        help="countdown: fair SFT's shares of the base and temperatures, instead of those here: "
+        "'0 0.2, 0.25 0.2'"
+    ),
     "--extra": dict(type=int, default=3000, help="questions that irl_best answers"),
     "--dev": dict(metavar="FILE", help="labelled solutions, for a threshold"),
     "--test": dict(metavar="FILE", help="ProcessBench's file, for F1"),
@@ -903,12 +912,12 @@ def main(arguments: list[str] | None = None) -> None:
         return real_tables.write()
     if not args.model:
         raise UserError("--model is missing: a folder with a pretrained model, or a hub name")
-    if (args.sft or args.cells) and args.task == "gsm8k":
+    if (args.sft or args.cells or args.looks) and args.task == "gsm8k":
         raise UserError(
-            "--sft and --cells are for countdown: GSM8K's SFT is not tuned. Leave them out"
+            "--sft, --cells and --looks are for countdown: GSM8K's SFT is not tuned. Leave them out"
         )
-    if args.sft and args.cells:
-        raise UserError("--sft fixes what --cells would try: give one of the two")
+    if args.sft and (args.cells or args.looks):
+        raise UserError("--sft fixes what --cells and --looks would try: leave one of them out")
     model = Path(args.model).name
     args.name = args.name or f"{model}-{args.demonstrations}-{args.seed}"
     loading.quiet()

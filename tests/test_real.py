@@ -649,6 +649,20 @@ def test_another_seed_takes_the_settings_of_the_first(tiny, monkeypatch):
     }
 
 
+def test_what_sft_tries_can_be_given(tiny):
+    """Its updates and rates, and fair SFT's shares of the base and temperatures."""
+    given = ["--cells", "1 1e-3, 2 2e-3", "--looks", "0 1, 0.25 0.2"]
+    real.main([*tiny, "--flags", SMALL, *given, "--only", "sft"])
+    stage = json.loads(Path("runs/real-countdown-tiny-8-0/sft.json").read_text())
+    columns = ("updates", "rate", "share", "temperature")
+    assert [tuple(look[column] for column in columns) for look in stage["looks"]] == [
+        (1, 0.001, 0.0, 1.0),
+        (1, 0.001, 0.25, 0.2),
+        (2, 0.002, 0.0, 1.0),
+        (2, 0.002, 0.25, 0.2),
+    ]
+
+
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -657,13 +671,18 @@ def test_another_seed_takes_the_settings_of_the_first(tiny, monkeypatch):
         (["--model", "x", "--demonstrations", "0"], "--demonstrations must be"),
         (
             ["--task", "gsm8k", "--model", "x", "--sft", "240", "2e-3", "0", ".2"],
-            "--sft and --cells are for countdown",
+            "--sft, --cells and --looks are for countdown",
         ),
         (["--model", "x", "--cells", "60"], "'60' is not updates and a rate"),
         (
             ["--model", "x", "--cells", "60 1e-3", "--sft", "240", "2e-3", "0", ".2"],
-            "give one of the two",
+            "leave one of them out",
         ),
+        (
+            ["--model", "x", "--looks", "0 .2", "--sft", "240", "2e-3", "0", ".2"],
+            "leave one of them out",
+        ),
+        (["--model", "x", "--looks", "0"], "'0' is not a share and a temperature"),
     ],
 )
 def test_bad_flags(flags, says):
