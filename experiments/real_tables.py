@@ -95,7 +95,11 @@ COMPARED = (
     ("irl_kl_base", "grpo"),
 )
 # What every rule's best of n is set beside, paired by question.
-RIVALS = {"beyond_logprob": "logprob", "beyond_both_logprobs": "logprob + sft_logprob"}
+RIVALS = {
+    "beyond_logprob": "logprob",
+    "beyond_both_logprobs": "logprob + sft_logprob",
+    "beyond_majority_text": "majority_text",
+}
 # What is no result, or has not its rival beside it, stands in real.md alone.
 TRIED = "SFT at a rate of|samples of the chosen SFT|samples of 1,000 questions|SFT of 60 updates"
 
@@ -149,6 +153,20 @@ def in_spreads(scores: torch.Tensor) -> torch.Tensor:
     return (scores.clamp(min=known.min()) - known.mean()) / known.std().clamp(min=1e-9)
 
 
+def tied(keys: torch.Tensor) -> torch.Tensor:
+    """Whether several answers have the most votes: keys [Q, n] -> [Q]. -1 is no answer.
+
+    >>> tied(torch.tensor([[0, 0, 2, 2], [0, 0, 2, -1], [-1, -1, -1, 3]]))
+    tensor([ True, False, False])
+    """
+    same = keys[:, :, None] == keys[:, None, :]  # [Q, n, n]
+    votes = same.sum(-1).masked_fill(keys < 0, 0)
+    leads = (votes > 0) & (votes == votes.amax(1, keepdim=True))
+    # An answer counts once, however many candidates gave it.
+    leading_answers = (leads / same.sum(-1)).sum(1)
+    return leading_answers > 1.5
+
+
 def examples_of(records: list[dict], task: str) -> list[data.Example]:
     """The questions, with their answers, as the task's own check takes them."""
     task = task * (task in data.EMBEDDED)
@@ -160,7 +178,7 @@ def choices(records: list[dict], task: str) -> dict:
 
     records: {"question", "answer", "texts": [n], "scores": {signal: [n]}} of each question.
     "gain": what each rule has over the majority vote, paired by question; "beyond_...": what the
-    best of n by each signal has over that by one of RIVALS.
+    best of n by each signal has over one of RIVALS. "tied": how often the vote is a tie.
     "majority_text": countdown's questions give the answer, so that a vote on answers is chance
     among those that arrive at it; a vote on whole texts is not.
     """
@@ -187,15 +205,17 @@ def choices(records: list[dict], task: str) -> dict:
             results[str(k)][f"majority_{by}"] = rerank.bootstrap(votes)
         results["gain"][f"majority_{by}"] = rerank.bootstrap(votes - majority)
         results["gain"][by] = rerank.bootstrap(best[by] - majority)
-    for beyond, rival in RIVALS.items():
-        if rival in best:
-            results[beyond] = {by: rerank.bootstrap(best[by] - best[rival]) for by in best}
     if task == "countdown":
         rows = [one["texts"] for one in records]
         alike = torch.tensor([[row.index(text) for text in row] for row in rows])  # [Q, n]
         for k in (4, 8):
             votes = rerank.majority_vote(correct, alike, k)
             results[str(k)]["majority_text"] = rerank.bootstrap(votes)
+        best["majority_text"] = rerank.majority_vote(correct, alike, n)
+    for beyond, rival in RIVALS.items():
+        if rival in best:
+            results[beyond] = {by: rerank.bootstrap(best[by] - best[rival]) for by in scores}
+    results["tied"] = tied(keys).double().mean().item()
     return results | {"questions": len(records)}
 
 
@@ -309,6 +329,29 @@ def side_by_side(shares: dict[int, dict]) -> dict[str, dict]:
     return compared
 
 
+def by_need(seeds: list[dict]) -> dict[str, dict]:
+    """{arm: {what a problem needs: the share of right answers at T = 1, [mean, low, high]}}, and
+    "<what it needs>, beyond fair SFT": what the arm has over fair SFT, paired by problem.
+
+    seeds: as in `beyond`. An arm is averaged over the seeds that have it and fair SFT.
+    """
+    shares: dict = {}
+    for arm in dict.fromkeys(arm for of_seed in seeds for arm in of_seed):
+        having = [of_seed for of_seed in seeds if are_kept([of_seed], arm, "sft_fair")]
+        if not having:
+            continue
+        right = joined(having, arm, "t1")
+        gain = right - joined(having, "sft_fair", "t1")
+        problems = [countdown.problem_of(question) for question in right.index]
+        sums = numpy.array([sum(numbers) == target for numbers, target in problems])
+        shares[arm] = {}
+        for need, some in {"sums alone": sums, "a difference": ~sums}.items():
+            if some.any():
+                shares[arm][need] = interval(right[some])
+                shares[arm][f"{need}, beyond fair SFT"] = interval(gain[some])
+    return shares
+
+
 def look_name(look: dict) -> str:
     """What was looked at on validation questions: a run, and how its policy was asked.
 
@@ -329,7 +372,7 @@ def results_of(task: str) -> dict:
     Means over seeds. An arm's interval is over the test problems, each the mean of its seeds, where
     they were kept; any other one is the mean of the seeds' intervals, each over questions.
     "beyond_sft_fair": what an arm has over fair SFT, paired by problem. "room": what GRPO has at
-    T = 1, in points. "compared": policies beside others (`side_by_side`).
+    T = 1, in points. "compared": policies beside others (`side_by_side`). "by_need": `by_need`.
     """
     by_size: dict = {}
     for run in stored(task).values():
@@ -374,6 +417,7 @@ def results_of(task: str) -> dict:
             having = [shares for shares in arms_by_seed.values() if name in shares]
             arm |= over_problems(having, name)
         one["compared"] = side_by_side(arms_by_seed)
+        one["by_need"] = by_need(list(arms_by_seed.values()))
         if {"grpo", "sft_fair"} <= one.keys():
             gain = one["grpo"]["t1"][0] - one["sft_fair"]["t1"][0]
             if "beyond_sft_fair" in one["grpo"]:  # of the seeds that have both
@@ -458,6 +502,12 @@ def markdown(results: dict) -> str:
         ]
         parts.append(grid(rows))
         rows = [
+            (arm, f"t1, needs {need}", share)
+            for arm, needs in one["by_need"].items()
+            for need, share in needs.items()
+        ]
+        parts.append(grid(rows))
+        rows = [
             (look, f"{column}, validation", value)
             for look, columns in one.get("validation", {}).items()
             for column, value in columns.items()
@@ -473,7 +523,8 @@ def markdown(results: dict) -> str:
             columns = ranking | {"auroc": one["auroc"][source]}
             shown = ("2", "4", "8", "gain", *RIVALS, "auroc", "auroc_within")
             rows = [(rule, k, value) for k in shown for rule, value in columns.get(k, {}).items()]
-            parts += [f"{name}: candidates of {source}", grid(rows)]
+            ties = f"{100 * ranking['tied']:.1f} % of the votes on 8 answers are tied"
+            parts += [f"{name}: candidates of {source}; {ties}", grid(rows)]
         columns = {"hit0": "first wrong token", "hit1": "it or its neighbour"}
         rows = [
             (by, columns[width], share)

@@ -72,6 +72,26 @@ def test_a_choice_is_by_its_own_scores():
     assert best["random"] == best["majority"] == 0.5
     assert found["gain"]["majority_reward"] == [0.5, 0.5, 0.5]
     assert found["auroc"]["reward"] == 1
+    assert found["tied"] == 1  # 4 votes for either answer
+
+
+def test_gains_stand_apart_by_what_a_problem_needs():
+    """1 + 2 + 3 is 6; from 5, 4 and 7 one gets to 6 by a difference alone. The second seed has no
+    fair SFT, so that it does not count."""
+
+    def arm(right_by_sums: float, right_by_difference: float) -> dict:
+        right = [right_by_sums, right_by_difference]
+        return {
+            column: pandas.Series(right, ["1 2 3 > 6", "4 5 7 > 6"]) for column in ("t1", "greedy")
+        }
+
+    seeds = [{"irl": arm(1.0, 0.25), "sft_fair": arm(0.5, 0.0)}, {"irl": arm(0.0, 0.0)}]
+    assert real_tables.by_need(seeds)["irl"] == {
+        "sums alone": [1.0] * 3,
+        "sums alone, beyond fair SFT": [0.5] * 3,
+        "a difference": [0.25] * 3,
+        "a difference, beyond fair SFT": [0.25] * 3,
+    }
 
 
 def test_where_the_question_gives_the_answer_whole_texts_are_voted_on():
@@ -83,8 +103,12 @@ def test_where_the_question_gives_the_answer_whole_texts_are_voted_on():
     wrong = [text(f"{a}+16=32\n32-8=24") for a in (12, 13, 14, 15, 17)]
     texts = [*wrong, *[text("16+16=32\n32-8=24")] * 3]
     question = {"question": "16 16 8 > 24", "answer": "24", "texts": texts}
-    found = real_tables.choices([question | {"scores": {"logprob": [0.0] * 8}}], "countdown")
+    judges = {"good": [0.0] * 5 + [1.0] * 3, "bad": [1.0] * 5 + [0.0] * 3}
+    found = real_tables.choices([question | {"scores": judges}], "countdown")
     assert found["8"]["majority"][0] == 3 / 8 and found["8"]["majority_text"][0] == 1
+    assert found["beyond_majority_text"]["good"] == [0, 0, 0]
+    assert found["beyond_majority_text"]["bad"] == [-1, -1, -1]
+    assert found["tied"] == 0
 
 
 def test_an_arm_is_averaged_over_problems():
