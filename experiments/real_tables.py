@@ -214,7 +214,7 @@ def choices(records: list[dict], task: str) -> dict:
         best["majority_text"] = rerank.majority_vote(correct, alike, n)
     for beyond, rival in RIVALS.items():
         if rival in best:
-            results[beyond] = {by: rerank.bootstrap(best[by] - best[rival]) for by in scores}
+            results[beyond] = {by: rerank.bootstrap(best[by] - best[rival]) for by in best}
     results["tied"] = tied(keys).double().mean().item()
     return results | {"questions": len(records)}
 
