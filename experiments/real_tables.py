@@ -64,7 +64,6 @@ README_ARMS = (
     "sft",
     "sft_fair",
     "irl",
-    "irl_kl",
     "irl_kl_prior",
     "irl_kl_base",
     "irl_best",
@@ -452,7 +451,7 @@ def summary() -> dict:
 
 
 def grid(rows: list[tuple]) -> str:
-    """A Markdown table of (row, column, value), in the order in which they come.
+    """A Markdown table of (row, column, value), in the order in which they come, None or not.
 
     A value is [mean, low, high], an AUROC, a count or text. Without rows "".
     """
@@ -462,11 +461,13 @@ def grid(rows: list[tuple]) -> str:
             return tables.percent(value)
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
+    order = dict.fromkeys(column for _, column, _ in rows)
     frame = pandas.DataFrame(rows, columns=["", "column", "value"]).dropna()
     if frame.empty:
         return ""
     frame["value"] = frame["value"].map(shown)
     cells = frame.pivot_table("value", "", "column", "first", sort=False).fillna("–")
+    cells = cells[[column for column in order if column in cells]]
     return tables.table(["", *cells.columns], [[name, *row] for name, row in cells.T.items()])
 
 
@@ -477,7 +478,7 @@ def experiments(results: dict) -> list[tuple[str, dict]]:
         (f"{names[task]}, {model}, {size} demonstrations", one)
         for task in names
         for model, sizes in results[task].items()
-        for size, one in sizes.items()
+        for size, one in sorted(sizes.items(), key=lambda pair: int(pair[0]))
     ]
 
 
