@@ -4,6 +4,7 @@ Algorithm 1.)
     equation                                   where       tests/test_irl.py
     -log pi of the demonstrations' tokens      SFT.step    sft_fits_its_demonstrations
     A = (R - mean R) / std R, R = 1 if right   GRPO.step   grpo_leaves_out_only_what_teaches_nothing
+    + kl_coef KL(pi, pi_ref)                   GRPO.loss   grpo_pays_for_its_kl_on_every_row
 
 Run `python baselines.py` for a few updates of each on the shipped base.
 """
@@ -16,7 +17,7 @@ import torch
 import data
 import policy
 from data import Batch, Example
-from engine import loading, memory, parallel
+from engine import loading, lora, memory, parallel
 from engine.settings import parse_settings
 
 # SFT imitates the demonstrations: it sees what IRL sees, and it never samples. What IRL has over it
@@ -95,6 +96,10 @@ class GRPO:
         self.generator = torch.Generator(self.policy_model.device).manual_seed(seed)
         self.end_tokens = data.end_tokens(self.tokenizer, self.policy_model)
         self.steps_done = 0
+        # pi_ref is the policy before its first step, as IRL's is.
+        if self.settings.kl_coef:
+            self.reference = lora.share(self.policy_model)
+            self.changes = (*self.changes, "reference")
 
     def step(self) -> dict:
         """Sample, verify, compare within the group, policy gradient."""
@@ -124,7 +129,9 @@ class GRPO:
         # With more than one the policy has moved on since it sampled: hence PPO's clipped ratio.
         # A group that was all right, or all wrong, has no advantage and no gradient: its rows
         # are left out of the forward pass, not of the mean. Late in training that is most rows.
-        teaching = advantages.any(1).nonzero().squeeze(-1)
+        # A KL has a gradient on every row.
+        teaches = advantages.any(1) | bool(s.kl_coef)
+        teaching = teaches.nonzero().squeeze(-1)
         n_tokens = parallel.total(float(mask.sum()))
         self.policy_model.train()
         for _ in range(s.epochs):
@@ -148,14 +155,19 @@ class GRPO:
     def loss(
         self, batch: Batch, old_logprobs: torch.Tensor, advantages: torch.Tensor
     ) -> torch.Tensor:
-        """PPO's clipped loss, summed over the response tokens of some rows: a number."""
+        """PPO's clipped loss, and the KL to the start, summed over some rows' response tokens."""
         s = self.settings
         # Log pi at the temperature that sampled. On the first epoch it equals old_logprobs, so the
         # ratio is 1 and nothing is clipped; its gradient is that of log pi all the same.
         logprobs = policy.token_logprobs(self.policy_model, batch, s.temperature)  # [B, T]
         width = batch.tokens.shape[1]  # cut to the longest of these rows
         old_logprobs = old_logprobs[:, :width]
-        return policy.ppo_loss(logprobs, old_logprobs, advantages[:, :width], s.ppo_clip).sum()
+        losses = policy.ppo_loss(logprobs, old_logprobs, advantages[:, :width], s.ppo_clip)
+        if s.kl_coef:
+            with torch.no_grad():
+                reference = policy.token_logprobs(self.reference, batch, s.temperature)
+            losses = losses + s.kl_coef * policy.kl_k3(logprobs, reference)
+        return losses.sum()
 
 
 def main() -> None:

@@ -54,9 +54,9 @@ parts. At the end the stages go to a file in results/, and from there into the t
               what a reward without a mistake would bring in this way. Controls: best_own_verdict
               asks the base whether a sample is right, best_base_logprob how likely it is, random
               nobody
-    grpo, grpo_long
-              countdown: GRPO on true answers, with as many steps as IRL; with as many samples as
-              irl_best chooses from
+    grpo, grpo_kl, grpo_long
+              countdown: GRPO on true answers, with as many steps as IRL; the same, and the policy
+              pays for its KL to SFT as irl_kl does; with as many samples as irl_best chooses from
     sparse    GSM8K: a reward per trace
     kinds     countdown: whether a reward that learnt from one kind of copies tells the other kinds
               on held-out demonstrations (no answer is asked for); and one that starts from the
@@ -135,7 +135,8 @@ STANDING = "--method irl --rollouts-per-expert 0 --warm-up 0"  # a reward that l
 # The KL's weight was fixed before any look at what it brings. A guide, for the KL(pi || pi_SFT) of
 # a trace: were advantages normal with a spread of 1, the best policy at this price would lie at
 # 1 / (2 * 0.3^2) = 5.6 nats. (The loss, kl_k3, has the gradient of KL(pi_SFT || pi).)
-WITH_KL = f"{STANDING} --reward-clip 0 --kl-coef 0.3"
+KL_COEF = 0.3
+WITH_KL = f"{STANDING} --reward-clip 0 --kl-coef {KL_COEF}"
 # The price was the first guess, and with it more steps brought nothing (irl_kl_prior_long): a third
 # of it, for twice the steps. Both were fixed before any look at what they bring.
 CHEAP = f"{STANDING} --reward-clip 0 --kl-coef 0.1"
@@ -166,6 +167,7 @@ RUNS = {  # of train.py, from SFT
         "irl_kl_likelihood": f"{WITH_KL} {LIKELIHOOD}",
         "irl_kl_base": f"{WITH_KL} {LIKELIHOOD}",
         "grpo": "--method grpo",
+        "grpo_kl": f"--method grpo --kl-coef {KL_COEF}",
         "grpo_long": f"--method grpo --grpo-steps {LONG}",
         "from_base": REWARD_ALONE,
         "from_base_likelihood": f"{REWARD_ALONE} {LIKELIHOOD}",
@@ -199,7 +201,7 @@ REWARD_OF = {
     "irl_kl_base_cheap": BASE,
 }
 WITH_PRIOR = ("irl_kl_prior", "irl_kl_prior_long", "irl_kl_prior_cheap")
-GRPO = ("grpo", "grpo_long")
+GRPO = ("grpo", "grpo_kl", "grpo_long")
 REWARDS_ALONE = ("broken", "carried", "from_sft")
 REWARDS = {
     "countdown": (

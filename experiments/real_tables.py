@@ -56,6 +56,7 @@ ARMS = {
     "random": "SFT on samples at random",
     "best_true": "SFT on right samples",
     "grpo": "GRPO, true answers",
+    "grpo_kl": "GRPO, KL to SFT",
     "grpo_long": "GRPO, three times the steps",
 }
 # README.md's rows: these, then rules for the best of 8.
@@ -91,6 +92,7 @@ COMPARED = (
     ("best_true", "best_logprob"),
     ("irl_kl_prior", "irl_kl_base"),
     ("irl_kl_prior", "grpo"),
+    ("irl_kl_prior", "grpo_kl"),
     ("irl_kl_base", "grpo"),
 )
 # What every rule's best of n is set beside, paired by question.

@@ -466,8 +466,7 @@ def test_exact_loss_equals_the_plain_loop(shipped, settings, gamma, temperature,
 def test_the_policy_loss_equals_the_plain_loop(shipped, settings, loss):
     """Token by token, at a temperature, against samples of an older policy, and its gradient.
 
-    -min(ratio A, clip(ratio) A), or -A log pi; IRL's with beta (e^d - d - 1),
-    d = log pi_ref - log pi.
+    -min(ratio A, clip(ratio) A), or -A log pi; plus beta (e^d - d - 1), d = log pi_ref - log pi.
     """
     changes = dict(gamma=0.9, kl_coef=0.3, temperature=0.7, ppo_clip=0.1)
     if loss == "grpo":
@@ -482,10 +481,9 @@ def test_the_policy_loss_equals_the_plain_loop(shipped, settings, loss):
     old = policy.token_logprobs(loop.policy_model, batch, 0.7).detach() + 0.3 * random_like(batch)
     if loss == "grpo":
         fast = loop.loss(batch, old, advantages)
-        reference = None
     else:
         fast = loop.policy_loss(batch, old, advantages, None)
-        reference = plain_logprobs(loop.reference, batch, 0.7)
+    reference = plain_logprobs(loop.reference, batch, 0.7)
     slow = 0.0
     n_clipped = 0
     for (row, t), log_pi in plain_logprobs(loop.policy_model, batch, 0.7).items():
@@ -498,9 +496,8 @@ def test_the_policy_loss_equals_the_plain_loop(shipped, settings, loss):
         else:
             slow = slow - min(ratio * A, held * A)
             n_clipped += int(held * A < ratio * A)
-        if reference:
-            d = reference[row, t][token].detach() - log_pi[token]
-            slow = slow + 0.3 * (d.exp() - d - 1)
+        d = reference[row, t][token].detach() - log_pi[token]
+        slow = slow + 0.3 * (d.exp() - d - 1)
     assert n_clipped or loss == "reinforce"
     assert_same_loss(fast, slow, loop.policy_model)
 
@@ -722,6 +719,28 @@ def test_a_grpo_step_without_any_advantage_moves_nothing(shipped, settings, monk
     assert trainer.step()["policy"] == {"loss": 0.0, "grad_norm": 0.0, "skipped": 0}
     for parameter, start in zip(trainer.policy_model.parameters(), shipped[0].parameters()):
         assert torch.equal(parameter, start)
+
+
+def test_grpo_pays_for_its_kl_on_every_row(shipped, settings, monkeypatch):
+    """All answers are right, so that the loss is the KL alone: kl_coef times k3, a mean."""
+    s = replace(settings, kl_coef=0.5)
+    trainer = make_trainer(baselines.GRPO, shipped, s, 4, questions=4, group=4)
+    with torch.no_grad():
+        for parameter in trainer.policy_model.parameters():
+            parameter.mul_(1.01)
+    moved = copy.deepcopy(trainer.policy_model)
+    monkeypatch.setattr(data, "is_correct", lambda example, text: True)
+    rollouts = keep_calls(monkeypatch, policy, "sample")
+    metrics = trainer.step()["policy"]
+
+    batch = rollouts[0].batch
+    d = policy.token_logprobs(shipped[0], batch).detach() - policy.token_logprobs(moved, batch)
+    mask = batch.response_mask
+    loss = 0.5 * ((d.exp() - d - 1) * mask).sum() / mask.sum()
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in moved.parameters()]).norm()
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4) and loss > 0
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_grpo_grades_each_sample_on_its_own_question(shipped, settings, monkeypatch):
