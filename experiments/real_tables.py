@@ -11,6 +11,7 @@ decides; `python -m experiments.real` of that commit makes it again.
 import json
 import lzma
 import re
+from collections import Counter
 from functools import cache
 
 import numpy
@@ -70,6 +71,7 @@ README_ARMS = (
     "irl_best",
     "best_logprob",
     "grpo",
+    "grpo_kl",
     "grpo_long",
 )
 RULES = {
@@ -374,8 +376,10 @@ def results_of(task: str) -> dict:
     they were kept; any other one is the mean of the seeds' intervals, each over questions.
     "beyond_sft_fair": what an arm has over fair SFT, paired by problem. "room": what GRPO has at
     T = 1, in points. "compared": policies beside others (`side_by_side`). "by_need": `by_need`.
+    "hours": of all its stages; of one that was cut off, since it last went on.
     """
     by_size: dict = {}
+    seconds: Counter = Counter()  # of all stages and seeds
     for run in stored(task).values():
         one: dict = {"rerank": {}, "auroc": {}}
         shares = {}
@@ -409,6 +413,7 @@ def results_of(task: str) -> dict:
                     }
         size = (run["model"], str(run["demonstrations"]))
         by_size.setdefault(size, {})[run["seed"]] = (one, shares)
+        seconds[size] += sum(stage.get("seconds", 0) for stage in run["stages"].values())
     results: dict = {}
     for (model, size), seeds in by_size.items():
         arms_by_seed = {seed: shares for seed, (_, shares) in seeds.items()}
@@ -424,6 +429,7 @@ def results_of(task: str) -> dict:
             if "beyond_sft_fair" in one["grpo"]:  # of the seeds that have both
                 gain = one["grpo"]["beyond_sft_fair"]["t1"][0]
             one["room"] = round(100 * gain, 1)
+        one["hours"] = round(seconds[model, size] / 3600, 1)
         results.setdefault(model, {})[size] = one
     return results
 
@@ -498,6 +504,7 @@ def markdown(results: dict) -> str:
             for column, beyond in arms[arm].get("beyond_sft_fair", {}).items()
         ]
         parts += [f"## {name}", grid(rows + [(arm, "seeds", arms[arm]["seeds"]) for arm in arms])]
+        parts.append(f"Its stages took at least {one['hours']} hours.")
         rows = [
             (pair, column, value)
             for pair, columns in one["compared"].items()

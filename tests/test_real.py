@@ -635,7 +635,7 @@ def test_imitated_are_winners_as_sure_as_demonstrations_and_as_many_of_the_rival
         assert asked == ["2+1?", *(f"{score}?" for score in scores[name][:2])]
 
 
-def test_room_is_of_the_seeds_that_have_grpo(monkeypatch):
+def test_room_is_of_the_seeds_that_have_grpo_and_hours_are_of_all(monkeypatch):
     """Where one of two seeds has no GRPO, its fair SFT does not count."""
 
     def arm(share: float) -> dict:
@@ -648,13 +648,14 @@ def test_room_is_of_the_seeds_that_have_grpo(monkeypatch):
             "model": "m",
             "demonstrations": 8,
             "seed": seed,
-            "stages": {"some": {"arms": arms}},
+            "stages": {"some": {"arms": arms, "seconds": 3600}, "other": {"seconds": 1800}},
         }
         for seed, arms in enumerate(seeds)
     }
     monkeypatch.setattr(real_tables, "stored", {"countdown": runs}.get)
     one = real_tables.results_of("countdown")["m"]["8"]
     assert one["room"] == 25 and one["sft_fair"]["t1"][0] == 0.125
+    assert one["hours"] == 3
 
 
 def test_another_seed_takes_the_settings_of_the_first(tiny, monkeypatch):
