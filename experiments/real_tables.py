@@ -315,7 +315,7 @@ def side_by_side(shares: dict[int, dict]) -> dict[str, dict]:
     """{what is compared: {"t1", "greedy": [mean, low, high], "seeds": how many}}, by problem.
 
     shares: {seed: {arm: ..}}, as in `beyond`. Each pair of COMPARED on the seeds that have both;
-    and, where there are several seeds, what each arm has over fair SFT by each of them.
+    and, where there are several seeds, each arm by each of them, and what it has over fair SFT.
     """
     compared = {}
     for arm, rival in COMPARED:
@@ -326,7 +326,10 @@ def side_by_side(shares: dict[int, dict]) -> dict[str, dict]:
         return compared
     for seed, of_seed in shares.items():
         for arm in of_seed:
-            gain = over_problems([of_seed], arm).get("beyond_sft_fair")
+            alone = over_problems([of_seed], arm)
+            gain = alone.pop("beyond_sft_fair", None)
+            if alone:
+                compared[f"{arm}, seed {seed}"] = alone | {"seeds": 1}
             if gain:
                 compared[f"{arm}, beyond sft_fair, seed {seed}"] = gain | {"seeds": 1}
     return compared
@@ -355,13 +358,14 @@ def by_need(seeds: list[dict]) -> dict[str, dict]:
     return shares
 
 
-def look_name(look: dict) -> str:
+def look_name(look: dict, seed: int) -> str:
     """What was looked at on validation questions: a run, and how its policy was asked.
 
-    >>> look_name({"run": "sft-60-0.001", "share": 0.25, "temperature": 0.2})
-    'sft-60-0.001, share of the base 0.25, T = 0.2'
+    >>> look_name({"run": "sft-60-0.001", "share": 0.25, "temperature": 0.2}, seed=1)
+    'sft-60-0.001, share of the base 0.25, T = 0.2, seed 1'
     """
-    return f"{look['run']}, share of the base {look['share']:g}, T = {look['temperature']:g}"
+    asked = f"share of the base {look['share']:g}, T = {look['temperature']:g}"
+    return f"{look['run']}, {asked}, seed {seed}"
 
 
 def arms_of(one: dict) -> dict[str, dict]:
@@ -376,7 +380,8 @@ def results_of(task: str) -> dict:
     they were kept; any other one is the mean of the seeds' intervals, each over questions.
     "beyond_sft_fair": what an arm has over fair SFT, paired by problem. "room": what GRPO has at
     T = 1, in points. "compared": policies beside others (`side_by_side`). "by_need": `by_need`.
-    "hours": of all its stages; of one that was cut off, since it last went on.
+    "hours": of all its stages; of one that was cut off, since it last went on. "validation":
+    each seed's looks.
     """
     by_size: dict = {}
     seconds: Counter = Counter()  # of all stages and seeds
@@ -388,7 +393,7 @@ def results_of(task: str) -> dict:
                 one[arm] = {column: columns[column] for column in COLUMNS}
                 shares[arm] = of_problems(columns.get("shares", {}), run["seed"])
             for one_look in stage.get("looks", []):
-                one.setdefault("validation", {})[look_name(one_look)] = {
+                one.setdefault("validation", {})[look_name(one_look, run["seed"])] = {
                     column: one_look[column] for column in COLUMNS
                 }
             kept = ("told", "temperature", "places", "errors")

@@ -139,7 +139,7 @@ def test_an_arm_is_averaged_over_problems():
 
 
 def test_policies_are_compared_on_the_seeds_that_have_both():
-    """A pair of COMPARED, and with several seeds each arm beside fair SFT, seed by seed."""
+    """A pair of COMPARED, and with several seeds each arm and fair SFT, seed by seed."""
 
     def arm(first, second):
         values = pandas.Series([first, second], ["a", "b"], dtype=float)
@@ -150,6 +150,7 @@ def test_policies_are_compared_on_the_seeds_that_have_both():
     compared = real_tables.side_by_side({0: both, 1: alone})
     pair = compared["irl_kl, beyond best_logprob"]
     assert pair == {"t1": [0.5, 0, 1], "greedy": [0.5, 0, 1], "seeds": 1}
+    assert compared["irl_kl, seed 0"] == {"t1": [0.5, 0, 1], "greedy": [0.5, 0, 1], "seeds": 1}
     assert compared["irl_kl, beyond sft_fair, seed 0"]["t1"] == [-0.5, -1, 0]
     assert compared["irl_kl, beyond sft_fair, seed 1"]["t1"] == [0.5, 0, 1]
     assert "irl_kl, beyond best_logprob" not in real_tables.side_by_side({1: alone})
@@ -365,15 +366,16 @@ def test_every_judge_is_asked(countdown_runs):
 def test_every_look_at_validation_is_kept(countdown_runs):
     """By fair SFT and by the rivals alike."""
     one = of_the_tiny(countdown_runs)
-    asked = ("share of the base 0, T = 1", "share of the base 0.25, T = 0.2")
+    asked = ("share of the base 0, T = 1, seed 0", "share of the base 0.25, T = 0.2, seed 0")
     runs = ("sft", *real.CHOOSERS, "best_true", "random")
     looks = {f"{run}-1-0.001, {how}" for run in runs for how in asked}
     # A policy that was trained on a reward is looked at as it is, and as fair SFT was chosen.
     fair = kept_of(countdown_runs, "sft")["chosen"]["temperature"]
     policies = (*real.REWARD_OF, *real.GRPO)
-    looks |= {f"{run}, share of the base 0, T = {t:g}" for run in policies for t in {1, fair}}
+    as_it_is = "share of the base 0, T ="
+    looks |= {f"{run}, {as_it_is} {t:g}, seed 0" for run in policies for t in {1, fair}}
     together = [f"sft + {weight:g} of the base's logits" for weight in real.WEIGHTS]
-    looks |= {f"{name}, share of the base 0, T = {fair:g}" for name in together}
+    looks |= {f"{name}, {as_it_is} {fair:g}, seed 0" for name in together}
     assert set(one["validation"]) == looks
     assert all(f"| {look} |" in countdown_runs.page for look in looks)
 
